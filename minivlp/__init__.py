@@ -1,0 +1,1 @@
+"""Vision-language pretraining from scratch: one file per idea, each climbed from NumPy to PyTorch to a fused rung."""

@@ -1,0 +1,1 @@
+"""Models: each file assembles the concepts of the library into one published architecture."""

@@ -1,0 +1,112 @@
+"""Patch embedding: cut an image into p × p squares and map each with one linear layer; the whole visual embedder of ViLT.
+
+With patch n = (row r, column c) of the grid, flattened in (C, p, p) order to a vector u_bn:
+
+    out_bn = W u_bn + bias,        W (D, C·p·p), rows r first: n = r · (W/p) + c.
+
+Gradient, with G = dL/dout: dW = Σ_bn G_bn u_bnᵀ, dbias = Σ_bn G_bn, du_bn = Wᵀ G_bn, and the images take their du
+back through the inverse of the cut. A stride-p convolution with a p × p kernel is the same map.
+
+Rungs:
+    patch_embed_np    reshape, one matrix product; keeps the (B, N, C·p·p) patches for the gradient
+    patch_embed       the same in PyTorch, differentiated by autograd
+
+Sources: Dosovitskiy et al. 2021 (ViT), eq. 1; Kim, Son and Kim 2021 (ViLT), section 3.1.
+Left out: overlapping patches and convolutional stems, which are other visual embedders, not this one.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlp import refuse
+
+
+def _check(images, weight, bias) -> int:
+    """Refuse what is not `images (B, C, H, W)`, `weight (D, C, p, p)`, `bias (D,)`; return p."""
+    sizes = refuse.shapes(images=(images, "B C H W"), weight=(weight, "D C p p"), bias=(bias, "D"))
+    refuse.floats(images=images, weight=weight, bias=bias)
+    _check_grid(sizes["H"], sizes["W"], sizes["p"])
+    return sizes["p"]
+
+
+def _check_grid(height: int, width: int, p: int) -> None:
+    if p < 1 or height % p or width % p or height < p or width < p:
+        refuse.refuse(
+            "images", f"must have height and width that are multiples of p={p}", f"{height} × {width}"
+        )
+
+
+def to_patches(images, p: int):
+    """Cut images (B, C, H, W) into patches (B, N, C·p·p), row-major over the grid, each in (C, p, p) order.
+
+    Takes NumPy arrays and torch tensors. Raises ValueError when H or W is not a multiple of p.
+    """
+    sizes = refuse.shapes(images=(images, "B C H W"))
+    B, C, H, W = (sizes[k] for k in "BCHW")
+    _check_grid(H, W, p)
+    blocks = images.reshape(B, C, H // p, p, W // p, p)  # (B, C, rows, p, columns, p)
+    order = (0, 2, 4, 1, 3, 5)  # grid axes first, then the content of a patch
+    blocks = blocks.permute(order) if isinstance(blocks, Tensor) else blocks.transpose(order)
+    return blocks.reshape(B, (H // p) * (W // p), C * p * p)
+
+
+def from_patches(patches, p: int, height: int, width: int):
+    """The inverse of `to_patches`: patches (B, N, C·p·p) back to images (B, C, height, width)."""
+    _check_grid(height, width, p)
+    rows, columns = height // p, width // p
+    sizes = refuse.shapes(patches=(patches, "B N K"))
+    B, N, K = (sizes[k] for k in "BNK")
+    if rows * columns != N or K % (p * p):
+        refuse.refuse(
+            "patches", f"must hold {rows * columns} patches of C·{p}·{p} numbers", tuple(patches.shape)
+        )
+    C = K // (p * p)
+    blocks = patches.reshape(B, rows, columns, C, p, p)
+    order = (0, 3, 1, 4, 2, 5)
+    blocks = blocks.permute(order) if isinstance(blocks, Tensor) else blocks.transpose(order)
+    return blocks.reshape(B, C, height, width)
+
+
+def patch_embed_np(images: np.ndarray, weight: np.ndarray, bias: np.ndarray, grad: np.ndarray | None = None):
+    """Patch embedding and its gradients by hand.
+
+    images (B, C, H, W), weight (D, C, p, p), bias (D,), grad (B, N, D) the upstream gradient (None = ones).
+    Returns `(out (B, N, D), (d images, d weight, d bias))`. Raises ValueError on bad shapes, dtypes or NaN.
+    """
+    p = _check(images, weight, bias)
+    u = to_patches(images, p)  # (B, N, C·p·p)
+    W = weight.reshape(len(weight), -1)  # (D, C·p·p)
+    out = u @ W.T + bias  # (B, N, D)
+    G = np.ones_like(out) if grad is None else grad
+    # out_bnd = Σ_k u_bnk W_dk + bias_d, so each factor's gradient is G times the other factor, summed over b and n.
+    dW = np.einsum("bnd,bnk->dk", G, u).reshape(weight.shape)
+    dbias = G.sum((0, 1))
+    # u_bnk touches out_bnd through W_dk for every d; the cut is a permutation, so its gradient is its inverse.
+    dimages = from_patches(G @ W, p, images.shape[2], images.shape[3])
+    return out, (dimages, dW, dbias)
+
+
+def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Patch embedding: images (B, C, H, W), weight (D, C, p, p), bias (D,) → (B, N, D), row-major patches.
+
+    Raises ValueError on bad shapes, dtypes or NaN, and when H or W is not a multiple of p.
+    """
+    p = _check(images, weight, bias)
+    return to_patches(images, p) @ weight.reshape(len(weight), -1).T + bias  # (B, N, D)
+
+
+class PatchEmbed(torch.nn.Module):
+    """The learnable patch projection: `weight (dim, channels, patch, patch)` and `bias (dim,)`."""
+
+    def __init__(self, dim: int, patch: int, channels: int = 3):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(dim, channels, patch, patch))
+        self.bias = torch.nn.Parameter(torch.zeros(dim))
+        torch.nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return patch_embed(images, self.weight, self.bias)
+
+
+RUNGS = {"patch_embed": {"np": patch_embed_np, "torch": patch_embed}}

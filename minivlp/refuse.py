@@ -1,0 +1,78 @@
+"""Refuse bad input with one clear sentence: which argument, which rule, and what it got.
+
+The functions take NumPy arrays and torch tensors alike, return nothing, and raise ValueError.
+A shape is written as in the docstrings, "B N D": the first array that uses a letter fixes it, "…" stands for any
+leading axes, and a number stands for itself.
+"""
+
+import math
+from typing import Any
+
+
+def refuse(argument: str, rule: str, got: object) -> None:
+    """Raise the ValueError that every public function of the library uses."""
+    raise ValueError(f"{argument} {rule}, got {got}")
+
+
+def shapes(**arrays: tuple[Any, str]) -> dict[str, int]:
+    """Check `name=(array, "B D")` pairs against one another; return the size of every letter."""
+    sizes: dict[str, int] = {}
+    for name, (array, pattern) in arrays.items():
+        if not hasattr(array, "shape"):
+            refuse(name, "must be an array", type(array).__name__)
+        shape, letters = tuple(array.shape), pattern.split()
+        any_leading = letters[0] == "…"
+        if any_leading:
+            letters = letters[1:]
+        core = shape[len(shape) - len(letters) :] if any_leading else shape
+        expected = ["…"] * any_leading + [
+            f"{letter}={sizes[letter]}" if letter in sizes else letter for letter in letters
+        ]
+        rule = f"must have shape ({', '.join(expected)})"
+        if len(core) != len(letters):
+            refuse(name, rule, shape)
+        for letter, size in zip(letters, core, strict=True):
+            wanted = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+            if wanted != size:
+                refuse(name, rule, shape)
+    return sizes
+
+
+def floats(**arrays: Any) -> None:
+    """Every array must hold floating-point numbers, none of them NaN."""
+    for name, array in arrays.items():
+        if "float" not in str(array.dtype):
+            refuse(name, "must have a floating dtype", array.dtype)
+        # A sum is one cheap pass; it is NaN when any entry is, and also for inf - inf, hence the second look.
+        if array.sum() != array.sum() and bool((array != array).any()):
+            refuse(name, "must not contain NaN", f"{int((array != array).sum())} NaN entries")
+
+
+def integers(**arrays: Any) -> None:
+    """Every array must hold integers (bool is not one)."""
+    for name, array in arrays.items():
+        if "int" not in str(array.dtype):
+            refuse(name, "must have an integer dtype", array.dtype)
+
+
+def mask(name: str, array: Any, whole_rows: bool = False) -> None:
+    """A mask is bool, True = real; `whole_rows` refuses a row that is all False."""
+    if "bool" not in str(array.dtype):
+        refuse(name, "must be bool with True = real", array.dtype)
+    if whole_rows and not bool(array.any(-1).all()):
+        refuse(name, "must have a True in every row", "an all-False row")
+
+
+def positive(**scalars: Any) -> None:
+    """Every scalar must be finite and > 0."""
+    for name, value in scalars.items():
+        number = float(value)
+        if not (number > 0 and math.isfinite(number)):
+            refuse(name, "must be a finite number > 0", number)
+
+
+def finite(**scalars: Any) -> None:
+    """Every scalar must be finite."""
+    for name, value in scalars.items():
+        if not math.isfinite(float(value)):
+            refuse(name, "must be finite", float(value))

@@ -1,0 +1,206 @@
+"""The machinery of the laws: register a law, run it on every rung, prove that it catches the known bugs.
+
+A law is a hypothesis property that takes the function under test as its first argument:
+
+    @law("infonce", hint="Shuffling the pairs together must not matter: is the diagonal the target?")
+    @given(case=pairs())
+    def joint_permutation(f, case):
+        x, y, scale = case
+        ...
+        assert close(f(x[p], y[p], scale), f(x, y, scale))
+
+`f` always speaks NumPy: `f(*arrays_and_scalars, **settings)` returns the value, and `f.grads(*same, grad=None)`
+returns the gradients over the float arguments in order. Positional floats are differentiated (learnable scalars
+too); keywords are settings and masks. So one law holds the NumPy rung, the torch rungs and the learner's attempt.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+LAWS: dict[str, dict[str, "Law"]] = {}
+BUGS: dict[str, dict[str, "Bug"]] = {}
+
+
+@dataclass(frozen=True)
+class Law:
+    family: str
+    name: str
+    check: Callable
+    hint: str
+
+
+@dataclass(frozen=True)
+class Bug:
+    family: str
+    name: str
+    function: Callable
+    rung: str
+    caught_by: str
+    story: str
+
+
+def law(*families: str, hint: str) -> Callable:
+    """Register a property for one or more function families (the keys of RUNGS)."""
+
+    def register(check: Callable) -> Callable:
+        for family in families:
+            LAWS.setdefault(family, {})[check.__name__] = Law(family, check.__name__, check, hint)
+        return check
+
+    return register
+
+
+def bug(family: str, caught_by: str, story: str, rung: str = "torch") -> Callable:
+    """Register a plausible wrong answer; `rung` says which calling convention it follows (np, torch or plain)."""
+
+    def register(function: Callable) -> Callable:
+        BUGS.setdefault(family, {})[function.__name__] = Bug(
+            family, function.__name__, function, rung, caught_by, story
+        )
+        return function
+
+    return register
+
+
+class Subject:
+    """One rung, made to speak NumPy (see the module docstring). `rung` is np, torch, fused or plain."""
+
+    def __init__(self, function: Callable, rung: str):
+        self.function, self.rung = function, rung
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        if self.rung == "plain":
+            return self.function(*args, **settings)
+        if self.rung == "np":
+            out = self.function(*args, **settings)
+            return out[0] if isinstance(out, tuple) else out
+        out = self.function(*(_tensor(a) for a in args), **{k: _setting(v) for k, v in settings.items()})
+        return _array(out)
+
+    def grads(self, *args: Any, grad: np.ndarray | None = None, **settings: Any) -> tuple[np.ndarray, ...]:
+        """Gradients of sum(value * grad) over the positional float arguments, in order."""
+        if self.rung == "np":
+            if grad is not None:
+                settings["grad"] = grad
+            return tuple(np.asarray(g) for g in self.function(*args, **settings)[1])
+        tensors = [_tensor(a).requires_grad_(_is_float(a)) for a in args]
+        out = self.function(*tensors, **{k: _setting(v) for k, v in settings.items()})
+        upstream = torch.ones_like(out) if grad is None else torch.as_tensor(grad, dtype=out.dtype)
+        wanted = [t for t in tensors if t.requires_grad]
+        found = torch.autograd.grad(out, wanted, upstream, allow_unused=True)
+        return tuple(
+            _array(torch.zeros_like(t) if g is None else g) for t, g in zip(wanted, found, strict=True)
+        )
+
+
+def _is_float(a: Any) -> bool:
+    return isinstance(a, float) or (hasattr(a, "dtype") and "float" in str(a.dtype))
+
+
+def _tensor(a: Any) -> Any:
+    if isinstance(a, float):
+        return torch.tensor(a, dtype=torch.float64)
+    return torch.from_numpy(a) if isinstance(a, np.ndarray) else a
+
+
+def _setting(a: Any) -> Any:
+    return torch.from_numpy(a) if isinstance(a, np.ndarray) else a
+
+
+def _array(t: Any) -> Any:
+    return t.detach().to(torch.float64 if t.is_floating_point() else t.dtype).numpy()
+
+
+def close(got: Any, wanted: Any, rtol: float = 1e-9, atol: float = 1e-11) -> bool:
+    """True when shapes agree and every entry does; else raise one readable line (no array dump)."""
+    __tracebackhide__ = True
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    assert got.shape == wanted.shape, f"your result has shape {got.shape}, expected {wanted.shape}"
+    error = np.abs(got - wanted)
+    bad = ~(error <= atol + rtol * np.abs(wanted))
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        place = f" at {where}" if where else ""
+        raise AssertionError(f"got {got[where]:.6g}, expected {wanted[where]:.6g}{place}")
+    return True
+
+
+def central_differences(
+    f: Callable, args: tuple, which: int, grad: Any = None, step: float = 1e-5
+) -> np.ndarray:
+    """d sum(f(*args) * grad) / d args[which] in float64, one entry at a time."""
+    base = np.array(args[which], dtype=np.float64)
+    slope = np.zeros_like(base)
+    for index in np.ndindex(base.shape):
+        sides = []
+        for sign in (1, -1):
+            moved = base.copy()
+            moved[index] += sign * step
+            changed = moved if moved.ndim else float(moved)
+            value = np.asarray(f(*args[:which], changed, *args[which + 1 :]))
+            sides.append((value if grad is None else value * grad).sum())
+        slope[index] = (sides[0] - sides[1]) / (2 * step)
+    return slope
+
+
+def rungs(module: Any) -> list[tuple[str, str, Subject]]:
+    """(family, rung, subject) for everything in a concept's RUNGS."""
+    return [
+        (family, rung, Subject(function, rung))
+        for family, ladder in module.RUNGS.items()
+        for rung, function in ladder.items()
+    ]
+
+
+def obeys(module: Any) -> Callable:
+    """A pytest test that runs every law of every family in `module.RUNGS` on every rung."""
+    cases = [
+        pytest.param(subject, one, id=f"{family}-{rung}-{one.name}")
+        for family, rung, subject in rungs(module)
+        for one in LAWS.get(family, {}).values()
+    ]
+
+    @pytest.mark.parametrize("subject, one", cases)
+    def test(subject: Subject, one: Law) -> None:
+        one.check(subject)
+
+    return test
+
+
+def refuses(module: Any, cases: list[tuple]) -> Callable:
+    """A pytest test over `(family, what, args, settings, message pattern)`: every rung raises that ValueError."""
+    table = [
+        pytest.param(subject, args, settings, message, id=f"{family}-{rung}-{what}")
+        for family, rung, subject in rungs(module)
+        for wanted, what, args, settings, message in cases
+        if wanted == family
+    ]
+
+    @pytest.mark.parametrize("subject, args, settings, message", table)
+    def test(subject: Subject, args: tuple, settings: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            subject(*args, **settings)
+
+    return test
+
+
+def caught(one: Law, suspect: Bug) -> bool:
+    """Does this law refuse this wrong answer?"""
+    try:
+        with np.errstate(all="ignore"):
+            one.check(Subject(suspect.function, suspect.rung))
+    except Exception:  # any failure is a refusal: a wrong answer may also crash
+        return True
+    return False
+
+
+def load_bugs(concept: str) -> None:
+    """Import the laws and the bugs of one concept, which registers them."""
+    importlib.import_module(f"tests.test_{concept}")
+    importlib.import_module(f"tests.bugs.{concept}")

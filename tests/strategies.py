@@ -1,0 +1,25 @@
+"""Shared hypothesis strategies: small arrays of awkward shapes, some of them views with permuted strides."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+
+def sizes(largest: int = 5, smallest: int = 1) -> st.SearchStrategy[int]:
+    return st.integers(smallest, largest)
+
+
+@st.composite
+def arrays(draw: st.DrawFn, *shape: int, scale: float = 1.0, gap: float = 0.0) -> np.ndarray:
+    """Float64 array; half of the draws are views with permuted strides.
+
+    With `gap` > 0 all entries differ by at least that much, so that ties do not decide a gradient.
+    """
+    seed = draw(st.integers(0, 2**16))
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * scale
+    if gap:
+        order = np.argsort(np.argsort(x, axis=None)).reshape(shape)
+        x = (order - x.size / 2) * max(gap, scale / max(x.size, 1)) + rng.uniform(0, gap / 4, shape)
+    if draw(st.booleans()):
+        x = np.ascontiguousarray(x.T).T
+    return x

@@ -1,0 +1,77 @@
+"""Laws of patch embedding."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minivlp import patch
+from tests.laws import central_differences, close, law, obeys, refuses
+from tests.strategies import arrays, sizes
+
+
+@st.composite
+def cases(draw):
+    """images (B, C, rows·p, columns·p), weight (D, C, p, p), bias (D,): rows ≠ columns on purpose."""
+    B, C, D, p, rows, columns = (draw(sizes(3)) for _ in range(6))
+    return (
+        draw(arrays(B, C, rows * p, columns * p)),
+        draw(arrays(D, C, p, p)),
+        draw(arrays(D)),
+    )
+
+
+@law(
+    "patch_embed",
+    hint="Patch n is row n // columns, column n % columns; inside a patch the order is (C, p, p).",
+)
+@given(case=cases())
+def equals_the_slow_loop(f, case):
+    images, weight, bias = case
+    p, columns = weight.shape[-1], images.shape[-1] // weight.shape[-1]
+    out = f(*case)
+    for b, n, d in np.ndindex(out.shape):
+        r, c = divmod(n, columns)
+        square = images[b, :, r * p : (r + 1) * p, c * p : (c + 1) * p]
+        close(out[b, n, d], (square * weight[d]).sum() + bias[d])
+
+
+@law(
+    "patch_embed", hint="Each gradient is the upstream gradient times the other factor, summed over the rest."
+)
+@given(case=cases(), seed=st.integers(0, 99))
+def gradients_are_the_slopes(f, case, seed):
+    upstream = np.random.default_rng(seed).standard_normal(f(*case).shape)
+    for which, gradient in enumerate(f.grads(*case, grad=upstream)):
+        close(gradient, central_differences(f, case, which, grad=upstream), rtol=1e-6, atol=1e-7)
+
+
+test_laws = obeys(patch)
+
+x, w, b = np.ones((1, 3, 4, 6)), np.ones((5, 3, 2, 2)), np.ones(5)
+test_refusals = refuses(
+    patch,
+    [
+        ("patch_embed", "height off the grid", (np.ones((1, 3, 5, 6)), w, b), {}, "images must have height"),
+        ("patch_embed", "channels differ", (np.ones((1, 2, 4, 6)), w, b), {}, "weight must have shape"),
+        ("patch_embed", "bias too long", (x, w, np.ones(4)), {}, "bias must have shape"),
+        ("patch_embed", "integer images", (x.astype(int), w, b), {}, "images must have a floating dtype"),
+        ("patch_embed", "NaN", (x * np.nan, w, b), {}, "images must not contain NaN"),
+    ],
+)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_cutting_and_joining_are_inverse(kind):
+    images = kind(np.random.default_rng(0).standard_normal((2, 3, 6, 8)))
+    patches = patch.to_patches(images, 2)
+    assert tuple(patches.shape) == (2, 12, 12)
+    assert (patch.from_patches(patches, 2, 6, 8) == images).all()
+
+
+def test_equals_a_strided_convolution():
+    """Outside truth: torch's convolution with kernel and stride p."""
+    images, weight, bias = torch.randn(2, 3, 8, 12), torch.randn(7, 3, 4, 4), torch.randn(7)
+    expected = torch.nn.functional.conv2d(images, weight, bias, stride=4).flatten(2).transpose(1, 2)
+    assert torch.allclose(patch.patch_embed(images, weight, bias), expected, atol=1e-5)
