@@ -1,12 +1,16 @@
 """Refuse bad input with one clear sentence: which argument, which rule, and what it got.
 
 The functions take NumPy arrays and torch tensors alike, return nothing, and raise ValueError.
-A shape is written as in the docstrings, "B N D": the first array that uses a letter fixes it, "…" stands for any
-leading axes, and a number stands for itself.
+A shape is written as in the docstrings, "B N D": the first array that uses a letter fixes it, "…" stands for
+any leading axes, and a number stands for itself.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+import torch.distributed as dist
 
 
 def refuse(argument: str, rule: str, got: object) -> None:
@@ -66,7 +70,7 @@ def mask(name: str, array: Any, whole_rows: bool = False) -> None:
 def positive(**scalars: Any) -> None:
     """Every scalar must be finite and > 0."""
     for name, value in scalars.items():
-        number = float(value)
+        number = _number(name, value)
         if not (number > 0 and math.isfinite(number)):
             refuse(name, "must be a finite number > 0", number)
 
@@ -74,5 +78,37 @@ def positive(**scalars: Any) -> None:
 def finite(**scalars: Any) -> None:
     """Every scalar must be finite."""
     for name, value in scalars.items():
-        if not math.isfinite(float(value)):
-            refuse(name, "must be finite", float(value))
+        if not math.isfinite(_number(name, value)):
+            refuse(name, "must be finite", _number(name, value))
+
+
+def generator(rng: Any) -> None:
+    """Random choices take a NumPy Generator; a seed or the old global state is no substitute."""
+    if not isinstance(rng, np.random.Generator):
+        refuse("rng", "must be a numpy.random.Generator", type(rng).__name__)
+
+
+def _number(name: str, value: Any) -> float:
+    """A scalar, Python's or an array without axes, as a Python float."""
+    if tuple(getattr(value, "shape", ())) != ():
+        refuse(name, "must be a scalar", f"shape {tuple(value.shape)}")
+    return float(value.detach() if hasattr(value, "detach") else value)
+
+
+def on_every_rank(check: Callable[[], object], name: str, array: Any, group: Any = None) -> None:
+    """Run `check` on every rank and compare the shape of one array: all ranks raise, or none does.
+
+    A rank that raised alone would leave the others waiting for it in the next collective.
+    """
+    fault = None
+    try:
+        check()
+    except ValueError as error:
+        fault = str(error)
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (fault, tuple(getattr(array, "shape", ()))), group=group)
+    for rank, (message, _) in enumerate(found):
+        if message:
+            raise ValueError(f"rank {rank}: {message}")
+    if len({shape for _, shape in found}) > 1:
+        refuse(name, "must have the same shape on every rank", [shape for _, shape in found])

@@ -23,3 +23,16 @@ def arrays(draw: st.DrawFn, *shape: int, scale: float = 1.0, gap: float = 0.0) -
     if draw(st.booleans()):
         x = np.ascontiguousarray(x.T).T
     return x
+
+
+@st.composite
+def pairs(draw: st.DrawFn, *lengths: float) -> tuple[np.ndarray, np.ndarray]:
+    """x (B, D), y (B, D), entries about as large as one of `lengths`; some pairs doubled, some rows zero."""
+    B, D, length = draw(sizes()), draw(sizes()), draw(st.sampled_from(lengths or (1.0,)))
+    x, y = draw(arrays(B, D, scale=length)), draw(arrays(B, D, scale=length))
+    special = draw(st.sampled_from(["none", "doubled", "zero"]))
+    if special == "doubled":
+        x[-1], y[-1] = x[0], y[0]
+    if special == "zero":
+        x[0] = 0
+    return x, y

@@ -1,0 +1,97 @@
+"""Attention: every query takes a mean of the values, weighted by a softmax of its match with their keys.
+
+For one head, with queries Q (Lq, d), keys K (Lk, d), values V (Lk, d):
+
+    S = Q Kᵀ / √d,        P = row softmax of S over the allowed keys,        O = P V.
+
+Gradient, with G = dL/dO: dV = Pᵀ G, and through the softmax Jacobian dS = P ∘ (G Vᵀ − rowsum(G ∘ O)), then
+dQ = dS K / √d and dK = dSᵀ Q / √d. In ViLT words and patches stand in one sequence, so one call mixes both.
+
+Masks are bool, True = the query may look at the key. `causal` lets query i see keys 0…i, counted from the
+first key (the upper left corner) also when Lq ≠ Lk, as in torch's scaled_dot_product_attention, so that
+every query has a key. To continue a sequence from cached keys, where the last query sees every key, pass that
+mask instead.
+
+Rungs:
+    attention_np    S and P in full, (B, H, Lq, Lk) each; gradients by hand
+    attention       the same in PyTorch; autograd keeps P and, under a mask, the mask
+
+Sources: Vaswani et al. 2017 (Attention is all you need), eq. 1. The row sum G ∘ O in place of dP ∘ P is from
+Dao et al. 2022 (FlashAttention), appendix B.2.
+Left out: dropout on P (0 in ViLT's blocks), additive biases, heads that share keys: no model here has them.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlp import refuse
+
+
+def _check(q, k, v, mask, causal: bool):
+    """Refuse bad input; return which (query, key) pairs are allowed, or None when all are."""
+    sizes = refuse.shapes(q=(q, "B H Lq d"), k=(k, "B H Lk d"), v=(v, "B H Lk d"))
+    refuse.floats(q=q, k=k, v=v)
+    if not sizes["Lk"] or not sizes["d"]:
+        refuse.refuse("k", "must hold at least one key of width ≥ 1", tuple(k.shape))
+    full = tuple(sizes[letter] for letter in ("B", "H", "Lq", "Lk"))
+    if mask is not None:
+        refuse.mask("mask", mask)
+        trailing = full[len(full) - mask.ndim :]
+        if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape, trailing, strict=True)):
+            refuse.refuse("mask", f"must broadcast to (B, H, Lq, Lk) = {full}", tuple(mask.shape))
+    if causal:
+        past = np.tri(*full[2:], dtype=bool)  # (Lq, Lk): True where key ≤ query
+        past = torch.from_numpy(past).to(q.device) if isinstance(q, Tensor) else past
+        mask = past if mask is None else mask & past
+    if mask is not None:
+        refuse.mask("mask", mask, whole_rows=True)
+    return mask
+
+
+def attention_np(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask=None, causal=False, grad=None):
+    """Attention and its gradients by hand.
+
+    q (B, H, Lq, d), k and v (B, H, Lk, d), mask bool broadcasting to (B, H, Lq, Lk), grad (B, H, Lq, d) the
+    upstream gradient (None = ones). Returns `(out (B, H, Lq, d), (dq, dk, dv))`. Raises ValueError on bad
+    shapes, dtypes, NaN, and when a query may see no key.
+    """
+    allowed = _check(q, k, v, mask, causal)
+    scale = 1 / math.sqrt(q.shape[-1])
+    S = q @ k.swapaxes(-1, -2) * scale  # (B, H, Lq, Lk)
+    if allowed is not None:
+        S = np.where(allowed, S, -np.inf)
+    P = np.exp(S - S.max(-1, keepdims=True))  # the largest exponent is 0: nothing overflows
+    P /= P.sum(-1, keepdims=True)
+    out = P @ v  # (B, H, Lq, d)
+    G = np.ones_like(out) if grad is None else grad
+    # O_i = Σ_j P_ij V_j, so V_j collects P_ij G_i over the queries.
+    dv = P.swapaxes(-1, -2) @ G
+    # P_ij feeds O_i through V_j: dP_ij = G_i · V_j. The softmax Jacobian is ∂P_ij/∂S_il = P_ij (δ_jl − P_il),
+    # so dS_ij = P_ij (dP_ij − Σ_l P_il dP_il), and Σ_l P_il (G_i · V_l) = G_i · O_i. A forbidden key has P =
+    # 0, so dS = 0.
+    dS = P * (G @ v.swapaxes(-1, -2) - (G * out).sum(-1, keepdims=True))
+    # S_ij = scale · Q_i · K_j: each factor's gradient is dS times the other, summed over the index it does
+    # not have.
+    dq = dS @ k * scale
+    dk = dS.swapaxes(-1, -2) @ q * scale
+    return out, (dq, dk, dv)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention: q (B, H, Lq, d), k and v (B, H, Lk, d) → (B, H, Lq, d).
+
+    mask is bool, True = may look, and broadcasts to (B, H, Lq, Lk): a key padding mask (B, Lk) comes as
+    `mask[:, None, None]`. Raises ValueError on bad shapes, dtypes, NaN, and when a query may see no key.
+    """
+    allowed = _check(q, k, v, mask, causal)
+    # Scaling q costs Lq · d products a head, scaling the scores Lq · Lk.
+    S = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
+    if allowed is not None:
+        S = S.masked_fill(~allowed, -math.inf)
+    return S.softmax(-1) @ v  # (B, H, Lq, d)
+
+
+RUNGS = {"attention": {"np": attention_np, "torch": attention}}

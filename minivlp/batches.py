@@ -1,0 +1,180 @@
+"""What one training step sees: scenes, or your own captioned pictures, turned into rows of ids, labels and pixels.
+
+A row is one forward pass of one text with one picture, and serves one objective: masked words (a true pair with
+words hidden) or matching (whole words, a true or a wrong pair; true and random pairs also serve the alignment).
+Rows(step) depends on (seed, step) alone, so a run that stops can go on as if it had not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlp.augment import rand_augment
+from minivlp.captions import Captions
+from minivlp.curriculum import Part, Stage, stage_at
+from minivlp.data import Concept, EmojiVL, Scene, Scenes
+from minivlp.itm import derangement
+from minivlp.mlm import IGNORE, mask_tokens
+from minivlp.models.vilt_pixels import vilt_pixels
+from minivlp.tasks import hide_relation, hide_slots, swapped
+from minivlp.text import WordPiece
+
+TRUE_PAIR, RANDOM_PAIR, OTHER = 1.0, -1.0, 0.0  # what the alignment does with a row: pull, push, leave alone
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows whose pictures have one size.
+
+    ids, labels (B, L) and text_mask (B, L) bool; labels −100 where nothing is to be predicted. pixels (B, 3, H, W)
+    in [−1, 1], pixel_mask (B, H, W) bool or None. match (B,) is 1 for a true pair, 0 for a wrong one, −1 for a row
+    that does not serve matching; align (B,) is +1, −1 or 0: pull together, push apart, leave alone.
+    """
+
+    ids: Tensor
+    text_mask: Tensor
+    labels: Tensor
+    match: Tensor
+    align: Tensor
+    pixels: Tensor
+    pixel_mask: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Rows":
+        moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
+        return replace(self, **moved)
+
+
+def scene_pixels(scenes: Sequence[Scene]) -> Tensor:
+    """Scenes of one canvas → pixels (B, 3, H, W) float32 in [−1, 1]: mean 0.5, deviation 0.5, as in ViLT."""
+    images = np.stack([scene.image for scene in scenes])  # (B, H, W, 3)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def text_rows(
+    tokenizer: WordPiece, texts: Sequence[str], answers: Sequence[Sequence[int]]
+) -> tuple[Tensor, ...]:
+    """Texts with [MASK]s and the ids under them → ids, text_mask, labels, each (B, L)."""
+    ids, _, mask = tokenizer.batch(texts)
+    labels = np.full_like(ids, IGNORE)
+    for row, hidden in enumerate(answers):
+        labels[row, ids[row] == tokenizer.mask_id] = hidden
+    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
+
+
+class SceneRows:
+    """The main job's rows: `rows(step)` → one Rows per part of the curriculum's stage at this step."""
+
+    def __init__(
+        self,
+        emojivl: EmojiVL,
+        nouns: Sequence[Concept],
+        tokenizer: WordPiece,
+        stages: Sequence[Stage],
+        steps: int,
+        batch: int,
+        seed: int,
+    ):
+        self.tokenizer, self.stages, self.steps, self.batch, self.seed = tokenizer, stages, steps, batch, seed
+        parts = {part for stage in stages for part in stage.parts}
+        self._scenes = {
+            part: Scenes(
+                emojivl,
+                nouns,
+                canvas=part.canvas,
+                kinds={part.kind: 1},
+                sizes=part.sizes,
+                seed=seed,
+            )
+            for part in parts
+        }
+
+    def __call__(self, step: int) -> list[Rows]:
+        stage = stage_at(self.stages, step / self.steps)
+        rng = np.random.default_rng((self.seed, step))
+        return [self._rows(part, step, rng) for part in stage.parts]
+
+    def _rows(self, part: Part, step: int, rng: np.random.Generator) -> Rows:
+        n = round(part.share * self.batch)
+        scenes = [self._scenes[part][step * self.batch + i] for i in range(n)]
+        texts, answers = [], []
+        match, align, picture = np.full(n, -1), np.zeros(n, np.float32), np.arange(n)
+        matching = round(part.matching * n)
+        other = derangement(matching, rng) if matching > 1 else np.arange(matching)
+        for i, scene in enumerate(scenes):
+            if i >= matching:
+                text, hidden = self._masked(part, scene, rng)
+            else:
+                text, hidden = scene.caption, ()
+                fate = rng.random()
+                match[i], align[i] = 1, TRUE_PAIR
+                if fate < 0.5 and scene.kind == "pair" and rng.random() < part.swaps:
+                    text, match[i], align[i] = swapped(scene), 0, OTHER
+                elif fate < 0.5 and scenes[other[i]].caption != scene.caption:
+                    picture[i], match[i], align[i] = other[i], 0, RANDOM_PAIR
+            texts.append(text)
+            answers.append(hidden)
+        ids, mask, labels = text_rows(self.tokenizer, texts, answers)
+        pixels = scene_pixels(scenes)[torch.from_numpy(picture)]  # a fresh gather: no picture is overwritten
+        return Rows(ids, mask, labels, torch.from_numpy(match), torch.from_numpy(align), pixels)
+
+    def _masked(self, part: Part, scene: Scene, rng: np.random.Generator) -> tuple[str, Sequence[int]]:
+        """Hide the relation phrase, or one noun, or all nouns."""
+        if scene.relation and rng.random() < part.relations:
+            text, word = hide_relation(scene)
+            return text, self.tokenizer.encode(word)
+        which = range(len(scene.slots))
+        if len(scene.slots) > 1 and rng.random() >= part.all_nouns:
+            which = [int(rng.integers(len(scene.slots)))]
+        return hide_slots(scene, which, self.tokenizer)
+
+
+class CaptionRows:
+    """Rows of your own captioned pictures: ViLT's own recipe, whole-word masking and half of the pairs wrong.
+
+    size: the shorter side in pixels; augment: RandAugment(2, 9) on every picture.
+    """
+
+    def __init__(
+        self,
+        captions: Captions,
+        tokenizer: WordPiece,
+        size: int,
+        patch: int,
+        max_text_len: int,
+        batch: int,
+        seed: int,
+        p: float = 0.15,
+        augment: bool = True,
+    ):
+        self.captions, self.tokenizer, self.size, self.patch = captions, tokenizer, size, patch
+        self.max_text_len, self.batch, self.seed, self.p, self.augment = max_text_len, batch, seed, p, augment
+
+    def __call__(self, step: int) -> list[Rows]:
+        rng = np.random.default_rng((self.seed, step))
+        n = min(self.batch, len(self.captions))
+        items = [self.captions[int(i)] for i in rng.choice(len(self.captions), n, replace=False)]
+        images = [rand_augment(item.image, rng) if self.augment else item.image for item in items]
+        pixels, pixel_mask = vilt_pixels(images, self.size, self.patch)
+        ids, word_ids, mask = self.tokenizer.batch([item.caption for item in items], self.max_text_len)
+        t = self.tokenizer
+        hidden, labels = mask_tokens(ids, word_ids, rng, len(t), t.mask_id, t.special_ids, self.p)
+        picture, match = np.arange(n), np.ones(n, np.int64)
+        if n > 1:
+            wrong = rng.permutation(n)[: n // 2]
+            picture[wrong], match[wrong] = derangement(n, rng)[wrong], 0
+            # Two captions of one picture, or one caption twice, are no wrong pair.
+            for i in wrong:
+                j = picture[i]
+                if items[i].caption == items[j].caption or np.array_equal(items[i].image, items[j].image):
+                    picture[i], match[i] = i, 1
+        nothing, unused = np.full_like(labels, IGNORE), np.full(n, -1)
+        # An empty caption has no word to align.
+        align = np.where(match == 1, TRUE_PAIR, RANDOM_PAIR) * (word_ids >= 0).any(1)
+        masked = (hidden, mask, labels, unused, np.zeros(n), np.arange(n))
+        matched = (ids, mask, nothing, match, align, picture)
+        both = [torch.from_numpy(np.concatenate([a, b])) for a, b in zip(masked, matched, strict=True)]
+        ids, mask, labels, match, align, picture = both
+        return [Rows(ids, mask, labels, match, align.float(), pixels[picture], pixel_mask[picture])]

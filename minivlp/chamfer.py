@@ -1,0 +1,122 @@
+"""Chamfer alignment: how well do two sets of tokens match when every token may choose its best partner?
+
+A similarity in [−1, 1], larger is better, 1 when every token has an exact partner on the other side:
+
+    s = ½ (meanᵢ maxⱼ Sᵢⱼ + meanⱼ maxᵢ Sᵢⱼ),        Sᵢⱼ = cos(xᵢ, yⱼ), padding excluded from means and maxima.
+
+On unit rows the squared Chamfer distance is 4 (1 − s). The two directed halves are the late interaction of
+FILIP; a maximum is the limit of a logsumexp at temperature 0, and a row-wise best partner is transport with
+the row marginal alone, so each mean of minima of 1 − cos is at most the cost of the full transport problem.
+
+Gradient: dS = ½ (one-hot of the row maximum / M + one-hot of the column maximum / N), the first index winning
+ties. s grows with the number of tokens even for unrelated sets, so read it against `mismatched`.
+
+Rungs (M × N similarities):
+    chamfer_np    S and its gradient, two M × N arrays
+    chamfer       the same by autograd, which keeps S and the indices of the maxima
+
+Sources: Fan, Su and Guibas 2017 (the Chamfer distance between point sets); Yao et al. 2022 (FILIP), section
+3.1; Lin et al. 2024 (VILA), section 3.1, which measures alignment layer by layer with it.
+Left out: the sum over tokens of ColBERT in place of the mean, which grows with the length of the caption.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlp import refuse
+from minivlp.sinkhorn import check_tokens, cosine, unit_grad_np, unit_np
+
+
+def _check(x, y, x_mask, y_mask) -> None:
+    """Refuse what is not `x (…, M, D)` and `y (…, N, D)` with equal leading axes and masks that fit them."""
+    refuse.shapes(x=(x, "… M D"), y=(y, "… N D"))
+    if x.shape[:-2] != y.shape[:-2]:
+        refuse.refuse("y", f"must have the leading axes {tuple(x.shape[:-2])} of x", tuple(y.shape))
+    check_tokens(("x", x, "x_mask", x_mask), ("y", y, "y_mask", y_mask))
+
+
+def mean_max_np(S: np.ndarray, row_mask: np.ndarray | None, col_mask: np.ndarray | None):
+    """One directed half: the mean over real rows of the maximum over real columns of S (…, M, N).
+
+    Masks broadcast to (…, M) and (…, N). Returns `(value (…), its gradient in S (…, M, N))`.
+    """
+    best = (S if col_mask is None else np.where(col_mask[..., None, :], S, -np.inf)).argmax(-1)[..., None]
+    real = np.ones(S.shape[:-1]) if row_mask is None else np.broadcast_to(row_mask, S.shape[:-1])
+    weight = real / real.sum(-1, keepdims=True)  # (…, M), summing to one
+    # value = Σ_i weight_i S_i,best(i): moving S_ij moves it by weight_i where j is the partner, else not at
+    # all.
+    dS = np.zeros_like(S)
+    np.put_along_axis(dS, best, weight[..., None], -1)
+    return (dS * S).sum((-2, -1)), dS
+
+
+def mean_max(S: Tensor, row_mask: Tensor | None = None, col_mask: Tensor | None = None) -> Tensor:
+    """One directed half: the mean over real rows of the maximum over real columns, S (…, M, N) → (…).
+
+    Masks broadcast to (…, M) and (…, N), so a batch of all pairs (B, B, M, N) takes (B, 1, M) and (1, B, N).
+    The other half is `mean_max(S.mT, col_mask, row_mask)`.
+    """
+    if col_mask is not None:
+        S = S.masked_fill(~col_mask[..., None, :], -torch.inf)
+    best = S.max(-1).values  # (…, M); with an index, so that the gradient goes to the first of equal maxima
+    if row_mask is None:
+        return best.mean(-1)
+    return best.masked_fill(~row_mask, 0).sum(-1) / row_mask.sum(-1)
+
+
+def chamfer_np(
+    x: np.ndarray,
+    y: np.ndarray,
+    x_mask: np.ndarray | None = None,
+    y_mask: np.ndarray | None = None,
+    grad: np.ndarray | None = None,
+):
+    """The Chamfer similarity of token sets and its gradients by hand.
+
+    x (…, M, D), y (…, N, D), masks (…, M) and (…, N) with True = real; grad (…) is the upstream gradient
+    (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (…) in [−1, 1], (d x, d y))`. Raises
+    ValueError on bad shapes, dtypes, NaN, an empty set and an all-False mask row.
+    """
+    _check(x, y, x_mask, y_mask)
+    (p, x_length), (q, y_length) = unit_np(x), unit_np(y)
+    S = p @ q.swapaxes(-1, -2)  # (…, M, N)
+    forward, d_forward = mean_max_np(S, x_mask, y_mask)
+    backward, d_backward = mean_max_np(S.swapaxes(-1, -2), y_mask, x_mask)
+    G = 0.5 * (d_forward + d_backward.swapaxes(-1, -2))  # (…, M, N)
+    G = G if grad is None else G * np.asarray(grad)[..., None, None]
+    # S = P Qᵀ, so each factor's gradient is G times the other; G holds at most M + N numbers that are not 0.
+    dx = unit_grad_np(p, x_length, G @ q)
+    dy = unit_grad_np(q, y_length, G.swapaxes(-1, -2) @ p)
+    return 0.5 * (forward + backward), (dx, dy)
+
+
+def chamfer(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+    """The Chamfer similarity: x (…, M, D), y (…, N, D) → (…); arguments and errors as in `chamfer_np`."""
+    _check(x, y, x_mask, y_mask)
+    S = cosine(x, y)  # (…, M, N)
+    return (0.5 * (mean_max(S, x_mask, y_mask) + mean_max(S.mT, y_mask, x_mask))).to(x.dtype)
+
+
+def mismatched(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+    """The baseline to read `chamfer(x, y)` against: its mean over wrong pairs of equal size, a scalar.
+
+    x (B, M, D), y (B, N, D), masks as in `chamfer`. Partners of pair i are the yⱼ, j ≠ i, with as many real
+    tokens as yᵢ, because the similarity of unrelated sets depends on how many tokens there are to choose
+    from. Every pair that has partners counts once. Raises ValueError when none has, and as `chamfer` does.
+    """
+    _check(x, y, x_mask, y_mask)
+    B = refuse.shapes(x=(x, "B M D"))["B"]
+    real = y.new_ones(y.shape[:2], dtype=torch.bool) if y_mask is None else y_mask.expand(y.shape[:2])
+    size = real.sum(1)  # (B,)
+    total, partners = y.new_zeros(B), size.new_zeros(B)
+    for shift in range(1, B):
+        equal = size == size.roll(shift)  # (B,)
+        total = total + chamfer(x, y.roll(shift, 0), x_mask, real.roll(shift, 0)) * equal
+        partners = partners + equal
+    if not bool(partners.any()):
+        refuse.refuse("y", "must hold two sets with equally many real tokens", f"sizes {size.tolist()}")
+    return (total / partners.clamp_min(1))[partners > 0].mean()
+
+
+RUNGS = {"chamfer": {"np": chamfer_np, "torch": chamfer}}

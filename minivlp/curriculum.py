@@ -1,0 +1,57 @@
+"""The curriculum of the main job: which scenes a step draws, and which questions it asks of them.
+
+Words attach to patches and to places long before they attach to pairs of patches, so easy scenes come first:
+single objects on a small canvas (few patches, many scenes a second; ViLT reads any size), then one object and
+where it lies ("a dog left of the middle"), then pairs ("a dog left of a guitar"). Earlier kinds keep a share of
+every batch, because what is not seen is forgotten. The model and its losses stay the same throughout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a batch. Shares of rows and probabilities lie in [0, 1]; sizes are shares of the canvas."""
+
+    kind: str  # of scene
+    share: float  # of the batch
+    canvas: int = 48  # pixels
+    sizes: tuple[float, float] = (0.32, 0.48)  # side of an object
+    matching: float = 0.4  # share of rows that serve matching; the others have masked words
+    relations: float = 0.5  # probability that the relation phrase is what is hidden
+    all_nouns: float = 0.5  # probability that every noun is hidden, not one
+    swaps: float = 0.5  # probability that a wrong pair is the caption in swapped order
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Parts that make up every batch until the given share of the run is over."""
+
+    until: float
+    parts: tuple[Part, ...]
+
+
+def stage_at(stages: Sequence[Stage], share: float) -> Stage:
+    """The stage after `share` of the run, in [0, 1)."""
+    return next(stage for stage in stages if share < stage.until)
+
+
+SINGLE = {"kind": "one", "canvas": 24, "sizes": (0.5, 0.77)}
+CPU_STAGES = (
+    Stage(0.15, (Part(**SINGLE, share=1.0, matching=0.6),)),
+    Stage(
+        0.35,
+        (Part(**SINGLE, share=0.2, matching=0.5), Part("place", 0.8, matching=0.5, relations=0.4)),
+    ),
+    Stage(
+        0.55,
+        (
+            Part(**SINGLE, share=0.1),
+            Part("place", 0.2),
+            Part("pair", 0.7, all_nouns=0.2, swaps=0.2),
+        ),
+    ),
+    Stage(1.0, (Part(**SINGLE, share=0.1), Part("place", 0.15), Part("pair", 0.75, matching=0.45))),
+)
+STAGES = {"cpu": CPU_STAGES}

@@ -1,0 +1,199 @@
+"""IPOT: transport between the words and the patches of a pair by proximal steps; ViLT's word-patch alignment.
+
+The proximal point method solves min ⟨T, C⟩ over plans with uniform marginals by a chain of easier problems,
+each held near the plan before it by a Kullback-Leibler term of weight β:
+
+    T_t = argmin ⟨T, C⟩ + β KL(T ‖ T_{t−1}).
+
+One Sinkhorn sweep a step is enough if the row scaling a is carried from step to step (T₀ = 1, a₀ = 1):
+
+    Q = T_{t−1} · exp(−C / β),   b = (1/N) / (Qᵀ a_{t−1}),   a_t = (1/M) / (Q b),   T_t = diag(a_t) Q diag(b).
+
+Columns are scaled first and rows last, so every word gives exactly 1/M while the patches receive 1/N up to an
+error that dies out with t. Resetting a to 1 in each step leaves an error that does not: the plan then stays
+infeasible and its cost may fall below the true optimum.
+
+With A_t = Πa and B_t = Πb the plan is diag(A_t) exp(−t C / β) diag(B_t): one sweep at ε = β/t from
+log-scalings that are extrapolated from the last two, log Ã_t = 2 log A_{t−1} − log A_{t−2}. So vectors
+suffice (`ipot_potentials_np`).
+
+Word-patch alignment: wpa = ⟨T, C⟩ with C = 1 − cos. Gradient: T is held fixed, so dC = T.
+
+Rungs (M × N pairs, everything in logarithms, because T falls to exp(−t·range(C)/β)):
+    ipot_np, ipot         log T is carried; three M × N arrays
+    ipot_potentials_np    only potentials are carried, by the identity above; the same plan
+    wpa_np, wpa           the cost, the detached plan, and the gradient through the cosine
+
+Sources: Xie, Wang, Wang and Zha 2020 (IPOT), algorithm 1; Chen et al. 2020 (UNITER), section 3.2; Kim, Son
+and Kim 2021 (ViLT), section 3.2.
+Left out: more than one inner sweep, and marginals other than uniform, which no alignment loss uses.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlp import refuse
+from minivlp.sinkhorn import (
+    check_cost,
+    check_tokens,
+    cosine,
+    log_weights,
+    log_weights_np,
+    logsumexp_np,
+    solving,
+    unit_grad_np,
+    unit_np,
+)
+
+
+def _check_plan(cost, beta, iters, row_mask, col_mask) -> None:
+    check_cost(cost, row_mask, col_mask, iters)
+    refuse.positive(beta=beta)
+
+
+def _check_pairs(words, patches, word_mask, patch_mask) -> None:
+    """Refuse what is not `words (B, L, D)` and `patches (B, N, D)`, none empty, with masks that fit them."""
+    refuse.shapes(words=(words, "B L D"), patches=(patches, "B N D"))
+    check_tokens(("words", words, "word_mask", word_mask), ("patches", patches, "patch_mask", patch_mask))
+
+
+def ipot_np(
+    cost: np.ndarray,
+    beta: float = 0.5,
+    iters: int = 50,
+    row_mask: np.ndarray | None = None,
+    col_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """The plan (…, M, N) after `iters` proximal steps on cost (…, M, N), uniform over the real tokens.
+
+    Masks (…, M) and (…, N) are bool, True = real; padded rows and columns of the plan are 0. beta > 0 is in
+    units of cost. Row sums are exact. Raises ValueError on bad shapes, dtypes, NaN, infinite costs, an
+    all-False mask row, beta ≤ 0 and iters < 1.
+    """
+    _check_plan(cost, beta, iters, row_mask, col_mask)
+    log_mu = log_weights_np(None, row_mask, cost.shape[-2])[..., None]  # (…, M, 1)
+    log_nu = log_weights_np(None, col_mask, cost.shape[-1])[..., None, :]  # (…, 1, N)
+    step = -cost / beta  # (…, M, N)
+    log_T, log_a = log_mu + np.zeros_like(step), np.zeros_like(log_mu)
+    for _ in range(iters):
+        log_Q = log_T + step
+        # Columns first, from the carried row scaling; rows last.
+        log_b = log_nu - logsumexp_np(log_Q + log_a, -2)[..., None, :]
+        log_a = log_mu - logsumexp_np(log_Q + log_b, -1)[..., None]
+        log_T = log_Q + log_a + log_b
+    return np.exp(log_T)
+
+
+def ipot_potentials_np(
+    cost: np.ndarray,
+    beta: float = 0.5,
+    iters: int = 50,
+    row_mask: np.ndarray | None = None,
+    col_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """The plan of `ipot_np`, same arguments, from potentials alone: step t is a Sinkhorn sweep at ε = β/t.
+
+    log A (…, M) and log B (…, N) are the logarithms of the products of all scalings so far. The plan before
+    step t, scaled by the carried a_{t−1} = A_{t−1} / A_{t−2}, has rows A_{t−1} · A_{t−1} / A_{t−2}: a linear
+    extrapolation of log A. The product of the column scalings cancels in the same way, because a sweep starts
+    by solving for it.
+    """
+    _check_plan(cost, beta, iters, row_mask, col_mask)
+    log_mu = log_weights_np(None, row_mask, cost.shape[-2])  # (…, M)
+    log_nu = log_weights_np(None, col_mask, cost.shape[-1])  # (…, N)
+    log_A = before = log_mu
+    for t in range(1, iters + 1):
+        K = -t * cost / beta  # (…, M, N)
+        extrapolated = 2 * log_A - before
+        log_B = log_nu - logsumexp_np(K + extrapolated[..., None], -2)
+        before, log_A = log_A, log_mu - logsumexp_np(K + log_B[..., None, :], -1)
+    return np.exp(log_A[..., None] + K + log_B[..., None, :])
+
+
+@torch.no_grad()
+def ipot(
+    cost: Tensor,
+    beta: float = 0.5,
+    iters: int = 50,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+) -> Tensor:
+    """The plan (…, M, N), detached; arguments and errors as in `ipot_np`.
+
+    Half precisions are solved in float32, and the plan is returned in the dtype of the cost.
+    """
+    _check_plan(cost, beta, iters, row_mask, col_mask)
+    step = solving(cost) / -beta  # (…, M, N)
+    log_mu = log_weights(None, row_mask, step, -2)[..., None]  # (…, M, 1)
+    log_nu = log_weights(None, col_mask, step, -1)[..., None, :]  # (…, 1, N)
+    log_T, log_a = log_mu + torch.zeros_like(step), torch.zeros_like(log_mu)
+    for _ in range(iters):  # in place: log_T is all the state there is, besides log_a
+        log_T += step
+        log_b = log_nu - (log_T + log_a).logsumexp(-2, keepdim=True)  # columns, with the row scaling carried
+        log_T += log_b
+        log_a = log_mu - log_T.logsumexp(-1, keepdim=True)  # rows
+        log_T += log_a
+    return log_T.exp_().to(cost.dtype)
+
+
+def wpa_np(
+    words: np.ndarray,
+    patches: np.ndarray,
+    word_mask: np.ndarray | None = None,
+    patch_mask: np.ndarray | None = None,
+    beta: float = 0.5,
+    iters: int = 50,
+    grad: np.ndarray | None = None,
+):
+    """Word-patch alignment ⟨T, C⟩ per pair and its gradients with T held fixed.
+
+    words (B, L, D), patches (B, N, D), masks (B, L) and (B, N) with True = a token that takes part; grad (B,)
+    is the upstream gradient (None = ones). beta and iters act through the plan only, so they have no
+    gradient. Returns `(value (B,) in [0, 2], (d words, d patches))`. Raises ValueError as `ipot_np` does.
+    """
+    _check_pairs(words, patches, word_mask, patch_mask)
+    (p, p_length), (q, q_length) = unit_np(words), unit_np(patches)
+    C = 1 - p @ q.swapaxes(-1, -2)  # (B, L, N)
+    T = ipot_np(C, beta, iters, word_mask, patch_mask)
+    # value_b = Σ_ij T_ij (1 − p_i · q_j) with T a constant, so dp_i = −Σ_j T_ij q_j and dq_j = −Σ_i T_ij p_i,
+    # times the upstream gradient of pair b.
+    G = T if grad is None else T * grad[:, None, None]
+    dwords = unit_grad_np(p, p_length, -G @ q)
+    dpatches = unit_grad_np(q, q_length, -G.swapaxes(-1, -2) @ p)
+    return (T * C).sum((-2, -1)), (dwords, dpatches)
+
+
+def wpa(
+    words: Tensor,
+    patches: Tensor,
+    word_mask: Tensor | None = None,
+    patch_mask: Tensor | None = None,
+    beta: float = 0.5,
+    iters: int = 50,
+) -> Tensor:
+    """⟨sg(T), C⟩ per pair: words (B, L, D), patches (B, N, D) → (B,); arguments and errors as in `wpa_np`."""
+    _check_pairs(words, patches, word_mask, patch_mask)
+    C = 1 - cosine(words, patches)  # (B, L, N)
+    T = ipot(C, beta, iters, word_mask, patch_mask)
+    return (T * C).sum((-2, -1)).to(words.dtype)  # elementwise: the trace of C Tᵀ would cost L × L products
+
+
+def alignment_masks(text_mask: Tensor) -> Tensor:
+    """The words that take part in ViLT's alignment: text_mask (B, L), True = real → word mask (B, L).
+
+    Left out are padding, the first real token ([CLS]) and the last ([SEP]), neither of which names anything.
+    On the image side drop the class token likewise: `wpa(text, image[:, 1:], word_mask, image_mask[:, 1:])`.
+    A caption without words gives an all-False row, which `wpa` refuses. Raises ValueError unless text_mask is
+    bool (B, L).
+    """
+    refuse.shapes(text_mask=(text_mask, "B L"))
+    refuse.mask("text_mask", text_mask)
+    so_far = text_mask.cumsum(1)  # (B, L), 1 at the first real token and the total at the last
+    return text_mask & (so_far > 1) & (so_far < so_far[:, -1:])
+
+
+RUNGS = {
+    "ipot": {"np": ipot_np, "torch": ipot},
+    "wpa": {"np": wpa_np, "torch": wpa},
+}

@@ -1,0 +1,138 @@
+"""Masked language modelling: hide words of a caption and predict them from the rest and from the picture.
+
+A caption with a hole asks the picture what was there: "two [MASK] on a table". It is the objective by which
+a vision-language model learns single words, next to matching, which judges whole pairs. With hidden states
+h_m (D) of the M tokens, word embeddings E (V, D), bias b (V), and t_m the true id of a masked token:
+
+    logits_m = E h_m + b,        loss = 1/|masked| Σ_{m masked} [ logsumexp(logits_m) − logits_m[t_m] ].
+
+Gradient: G = dL/dlogits = (softmax − one-hot) / |masked| on masked rows, zero elsewhere; dh = G E, dE = Gᵀ h,
+db = Σ_m G_m. A batch in which nothing is masked has loss 0 and zero gradients, not 0/0.
+
+Which tokens to hide is drawn here too. Words are chosen with probability p, each with all of its pieces,
+since the other pieces of a word ("skate ##bo [MASK]") give it away without the picture. Of the chosen
+tokens 80 % become [MASK], 10 % another id and 10 % stay: a model that cannot tell which token it will be
+asked for has to represent them all, and fine-tuning, where there is no [MASK], finds it prepared.
+
+Rungs (M tokens, K of them masked, K ≈ 0.15 M):
+    mask_tokens    random choices, no gradient
+    mlm_loss_np    selects the masked rows, then keeps their (K, V) logits
+    mlm_loss       the same in PyTorch; autograd keeps a (K, V) log-softmax
+
+Sources: Devlin et al. 2019 (BERT), section 3.1 and appendix A.1 (80/10/10); Kim, Son and Kim 2021 (ViLT),
+sections 3.2 and 3.3 (whole words, p = 0.15, the image left whole).
+Left out: at least one mask per caption (UNITER) and masked spans of words (X-VLM), which change the rate;
+masked patches, which ViLT found to hurt.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from minivlp import refuse
+
+IGNORE = -100  # the label of a token that is not to be predicted, as in torch's cross-entropy
+
+
+def mask_tokens(
+    ids: np.ndarray,
+    word_ids: np.ndarray,
+    rng: np.random.Generator,
+    vocab_size: int,
+    mask_id: int,
+    special_ids: Iterable[int],
+    p: float = 0.15,
+    whole_word: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose tokens to predict and hide them.
+
+    ids (B, L) integers in [0, vocab_size); word_ids (B, L) the index in its row of each token's word, −1 at
+    special tokens and padding, as `WordPiece.batch` gives them. Each word is chosen with probability `p`,
+    independently, with all of its pieces; with `whole_word=False` each piece is chosen by itself. Then for
+    each chosen token by itself, so that the pieces of one word may differ, as in BERT: 80 % become
+    `mask_id`, 10 % a uniform draw from the ids that are not special (the true one included), 10 % stay.
+    `mask_id` counts as special; tokens with a special id or a negative word index are never chosen.
+    Returns `(inputs, labels)`, both (B, L) int64; labels hold the true ids of the chosen tokens and −100
+    elsewhere; `ids` stays as it was. Raises ValueError on bad shapes, dtypes, ids or `p`.
+    """
+    refuse.shapes(ids=(ids, "B L"), word_ids=(word_ids, "B L"))
+    refuse.integers(ids=ids, word_ids=word_ids)
+    refuse.generator(rng)
+    special = np.unique([*special_ids, mask_id])
+    for name, values in (("ids", ids), ("special_ids and mask_id", special)):
+        outside = values[(values < 0) | (values >= vocab_size)]
+        if outside.size:
+            refuse.refuse(name, f"must lie between 0 and vocab_size − 1 = {vocab_size - 1}", outside[0])
+    if not 0 <= p <= 1:
+        refuse.refuse("p", "must be a probability", p)
+    if len(special) == vocab_size:
+        refuse.refuse("special_ids", "must leave an ordinary id to draw", f"all {vocab_size}")
+
+    ids, word_ids = ids.astype(np.int64), word_ids.astype(np.int64)  # copies, wide enough for −100
+    if whole_word:  # every piece looks at the coin of its word
+        coin = rng.random((len(ids), word_ids.max(initial=0) + 1))  # (B, words)
+        coin = np.take_along_axis(coin, word_ids.clip(0), axis=1)  # (B, L)
+    else:
+        coin = rng.random(ids.shape)  # (B, L)
+    chosen = (coin < p) & (word_ids >= 0) & ~np.isin(ids, special)
+    fate = rng.random(ids.shape)
+    ordinary = np.delete(np.arange(vocab_size), special)
+    inputs = np.where(chosen & (fate < 0.8), mask_id, ids)
+    swapped = chosen & (fate >= 0.9)
+    inputs[swapped] = rng.choice(ordinary, swapped.sum())
+    return inputs, np.where(chosen, ids, IGNORE)
+
+
+def _check(hidden, embedding, bias, targets) -> None:
+    """Refuse what is not `hidden (M, D)`, `embedding (V, D)`, `bias (V,)`, `targets (M,)` of ids or −100."""
+    sizes = refuse.shapes(
+        hidden=(hidden, "M D"), embedding=(embedding, "V D"), bias=(bias, "V"), targets=(targets, "M")
+    )
+    refuse.floats(hidden=hidden, embedding=embedding, bias=bias)
+    refuse.integers(targets=targets)
+    wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= sizes["V"]))]
+    if len(wrong):
+        refuse.refuse("targets", f"must be {IGNORE} or lie between 0 and {sizes['V'] - 1}", int(wrong[0]))
+
+
+def mlm_loss_np(hidden: np.ndarray, embedding: np.ndarray, bias: np.ndarray, targets: np.ndarray):
+    """Masked-word cross-entropy and its gradients by hand.
+
+    hidden (M, D), embedding (V, D), bias (V,), targets (M,) ids, −100 = not predicted; loss in nats.
+    Returns `(loss, (d hidden, d embedding, d bias))`, all zero when every target is −100.
+    Raises ValueError on bad shapes, dtypes, targets or NaN.
+    """
+    _check(hidden, embedding, bias, targets)
+    masked = np.flatnonzero(targets != IGNORE)  # (K,)
+    h, t, K = hidden[masked], targets[masked], max(len(masked), 1)  # (K, D), (K,)
+    logits = h @ embedding.T + bias  # (K, V)
+    shifted = logits - logits.max(1, keepdims=True)  # the largest is 0, so exp cannot overflow
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))  # (K, V)
+    loss = -log_p[np.arange(len(t)), t].sum() / K
+    # d logsumexp / d logits = softmax, and −logits[t] takes 1 off the target; the mean divides by K.
+    G = np.exp(log_p) / K  # (K, V)
+    G[np.arange(len(t)), t] -= 1 / K
+    # logits_kv = Σ_d h_kd E_vd + b_v, so each factor receives G times the other; other rows took no part.
+    dhidden = np.zeros_like(hidden)
+    dhidden[masked] = G @ embedding
+    return float(loss), (dhidden, G.T @ h, G.sum(0))
+
+
+def mlm_loss(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Masked-word cross-entropy: hidden (M, D), embedding (V, D), bias (V,), targets (M,) → scalar, in nats.
+
+    The mean over targets ≠ −100. Without any it is 0, still part of the graph, so that backward gives zeros.
+    Raises ValueError on bad shapes, dtypes, targets or NaN.
+    """
+    _check(hidden, embedding, bias, targets)
+    masked = targets != IGNORE
+    logits = hidden[masked] @ embedding.T + bias  # (K, V): the rows first, 15 % of the work
+    return F.cross_entropy(logits, targets[masked].long(), reduction="sum") / max(len(logits), 1)
+
+
+RUNGS = {
+    "mask_tokens": {"plain": mask_tokens},
+    "mlm_loss": {"np": mlm_loss_np, "torch": mlm_loss},
+}

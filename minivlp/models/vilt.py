@@ -1,0 +1,289 @@
+"""ViLT: words and image patches in one sequence, one transformer, no convolution and no region detector.
+
+    z⁰ = [LN(word + position + segment) + type 0 ; patch · W + position + type 1],   z^D = Encoder(z⁰),
+    pooled = tanh(W_p z^D_[CLS] + b_p).
+
+The text [CLS] is pooled; the image has a [CLS] of its own that no head reads. Text embeddings pass a
+LayerNorm of their own, patches do not. Images of a batch may differ in size: they are padded at the right and
+the bottom, and each takes the stored grid of positions resized to its own grid of patches.
+
+Sources: Kim, Son and Kim 2021 (ViLT), eq. 1 to 6 and sections 3.1, 4.1, 5.1 to 5.3 for the heads.
+Left out: dropout (see transformer.py); sampling a subset of the patches (200 in pretraining: the small images
+here need no cap, and the published fine-tuned models use all), which also shuffles them: here patches stay in
+row-major order; the masked-patch head, an ablation that did not help; copying ITM's row 1 into a new rank
+head and image type 1 into type 2.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, interpolate, linear, pad
+
+from minivlp import refuse
+from minivlp.models import vilt_weights
+from minivlp.models.vilt_pixels import vilt_pixels
+from minivlp.patch import PatchEmbed
+from minivlp.transformer import Encoder, normal_init
+from minivlp.weights import load_state, whole_file, write_safetensors
+
+__all__ = ["Vilt", "ViltConfig", "load_vilt", "resize_positions", "save_vilt", "vilt_pixels"]
+
+
+@dataclass(frozen=True)
+class ViltConfig:
+    """The sizes of a ViLT and the heads it has; the defaults are ViLT-B/32 with its two pretraining heads."""
+
+    vocab_size: int = 30522
+    max_text_len: int = 40
+    dim: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    patch: int = 32
+    image_size: int = 384  # pixels; positions are stored on a grid of image_size / patch squared
+    image_types: int = 1  # pictures per text: 2 for NLVR2
+    segments: int = 2  # rows of BERT's segment table, of which ViLT reads row 0
+    eps: float = 1e-6  # LayerNorms of the blocks and the final one
+    text_eps: float = 1e-12  # LayerNorms of the text embedding and the masked-word head
+    mlm: bool = True
+    mlm_tied: bool = False  # does the masked-word decoder share the word embedding? the original does not
+    itm: bool = True
+    num_answers: int = 0  # > 0: a VQA head of that many answers
+    nlvr2: bool = False
+    rank: bool = False
+
+    def __post_init__(self):
+        if self.patch < 1 or self.image_size < self.patch or self.image_size % self.patch:
+            refuse.refuse("image_size", f"must be a multiple of patch={self.patch}", self.image_size)
+        if self.nlvr2 and self.image_types < 2:
+            refuse.refuse("image_types", "must be at least 2 for the nlvr2 head", self.image_types)
+
+    @property
+    def grid(self) -> int:
+        """Rows (and columns) of the stored position grid."""
+        return self.image_size // self.patch
+
+
+class MlmHead(nn.Module):
+    """Dense, GELU, LayerNorm, then a decoder over the vocabulary: its own, or None when tied to the words."""
+
+    def __init__(self, vocab_size: int, dim: int, eps: float, tied: bool):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps)
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+
+def classifier(width: int, hidden: int, labels: int) -> nn.Sequential:
+    """The two-layer head of VQA and NLVR2; its norm has torch's own eps, 1e-5, in the original too."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, labels))
+
+
+class Vilt(nn.Module):
+    """ViLT: `encode` gives the states, each head its logits. Initial values use torch's default generator."""
+
+    def __init__(self, config: ViltConfig):
+        super().__init__()
+        self.config = c = config
+        self.word = nn.Embedding(c.vocab_size, c.dim)
+        self.text_position = nn.Embedding(c.max_text_len, c.dim)
+        self.segment = nn.Embedding(c.segments, c.dim)
+        self.text_norm = nn.LayerNorm(c.dim, c.text_eps)
+        self.modality = nn.Embedding(1 + c.image_types, c.dim)  # row 0 text, 1 image, 2 a second image
+        self.cls = nn.Parameter(torch.empty(c.dim).normal_(std=0.02))
+        self.position = nn.Parameter(torch.empty(1 + c.grid**2, c.dim).normal_(std=0.02))  # row 0 for cls
+        self.encoder = Encoder(c.dim, c.heads, c.hidden, c.layers, c.eps)
+        self.pooler = nn.Linear(c.dim, c.dim)
+        self.mlm = MlmHead(c.vocab_size, c.dim, c.text_eps, c.mlm_tied) if c.mlm else None
+        self.itm = nn.Linear(c.dim, 2) if c.itm else None
+        self.vqa = classifier(c.dim, 2 * c.dim, c.num_answers) if c.num_answers else None
+        self.nlvr2 = classifier(2 * c.dim, 2 * c.dim, 2) if c.nlvr2 else None
+        self.rank = nn.Linear(c.dim, 1) if c.rank else None
+        self.apply(normal_init)
+        self.patch = PatchEmbed(c.dim, c.patch)
+
+    def encode(
+        self,
+        ids: Tensor,
+        text_mask: Tensor,
+        pixels: Tensor,
+        pixel_mask: Tensor | None = None,
+        image_type: int = 1,
+    ) -> dict[str, Tensor]:
+        """Words and pixels in, states out.
+
+        ids (B, L) integers with [CLS] first; text_mask (B, L) bool, True = a word; pixels (B, 3, H, W)
+        normalised, H and W multiples of the patch; pixel_mask (B, H, W) bool, True over the real pixels, a
+        rectangle from the upper left corner (None = all real); image_type 1, or 2 for NLVR2's second picture.
+
+        Returns "text" (B, L, D), "image" (B, N+1, D) with the image [CLS] first and the patches row-major
+        over the padded grid, "image_mask" (B, N+1) and "pooled" (B, D). A patch counts as real when its upper
+        left pixel is. Raises ValueError on bad shapes, dtypes, NaN, ids outside the vocabulary and masks that
+        are not as said.
+        """
+        text = self._embed_text(ids, text_mask)  # (B, L, D)
+        image, image_mask = self._embed_image(pixels, pixel_mask, image_type)  # (B, N+1, D), (B, N+1)
+        if len(text) != len(image):
+            refuse.refuse("pixels", f"must hold one image per text, B={len(text)}", tuple(pixels.shape))
+        mask = torch.cat([text_mask, image_mask], 1)  # (B, L+N+1)
+        keys = None if bool(mask.all()) else mask[:, None, None]  # no padding, no mask to apply
+        z = self.encoder(torch.cat([text, image], 1), keys)  # (B, L+N+1, D)
+        text, image = z.split([text.shape[1], image.shape[1]], 1)
+        pooled = self.pooler(text[:, 0]).tanh()  # (B, D)
+        return {"text": text, "image": image, "image_mask": image_mask, "pooled": pooled}
+
+    def _embed_text(self, ids: Tensor, text_mask: Tensor) -> Tensor:
+        c = self.config
+        L = refuse.shapes(ids=(ids, "B L"), text_mask=(text_mask, "B L"))["L"]
+        refuse.integers(ids=ids)
+        refuse.mask("text_mask", text_mask, whole_rows=True)
+        if not 1 <= L <= c.max_text_len:
+            refuse.refuse("ids", f"must have 1 to {c.max_text_len} words", L)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= c.vocab_size):
+            refuse.refuse("ids", f"must lie in [0, {c.vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
+        words = self.word(ids) + (self.text_position.weight[:L] + self.segment.weight[0])  # (B, L, D)
+        return self.text_norm(words) + self.modality.weight[0]
+
+    def _embed_image(self, pixels: Tensor, pixel_mask: Tensor | None, image_type: int):
+        c = self.config
+        B, H, W = (refuse.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "BHW")
+        if not 1 <= image_type <= c.image_types:
+            refuse.refuse("image_type", f"must lie in [1, {c.image_types}]", image_type)
+        patches = self.patch(pixels)  # (B, N, D)
+        grid, stored = (H // c.patch, W // c.patch), self.position[1:].view(c.grid, c.grid, c.dim)
+        valid = None if pixel_mask is None else self._valid_patches(pixel_mask, (B, H, W))
+        if valid is None or bool(valid.all()):
+            positions = resize_positions(stored, *grid).flatten(0, 1)  # (N, D), the same for all
+            image_mask = torch.ones(B, 1 + patches.shape[1], dtype=torch.bool, device=pixels.device)
+        else:
+            sizes = list(zip(valid[:, :, 0].sum(1).tolist(), valid[:, 0].sum(1).tolist(), strict=True))
+            table = {size: self._padded_positions(stored, size, grid) for size in sizes}
+            positions = torch.stack([table[size] for size in sizes])  # (B, N, D)
+            image_mask = pad(valid.flatten(1), (1, 0), value=True)  # (B, N+1): the image [CLS] is real
+        cls = (self.cls + self.position[0]).expand(B, 1, -1)
+        return torch.cat([cls, patches + positions], 1) + self.modality.weight[image_type], image_mask
+
+    def _valid_patches(self, pixel_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Which patches are real, (B, H/p, W/p) bool: they must fill a rectangle from the upper left."""
+        refuse.mask("pixel_mask", pixel_mask)
+        if tuple(pixel_mask.shape) != shape:
+            refuse.refuse("pixel_mask", f"must have shape (B, H, W) = {shape}", tuple(pixel_mask.shape))
+        valid = pixel_mask[:, :: self.config.patch, :: self.config.patch]
+        rows, columns = valid[:, :, 0], valid[:, 0]
+        # The left and the upper edge, each cut at its first False, span the rectangle that the mask must be.
+        rectangle = rows.cummin(1).values[:, :, None] & columns.cummin(1).values[:, None, :]
+        if not bool(valid[:, 0, 0].all()) or not torch.equal(rectangle, valid):
+            refuse.refuse("pixel_mask", "must be a rectangle from the upper left corner", "another shape")
+        return valid
+
+    def _padded_positions(self, stored: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """Positions of a size = (h, w) image in the corner of a larger grid (N, D), 0 under the padding."""
+        below, right = grid[0] - size[0], grid[1] - size[1]
+        return pad(resize_positions(stored, *size), (0, 0, 0, right, 0, below)).flatten(0, 1)
+
+    def _head(self, name: str) -> nn.Module:
+        head = getattr(self, name)
+        if head is None:
+            refuse.refuse("model", f"must have the {name} head", "a configuration without it")
+        return head
+
+    @property
+    def mlm_weight(self) -> Tensor:
+        """The masked-word decoder (V, D): the word embedding when the head is tied."""
+        weight = self._head("mlm").weight
+        return self.word.weight if weight is None else weight
+
+    @property
+    def mlm_bias(self) -> Tensor:
+        """The masked-word decoder's bias (V,)."""
+        return self._head("mlm").bias
+
+    def mlm_hidden(self, text: Tensor) -> Tensor:
+        """The masked-word head before its decoder: (…, D) → (…, D); cheaper on the masked rows alone."""
+        head = self._head("mlm")
+        return head.norm(gelu(head.dense(text)))
+
+    def mlm_logits(self, text: Tensor) -> Tensor:
+        """Scores over the vocabulary: text states (…, D) → (…, V)."""
+        return linear(self.mlm_hidden(text), self.mlm_weight, self.mlm_bias)
+
+    def itm_logits(self, pooled: Tensor) -> Tensor:
+        """Does the text match the image? pooled (B, D) → (B, 2), column 1 = match."""
+        return self._head("itm")(pooled)
+
+    def vqa_logits(self, pooled: Tensor) -> Tensor:
+        """pooled (B, D) → (B, answers); each answer is a yes or no of its own."""
+        return self._head("vqa")(pooled)
+
+    def nlvr2_logits(self, pooled_a: Tensor, pooled_b: Tensor) -> Tensor:
+        """The statement read with each of two images, pooled (B, D) both → (B, 2), column 1 = true."""
+        return self._head("nlvr2")(torch.cat([pooled_a, pooled_b], -1))
+
+    def rank_logits(self, pooled: Tensor) -> Tensor:
+        """Retrieval score: pooled (B, D) → (B, 1)."""
+        return self._head("rank")(pooled)
+
+
+def resize_positions(grid: Tensor, rows: int, columns: int) -> Tensor:
+    """Resize a grid of positions (g, h, D) → (rows, columns, D), bilinear with the corners kept in place."""
+    if grid.shape[:2] == (rows, columns):
+        return grid
+    image = grid.permute(2, 0, 1)[None]  # (1, D, g, h)
+    return interpolate(image, size=(rows, columns), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
+
+
+def load_vilt(
+    source: Mapping[str, Tensor] | str | os.PathLike,
+    heads: int | None = None,
+    eps: float | None = None,
+    image_size: int | None = None,
+) -> Vilt:
+    """A Vilt with published weights, on CPU in float32.
+
+    source: a state dict, a folder, or a `.safetensors`, `.bin` or `.ckpt` file, with Hugging Face's or the
+    original names; a config.json beside it is read. heads: D / 64 unless config.json or this says otherwise.
+    eps of every LayerNorm:
+    config.json's, or 1e-12 for Hugging Face names, 1e-6 (blocks) and 1e-12 (text, masked-word head) for
+    original ones. image_size (pixels) resizes the stored grid of positions. Raises ValueError on missing or
+    unexpected tensors.
+    """
+    state, beside = load_state(source)
+    published = vilt_weights.from_published(state)
+    tensors, fields = published.tensors, vilt_weights.config_fields(published, beside, heads, eps)
+    if image_size is not None:
+        stored, grid = fields["image_size"] // fields["patch"], image_size // fields["patch"]
+        square = tensors["position"][1:].float().view(stored, stored, -1)
+        resized = resize_positions(square, grid, grid).flatten(0, 1)
+        tensors["position"] = torch.cat([tensors["position"][:1].float(), resized])
+        fields["image_size"] = image_size
+    config = ViltConfig(**fields)
+    if config.mlm_tied:
+        tensors.pop("mlm.weight", None)
+    with torch.device("meta"):  # shapes only: no random numbers are drawn for weights that are replaced
+        model = Vilt(config)
+    for name, empty in model.state_dict().items():
+        if tensors[name].shape != empty.shape:
+            refuse.refuse(
+                published.spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape)
+            )
+    model.to_empty(device="cpu").load_state_dict(tensors)
+    return model
+
+
+def save_vilt(model: Vilt, folder: str | os.PathLike) -> None:
+    """Write `model.safetensors` and `config.json` with Hugging Face's names, each whole or not at all.
+
+    Heads that Hugging Face does not have, or not together in one model, keep the original code's names.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = vilt_weights.to_hugging_face(model.state_dict())
+    with whole_file(folder / "config.json") as file:
+        file.write(json.dumps(vilt_weights.hugging_face_config(model.config), indent=2).encode())
+    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})

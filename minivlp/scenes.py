@@ -1,0 +1,286 @@
+"""Picture-caption scenes, composed from EmojiVL drawings as they are asked for, with the box of every object.
+
+A scene is a mid-tone background with one to four objects; its caption is true of it, has no verb, and follows
+one frame per kind, so that neither frame nor article gives an answer away:
+
+    one      a dog                       place    a dog left of the middle
+    count    three dogs                  pair     a dog left of a guitar  (right of, above, below)
+                                         between  a dog between a drum and a kite
+
+A named relation is the dominant direction: centres are at most half as far apart across it as along it, and
+the objects of a pair do not overlap along it. A tenth of all pairs of nouns is held out of training, for
+tests of composition. Nothing is mirrored, for left must stay left.
+
+Scene i depends on (seed, i) alone, so that a run can stop and go on at any index.
+
+Left out: perspective, occlusion and clutter. These are icons on plain backgrounds, not photographs.
+"""
+
+import hashlib
+import operator
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from minivlp.emojivl import CPU_NOUNS, TRAINING_ARTISTS, Concept, EmojiVL
+from minivlp.refuse import refuse
+
+NUMBERS = ("no", "one", "two", "three", "four")
+# Relation → (axis, does the object named first come first along it); axis 0 is x, axis 1 is y downwards.
+RELATIONS = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
+# The more objects share the canvas, the smaller they are.
+FACTORS = {"one": 1.25, "place": 1.0, "pair": 1.0, "count": 0.9, "between": 0.65}
+ABREAST = {"one": 1, "place": 1, "pair": 2, "count": 2, "between": 3}  # objects side by side at most
+CACHE_BYTES = 2**27  # of scaled drawings, at most
+Square = tuple[int, int, int]  # x, y, side
+
+
+def held_out(a: int, b: int) -> bool:
+    """Is the unordered pair of concept ids kept for testing? One in ten is, by a hash that never changes."""
+    low, high = sorted((a, b))
+    return hashlib.sha256(f"{low}-{high}".encode()).digest()[0] < 26  # of 256
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One picture with its caption.
+
+    image (H, W, 3) uint8; boxes (n, 4) int64, x1 y1 x2 y2 in pixels (x2, y2 excluded), tight around each
+    drawing, in the order in which the caption names the objects; objects, their concept ids; frame and slots,
+    the caption in parts ("{} left of {}", ("a dog", "a guitar")); relation, the phrase of a pair or a place
+    ('' otherwise).
+    """
+
+    image: np.ndarray
+    kind: str
+    frame: str
+    slots: tuple[str, ...]
+    boxes: np.ndarray
+    objects: tuple[int, ...]
+    relation: str = ""
+
+    @property
+    def caption(self) -> str:
+        return self.frame.format(*self.slots)
+
+
+class Scenes:
+    """An endless list of scenes: `scenes[i]` for any i ≥ 0.
+
+    nouns: the concepts to draw from (None = `emojivl.nouns(CPU_NOUNS)`); artists: who may draw, each object
+    by its own artist (None = those of the five training artists that the folder has); canvas: side in
+    pixels; kinds: weight of each kind of scene (None = pairs only); pairs: which pairs of nouns may meet in
+    a scene, "train", "held_out" or "all"; sizes: smallest and largest side of an object, as shares of the
+    canvas, to be multiplied by its kind's factor in FACTORS.
+    Raises ValueError for an unknown name, and when these choices leave nothing to draw.
+    """
+
+    def __init__(
+        self,
+        emojivl: EmojiVL,
+        nouns: Sequence[Concept] | None = None,
+        artists: Sequence[str] | None = None,
+        canvas: int = 48,
+        kinds: Mapping[str, float] | None = None,
+        pairs: str = "train",
+        sizes: tuple[float, float] = (0.32, 0.48),
+        seed: int = 0,
+    ):
+        if artists is None:
+            artists = [a for a in TRAINING_ARTISTS if a in emojivl.sheets]
+        if unknown := set(artists) - set(emojivl.sheets):
+            refuse("artists", f"must be among {sorted(emojivl.sheets)}", sorted(unknown))
+        kinds = {"pair": 1.0} if kinds is None else {kind: w for kind, w in kinds.items() if w}
+        if unknown := set(kinds) - set(FACTORS):
+            refuse("kinds", f"must be among {list(FACTORS)}", sorted(unknown))
+        if not kinds or not all(0 < weight < float("inf") for weight in kinds.values()):
+            refuse("kinds", "must have finite weights ≥ 0, one of them > 0", kinds)
+        if pairs not in ("train", "held_out", "all"):
+            refuse("pairs", "must be train, held_out or all", repr(pairs))
+        most = min(1 / (FACTORS[kind] * ABREAST[kind]) for kind in kinds)
+        if not 0 < sizes[0] <= sizes[1] <= most:
+            refuse("sizes", f"must satisfy 0 < smallest ≤ largest ≤ {most:.2f} for {list(kinds)}", sizes)
+        if int(FACTORS["between"] * sizes[0] * canvas) < 4:
+            refuse("canvas", f"must leave 4 pixels for the smallest object of sizes {sizes}", canvas)
+        nouns = emojivl.nouns(CPU_NOUNS) if nouns is None else tuple(nouns)
+        if len({c.id for c in nouns}) < len(nouns) or not all(c.countable for c in nouns):
+            refuse("nouns", "must be distinct countable concepts", [c.name_en for c in nouns])
+        self.nouns = tuple(c for c in nouns if set(c.artists) & set(artists))
+        if len(self.nouns) < 2:
+            refuse("nouns", f"must hold at least two nouns drawn by {list(artists)}", len(self.nouns))
+        self.emojivl, self.artists, self.canvas = emojivl, tuple(artists), canvas
+        self.sizes, self.seed = sizes, operator.index(seed)
+        self.kinds, self._weights = tuple(kinds), np.cumsum(list(kinds.values())).tolist()
+        self._drawn_by = {c.id: [a for a in self.artists if a in c.artists] for c in self.nouns}
+        self._meet(pairs)
+        self._ramp = np.linspace(-0.5, 0.5, canvas, dtype=np.float32)
+        self._channel = np.arange(3 * canvas) % 3  # of each number in a row of the picture
+        largest = 2 * 3 * 4 * (FACTORS["one"] * sizes[1] * canvas) ** 2  # bytes of a sprite
+        self._sprite = lru_cache(maxsize=int(CACHE_BYTES / largest))(self._cut)
+
+    def __getitem__(self, index: int) -> Scene:
+        if operator.index(index) < 0:
+            refuse("index", "must be ≥ 0", index)
+        # All choices go through random(), the one method whose numbers Python promises never to change.
+        rng = Random(f"{self.seed}-{index}")
+        kind = self.kinds[bisect(self._weights, rng.random() * self._weights[-1], hi=len(self.kinds) - 1)]
+        return getattr(self, f"_{kind}")(rng)
+
+    def _meet(self, pairs: str) -> None:
+        """List the pairs of nouns that may meet, and for each noun the set of its partners."""
+        self._pairs = [
+            (a, b)
+            for a, b in combinations(self.nouns, 2)
+            if pairs == "all" or held_out(a.id, b.id) == (pairs == "held_out")
+        ]
+        if "pair" in self.kinds and not self._pairs:
+            refuse("pairs", "must leave at least one pair of these nouns", repr(pairs))
+        self._partners = {c.id: set() for c in self.nouns}
+        for a, b in self._pairs:
+            self._partners[a.id].add(b.id)
+            self._partners[b.id].add(a.id)
+        if "between" in self.kinds and not any(self._thirds(a, b) for a, b in self._pairs):
+            refuse("pairs", "must leave three nouns that may all meet", repr(pairs))
+
+    def _thirds(self, a: Concept, b: Concept) -> list[int]:
+        """The ids of the nouns that may meet both."""
+        return sorted(self._partners[a.id] & self._partners[b.id])
+
+    # The kinds: what is where, and how it is said.
+
+    def _one(self, rng: Random) -> Scene:
+        concept, side = _choice(rng, self.nouns), self._side(rng, "one")
+        square = (_integer(rng, 0, self.canvas - side), _integer(rng, 0, self.canvas - side), side)
+        return self._compose(rng, "one", "{}", [_a(concept)], [concept], [square])
+
+    def _place(self, rng: Random) -> Scene:
+        concept, side = _choice(rng, self.nouns), self._side(rng, "place")
+        relation = _choice(rng, tuple(RELATIONS))
+        axis, in_order = RELATIONS[relation]
+        room = self.canvas - side
+        edge = _integer(rng, 0, int(0.3 * room))  # distance from the border of the canvas
+        off = room - 2 * edge  # twice the distance of the centre from the middle; across, at most half of it
+        across = _integer(rng, -(-(2 * room - off) // 4), (2 * room + off) // 4)
+        along = edge if in_order else room - edge
+        square = (along, across, side) if axis == 0 else (across, along, side)
+        frame = f"{{}} {relation} the middle"
+        return self._compose(rng, "place", frame, [_a(concept)], [concept], [square], relation)
+
+    def _pair(self, rng: Random) -> Scene:
+        concepts = _shuffled(rng, _choice(rng, self._pairs))
+        relation = _choice(rng, tuple(RELATIONS))
+        axis, in_order = RELATIONS[relation]
+        squares = self._row(rng, axis, [self._side(rng, "pair") for _ in range(2)])
+        if not in_order:
+            squares.reverse()
+        slots = [_a(c) for c in concepts]
+        return self._compose(rng, "pair", f"{{}} {relation} {{}}", slots, concepts, squares, relation)
+
+    def _between(self, rng: Random) -> Scene:
+        thirds = []
+        while not thirds:  # _meet made sure that some pair has a third
+            pair = _choice(rng, self._pairs)
+            thirds = self._thirds(*pair)
+        concepts = _shuffled(rng, (*pair, self.emojivl.concepts[_choice(rng, thirds)]))
+        axis = _integer(rng, 0, 1)
+        low, middle, high = self._row(rng, axis, [self._side(rng, "between") for _ in range(3)])
+        squares = [middle, *_shuffled(rng, (low, high))]
+        slots = [_a(c) for c in concepts]
+        return self._compose(rng, "between", "{} between {} and {}", slots, concepts, squares)
+
+    def _count(self, rng: Random) -> Scene:
+        concept, n = _choice(rng, self.nouns), _integer(rng, 1, 4)
+        half = self.canvas // 2
+        squares = []
+        for cell in _shuffled(rng, range(4))[:n]:  # quarters of the canvas
+            side = self._side(rng, "count")
+            x, y = _integer(rng, 0, half - side), _integer(rng, 0, half - side)
+            squares.append((x + half * (cell % 2), y + half * (cell // 2), side))
+        slot = concept.noun if n == 1 else concept.plural
+        return self._compose(rng, "count", f"{NUMBERS[n]} {{}}", [slot], [concept] * n, squares)
+
+    # Placing and painting.
+
+    def _side(self, rng: Random, kind: str) -> int:
+        low, high = (int(FACTORS[kind] * share * self.canvas) for share in self.sizes)
+        return _integer(rng, low, high)
+
+    def _row(self, rng: Random, axis: int, sides: list[int]) -> list[Square]:
+        """Squares in order along the axis, without overlap, near one line across it."""
+        slack = self.canvas - sum(sides)
+        gaps = sorted(_integer(rng, 0, slack) for _ in sides)
+        starts = [gap + sum(sides[:i]) for i, gap in enumerate(gaps)]
+        centres = [start + side / 2 for start, side in zip(starts, sides, strict=True)]
+        line = rng.uniform(max(sides) / 2, self.canvas - max(sides) / 2)
+        squares = []
+        for start, side, centre in zip(starts, sides, centres, strict=True):
+            nearest = min(abs(centre - other) for other in centres if other != centre)
+            # Two neighbours leave the line by at most a quarter of their distance each, rounding included.
+            reach = nearest / 4 - 0.5
+            across = round(line + rng.uniform(-reach, reach) - side / 2)
+            across = min(max(across, 0), self.canvas - side)
+            squares.append((start, across, side) if axis == 0 else (across, start, side))
+        return squares
+
+    def _compose(self, rng, kind, frame, slots, concepts, squares, relation="") -> Scene:
+        """Paint drawings on a colour gradient, each centred in its square, with a gain per colour channel."""
+        colours = [[rng.uniform(low, high) for _ in "RGB"] for low, high in ((80, 170), (-40, 40), (-40, 40))]
+        base, slope_x, slope_y = np.array(colours, np.float32)[:, self._channel]  # each (W·3,)
+        # A row of the picture is W·3 numbers long: NumPy is slow where the last axis has only three.
+        picture = self._ramp[:, None] * slope_y  # (H, W·3)
+        picture += base + self._ramp.repeat(3) * slope_x
+        gains = np.array([[rng.uniform(0.8, 1.2) for _ in "RGB"] for _ in concepts], np.float32)
+        gains = gains[:, self._channel]  # (n, W·3)
+        boxes = []
+        for concept, (x, y, side), gain in zip(concepts, squares, gains, strict=True):
+            artist = _choice(rng, self._drawn_by[concept.id])
+            colour, transparency = self._sprite(concept.id, artist, side)  # each (h, w·3)
+            h, w = colour.shape[0], colour.shape[1] // 3
+            x, y = x + (side - w) // 2, y + (side - h) // 2
+            region = picture[y : y + h, 3 * x : 3 * (x + w)]
+            region *= transparency
+            region += colour * gain[: 3 * w]
+            boxes.append((x, y, x + w, y + h))
+        np.minimum(picture, 255, out=picture)  # a gain may overshoot; nothing here can be negative
+        image = picture.astype(np.uint8).reshape(self.canvas, self.canvas, 3)
+        objects = tuple(c.id for c in concepts)
+        return Scene(image, kind, frame, tuple(slots), np.array(boxes), objects, relation)
+
+    def _cut(self, concept: int, artist: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """The drawing, cropped to what is visible and scaled to fit a square: (h, w·3) float32 arrays.
+
+        The first is colour × alpha in 0…255, the second 1 − alpha once a channel, so that painting is one
+        multiply-add. Both margins to the square are whole pixels: the drawing shares the square's centre.
+        """
+        tile = Image.fromarray(self.emojivl.sheets[artist][concept])
+        visible = tile.getchannel("A").getbbox()
+        width, height = visible[2] - visible[0], visible[3] - visible[1]
+        margins = (round(side * (1 - d / max(width, height)) / 2) for d in (width, height))
+        w, h = (side - 2 * min(margin, (side - 1) // 2) for margin in margins)  # at least one pixel
+        small = tile.convert("RGBa").resize((w, h), Image.Resampling.BICUBIC, box=visible)
+        rgba = np.asarray(small, dtype=np.float32)  # (h, w, 4)
+        colour = rgba[..., :3].reshape(h, 3 * w)
+        return colour, 1 - rgba[..., 3].repeat(3, axis=1) / 255
+
+
+def _integer(rng: Random, low: int, high: int) -> int:
+    """A uniform integer, both ends included."""
+    return low + int(rng.random() * (high - low + 1))
+
+
+def _choice(rng: Random, items: Sequence):
+    return items[int(rng.random() * len(items))]
+
+
+def _shuffled(rng: Random, items: Sequence) -> list:
+    return sorted(items, key=lambda _: rng.random())
+
+
+def _a(concept: Concept) -> str:
+    return f"{concept.article} {concept.noun}"

@@ -1,0 +1,256 @@
+"""Sinkhorn: the cheapest way to send words to patches when every token must give and receive its exact share.
+
+Among the plans T ≥ 0 with row sums a and column sums b, the entropic optimum
+
+    T = argmin ⟨T, C⟩ − ε H(T) = exp(uᵢ − Cᵢⱼ / ε + vⱼ)
+
+is found by solving for one marginal at a time, in logarithms so that no ε underflows:
+
+    vⱼ = log bⱼ − logsumexpᵢ(uᵢ − Cᵢⱼ / ε),        then        uᵢ = log aᵢ − logsumexpⱼ(vⱼ − Cᵢⱼ / ε).
+
+u and v are dimensionless; in units of cost they are ε·u and ε·v. v comes first, so the row sums are exact at
+the end and the column sums are as good as the iterations. As ε → 0 the plan solves the linear programme, as ε
+→ ∞ it is a bᵀ.
+
+The alignment cost is ⟨T, C⟩ with C = 1 − cos(x, y). Gradient: T is held fixed, so dC = T.
+
+Rungs (M × N pairs, width D):
+    sinkhorn_np, sinkhorn             the plan: a few M × N arrays, or, when PyTorch differentiates the plan,
+                                      a few for every iteration
+    sinkhorn_cost_np, sinkhorn_cost   ⟨T, C⟩ with T a constant: a few M × N arrays, however many iterations
+
+Sources: Cuturi 2013, algorithm 1; Peyré and Cuturi 2019 (Computational Optimal Transport), section 4.4.
+Left out: the debiased divergence and unbalanced marginals, which answer other questions; a stopping rule,
+because a fixed number of iterations is what two rungs can be compared at.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlp import refuse
+
+# The log-weight of a token that must get nothing. Finite, because −inf − (−inf) is NaN; its exp is exactly 0.
+NOTHING = -1e30
+# A row shorter than this is divided by it instead of by its length, so that a zero row stays zero.
+SHORTEST = 1e-5
+
+
+def check_axis(name: str, array, leading: tuple[int, ...], length: int) -> None:
+    """Refuse a mask or weight vector that is neither (…, length) nor one (length,) for the whole batch."""
+    shape = tuple(array.shape) if hasattr(array, "shape") else type(array).__name__
+    if shape not in ((*leading, length), (length,)):
+        refuse.refuse(name, f"must have shape {(*leading, length)} or {(length,)}", shape)
+
+
+def check_mask(name: str, mask, leading: tuple[int, ...], length: int) -> None:
+    """Refuse a mask that does not fit its axis, is not bool, or leaves a row without a token."""
+    if mask is not None:
+        check_axis(name, mask, leading, length)
+        refuse.mask(name, mask, whole_rows=True)
+
+
+def check_tokens(*sets: tuple) -> None:
+    """Refuse token sets `(name, tokens (…, M, D), name of the mask, mask)` that cannot be compared.
+
+    That is: none in a set, no floats or NaN, masks that do not fit, two different dtypes.
+    """
+    for name, tokens, mask_name, mask in sets:
+        refuse.floats(**{name: tokens})
+        if tokens.shape[-2] == 0:
+            refuse.refuse(name, "must hold at least one token", tuple(tokens.shape))
+        if tokens.dtype != sets[0][1].dtype:
+            refuse.refuse(name, f"must have the dtype {sets[0][1].dtype} of {sets[0][0]}", tokens.dtype)
+        check_mask(mask_name, mask, tuple(tokens.shape[:-2]), tokens.shape[-2])
+
+
+def check_cost(cost, row_mask, col_mask, iters: int) -> None:
+    """Refuse what is not a finite `cost (…, M, N)`, masks that do not fit it, and iters < 1."""
+    sizes = refuse.shapes(cost=(cost, "… M N"))
+    refuse.floats(cost=cost)
+    if sizes["M"] * sizes["N"] == 0:
+        refuse.refuse("cost", "must have at least one row and one column", tuple(cost.shape))
+    if bool((abs(cost) == float("inf")).any()):
+        refuse.refuse("cost", "must be finite", "an infinite entry")
+    check_mask("row_mask", row_mask, tuple(cost.shape[:-2]), sizes["M"])
+    check_mask("col_mask", col_mask, tuple(cost.shape[:-2]), sizes["N"])
+    if not isinstance(iters, int | np.integer) or iters < 1:
+        refuse.refuse("iters", "must be a whole number ≥ 1", iters)
+
+
+def check_weights(name: str, weights, mask, leading: tuple[int, ...], length: int) -> None:
+    """Refuse weights that are negative, do not sum to one, or lie on a padded token. Zeros are legal."""
+    check_axis(name, weights, leading, length)
+    refuse.floats(**{name: weights})
+    if bool((weights < 0).any()):
+        refuse.refuse(name, "must not be negative", float(weights.min()))
+    finfo = torch.finfo if isinstance(weights, Tensor) else np.finfo
+    total = weights.sum(-1)
+    off = float(abs(total - 1).max()) if total.size != 0 else 0.0
+    if off > max(1e-6, length * float(finfo(weights.dtype).eps)):
+        refuse.refuse(name, "must sum to one", f"a sum that is off by {off:.3g}")
+    if mask is not None and bool(((weights > 0) & ~mask).any()):
+        refuse.refuse(name, "must be zero where the mask is False", "weight on a padded token")
+
+
+def log_weights_np(weights: np.ndarray | None, mask: np.ndarray | None, length: int) -> np.ndarray:
+    """log weights (…, length), uniform over the real tokens when None; NOTHING where the weight is 0."""
+    if weights is None:
+        real = np.ones(length, dtype=bool) if mask is None else mask
+        weights = real / real.sum(-1, keepdims=True)
+    return np.where(weights > 0, np.log(np.where(weights > 0, weights, 1.0)), NOTHING)
+
+
+def log_weights(weights: Tensor | None, mask: Tensor | None, like: Tensor, axis: int) -> Tensor:
+    """The same for one axis of the cost `like` (…, M, N), in its dtype and on its device."""
+    if weights is None:
+        real = like.new_ones(like.shape[axis]) if mask is None else mask.to(like.dtype)
+        weights = real / real.sum(-1, keepdim=True)
+    weights = weights.to(like.dtype)
+    return torch.where(weights > 0, weights.clamp_min(torch.finfo(like.dtype).tiny).log(), NOTHING)
+
+
+def logsumexp_np(x: np.ndarray, axis: int) -> np.ndarray:
+    """log Σ exp(x) along one axis, shifted by the maximum so that nothing overflows."""
+    top = x.max(axis, keepdims=True)
+    return np.log(np.exp(x - top).sum(axis)) + top.squeeze(axis)
+
+
+def solving(cost: Tensor) -> Tensor:
+    """The cost in the precision of the solver: half precisions are solved in float32."""
+    return cost.float() if torch.finfo(cost.dtype).bits < 32 else cost
+
+
+def sinkhorn_np(
+    cost: np.ndarray,
+    a: np.ndarray | None = None,
+    b: np.ndarray | None = None,
+    eps: float = 0.05,
+    iters: int = 100,
+    row_mask: np.ndarray | None = None,
+    col_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """The entropic transport plan (…, M, N) of cost (…, M, N), with exact row sums.
+
+    a (…, M) and b (…, N) are the marginals, each summing to one; None is uniform over the real tokens (mask
+    True). eps > 0 is in units of cost. Raises ValueError on bad shapes, dtypes, NaN, infinite costs, an
+    all-False mask row, eps ≤ 0, and marginals that are negative, do not sum to one or put weight on padding.
+    """
+    _check(cost, a, b, eps, iters, row_mask, col_mask)
+    log_a = log_weights_np(a, row_mask, cost.shape[-2])  # (…, M)
+    log_b = log_weights_np(b, col_mask, cost.shape[-1])  # (…, N)
+    K = -cost / eps  # (…, M, N)
+    u = np.where(log_a > NOTHING, 0.0, NOTHING)
+    for _ in range(iters):
+        v = log_b - logsumexp_np(K + u[..., None], -2)  # columns
+        u = log_a - logsumexp_np(K + v[..., None, :], -1)  # rows last: their sums are exact
+    return np.exp(K + u[..., None] + v[..., None, :])
+
+
+def sinkhorn(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    eps: float = 0.05,
+    iters: int = 100,
+    row_mask: Tensor | None = None,
+    col_mask: Tensor | None = None,
+) -> Tensor:
+    """The entropic transport plan (…, M, N); arguments and errors as in `sinkhorn_np`.
+
+    Differentiable through every iteration, in memory for all of them; `sinkhorn_cost` holds the plan fixed
+    instead. Half precisions are solved in float32, and the plan is returned in the dtype of the cost.
+    """
+    _check(cost, a, b, eps, iters, row_mask, col_mask)
+    K = -solving(cost) / eps  # (…, M, N)
+    log_a = log_weights(a, row_mask, K, -2)  # (…, M)
+    log_b = log_weights(b, col_mask, K, -1)  # (…, N)
+    u = torch.where(log_a > NOTHING, 0.0, NOTHING).to(K.dtype)
+    for _ in range(iters):
+        v = log_b - (K + u[..., None]).logsumexp(-2)
+        u = log_a - (K + v[..., None, :]).logsumexp(-1)
+    return (K + u[..., None] + v[..., None, :]).exp().to(cost.dtype)
+
+
+def _check(cost, a, b, eps, iters, row_mask, col_mask) -> None:
+    check_cost(cost, row_mask, col_mask, iters)
+    refuse.positive(eps=eps)
+    for name, weights, mask, axis in (("a", a, row_mask, -2), ("b", b, col_mask, -1)):
+        if weights is not None:
+            check_weights(name, weights, mask, tuple(cost.shape[:-2]), cost.shape[axis])
+
+
+def unit_np(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of x (…, D) divided by max(‖row‖, 1e-5); returns the rows and those divisors (…, 1)."""
+    length = np.maximum(np.sqrt((x * x).sum(-1, keepdims=True)), SHORTEST)
+    return x / length, length
+
+
+def unit_grad_np(unit: np.ndarray, length: np.ndarray, grad: np.ndarray) -> np.ndarray:
+    """The gradient of x given the gradient of its unit rows, both (…, D)."""
+    # û = x / ‖x‖ moves only across itself: dx = (dû − û ⟨û, dû⟩) / ‖x‖. Where the divisor is the constant
+    # 1e-5 it does not move at all, and dx = dû / 1e-5.
+    along = np.where(length > SHORTEST, (unit * grad).sum(-1, keepdims=True), 0.0)
+    return (grad - unit * along) / length
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of x (…, D) divided by max(‖row‖, 1e-5)."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """cos between rows: x (…, M, D), y (…, N, D) → (…, M, N), in float32 at least, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):  # a cosine rounded to 8 bits is a different plan
+        return unit(solving(x)) @ unit(solving(y)).mT
+
+
+def sinkhorn_cost_np(
+    x: np.ndarray,
+    y: np.ndarray,
+    a: np.ndarray | None = None,
+    b: np.ndarray | None = None,
+    eps: float = 0.05,
+    iters: int = 100,
+):
+    """⟨T, C⟩ with C = 1 − cos(x, y) and T the Sinkhorn plan of C, and its gradients with T held fixed.
+
+    x (M, D), y (N, D); a, b, eps, iters as in `sinkhorn_np` act through the plan only, so they have no
+    gradient. Returns `(value, (d x, d y))`; the value lies in [0, 2]. Raises ValueError as `sinkhorn_np`
+    does.
+    """
+    _check_rows(x, y)
+    (p, x_length), (q, y_length) = unit_np(x), unit_np(y)
+    C = 1 - p @ q.T  # (M, N)
+    T = sinkhorn_np(C, a, b, eps, iters)
+    # value = Σ_ij T_ij (1 − p_i · q_j) with T a constant, so dp_i = −Σ_j T_ij q_j and dq_j = −Σ_i T_ij p_i.
+    dx = unit_grad_np(p, x_length, -T @ q)
+    dy = unit_grad_np(q, y_length, -T.T @ p)
+    return float((T * C).sum()), (dx, dy)
+
+
+def sinkhorn_cost(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    eps: float = 0.05,
+    iters: int = 100,
+) -> Tensor:
+    """⟨sg(T), C⟩ with C = 1 − cos: x (M, D), y (N, D) → scalar; otherwise as `sinkhorn_cost_np`."""
+    _check_rows(x, y)
+    C = 1 - cosine(x, y)  # (M, N)
+    with torch.no_grad():
+        T = sinkhorn(C, a, b, eps, iters)
+    return (T * C).sum().to(x.dtype)
+
+
+def _check_rows(x, y) -> None:
+    refuse.shapes(x=(x, "M D"), y=(y, "N D"))
+    check_tokens(("x", x, "", None), ("y", y, "", None))
+
+
+RUNGS = {
+    "sinkhorn": {"np": sinkhorn_np, "torch": sinkhorn},
+    "sinkhorn_cost": {"np": sinkhorn_cost_np, "torch": sinkhorn_cost},
+}

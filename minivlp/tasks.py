@@ -1,0 +1,151 @@
+"""Questions with exact answers, made from scenes: what to hide, what is false, which pictures compete.
+
+A number means something only when the question cannot be answered without the thing it is about. So here no
+question gives its answer away by its form, and each says what the text alone, or the names of the objects
+alone, would reach:
+
+    hide_relation   a dog [MASK] a guitar            one mask for the whole phrase: neither its length nor the
+                                                     word "of" tells left from above; text alone 1/4
+    hide_slots      a [MASK] left of a guitar        always "a": the article does not tell an egg from a key
+    swapped         a guitar left of a dog           the same words in another order: only places refute it
+    false_captions  each caption once with its picture and once with a picture that it is false of, so that
+                    neither the captions nor the pictures alone tell true from false
+    retrieval_sets  64 pictures and their captions, each caption true of exactly one picture
+
+Sources: Yuksekgonul et al. 2023 (ARO) for swapped order; Thrush et al. 2022 (Winoground) for pictures that
+differ in the order of the same words.
+Left out: attributes (every object has its artist's colours) and paraphrases (one frame per kind).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from minivlp.data import RELATIONS, Scene
+from minivlp.refuse import refuse
+from minivlp.text import WordPiece
+
+MASK = "[MASK]"
+ARTICLES = ("a", "an")
+
+
+def hide_relation(scene: Scene) -> tuple[str, str]:
+    """A pair or a place with its whole relation phrase as one [MASK] → (text, first word of the phrase).
+
+    Raises ValueError for a scene without a relation.
+    """
+    if not scene.relation:
+        refuse("scene", "must have a relation (a pair or a place)", f"kind {scene.kind!r}")
+    return scene.frame.replace(scene.relation, MASK, 1).format(*scene.slots), scene.relation.split()[0]
+
+
+def hide_slots(scene: Scene, which: Iterable[int], tokenizer: WordPiece) -> tuple[str, list[int]]:
+    """The nouns of the slots in `which` (0-based), each as one [MASK] a piece → (text, ids under the masks).
+
+    The ids stand in the order of the text. The article before a hidden noun is written "a". Raises ValueError
+    when a slot does not exist or none is named.
+    """
+    which = set(which)
+    if not which or not which <= set(range(len(scene.slots))):
+        refuse("which", f"must name at least one of the slots 0 to {len(scene.slots) - 1}", sorted(which))
+    slots, answers = list(scene.slots), []
+    for i in sorted(which):
+        article, noun = article_and_noun(scene.slots[i])
+        pieces = tokenizer.encode(noun)
+        slots[i] = " ".join((["a"] if article else []) + [MASK] * len(pieces))
+        answers += pieces
+    return scene.frame.format(*slots), answers
+
+
+def article_and_noun(slot: str) -> tuple[str, str]:
+    """ "a dog" → ("a", "dog"); "dogs" → ("", "dogs")."""
+    first, _, rest = slot.partition(" ")
+    return (first, rest) if rest and first in ARTICLES else ("", slot)
+
+
+def swapped(scene: Scene) -> str:
+    """The caption of a pair with its two nouns exchanged: the same words, false of the picture.
+
+    Raises ValueError when the scene is not a pair.
+    """
+    _check_pair(scene)
+    return scene.frame.format(*scene.slots[::-1])
+
+
+def noun_spans(scene: Scene, tokenizer: WordPiece) -> list[slice]:
+    """Where the pieces of each slot's noun stand in the row of `tokenizer.batch([scene.caption])`."""
+    spans, before = [], ""
+    for part, slot in zip(scene.frame.split("{}"), scene.slots, strict=False):
+        # A slot ends at a space or at the end, and no word crosses a space. The 1 is [CLS].
+        before += part + slot
+        stop = 1 + len(tokenizer.encode(before))
+        spans.append(slice(stop - len(tokenizer.encode(article_and_noun(slot)[1])), stop))
+    return spans
+
+
+def whole_word(word: str, tokenizer: WordPiece) -> int:
+    """The id of a word that must be one piece, to fit under one [MASK]. Raises ValueError when it is not."""
+    ids = tokenizer.encode(word)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_id:
+        refuse("tokenizer", f"must hold {word!r} as one piece", [tokenizer.tokens[i] for i in ids])
+    return ids[0]
+
+
+def meaning(scene: Scene) -> tuple[int, int, int, bool]:
+    """What the caption of a pair says: (lower id, higher id, axis, does the lower id come first along it).
+
+    "a dog left of a guitar" and "a guitar right of a dog" have the same meaning. Of two pair scenes, the
+    caption of one is true of the other exactly when their meanings are equal. Raises ValueError when it is
+    not a pair.
+    """
+    _check_pair(scene)
+    (a, b), (axis, in_order) = scene.objects, RELATIONS[scene.relation]
+    return (a, b, axis, in_order) if a < b else (b, a, axis, not in_order)
+
+
+def false_captions(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
+    """For each picture another scene's index (n,) whose caption is false of it; every caption is used once.
+
+    A random permutation in which every entry that is true of its picture is exchanged with a random other one
+    until none is left. Raises ValueError when more than half of the scenes have the same meaning.
+    """
+    meanings = np.unique([meaning(s) for s in scenes], axis=0, return_inverse=True)[1].ravel()
+    if 2 * np.bincount(meanings).max() > len(meanings):
+        refuse("scenes", "must not be more than half of one meaning", np.bincount(meanings).max())
+    order = rng.permutation(len(scenes))
+    while (clashes := np.flatnonzero(meanings[order] == meanings)).size:
+        for i in clashes:
+            j = rng.integers(len(scenes))
+            order[[i, j]] = order[[j, i]]
+    return order
+
+
+def retrieval_sets(scenes: Iterable[Scene], sets: int, size: int = 64) -> list[list[Scene]]:
+    """`sets` lists of `size` pair scenes, all of different meaning within a list, from `scenes` in order.
+
+    A scene goes to the first list with room and without its meaning. Pictures with the same two objects in
+    another relation are not avoided: they are the hard distractors. `scenes` may be endless. Raises
+    ValueError when (4 · sets + 30) · size of them do not suffice: plenty, if there are `size` meanings that
+    are equally frequent.
+    """
+    filled: list[dict[tuple, Scene]] = [{} for _ in range(sets)]
+    for scene in takes(scenes, (4 * sets + 30) * size, f"hold {size} different meanings"):
+        key = meaning(scene)
+        place = next((one for one in filled if len(one) < size and key not in one), None)
+        if place is not None:
+            place[key] = scene
+            if all(len(one) == size for one in filled):
+                break
+    return [list(one.values()) for one in filled]
+
+
+def takes(scenes: Iterable[Scene], most: int, rule: str) -> Iterator[Scene]:
+    """The scenes one by one; a consumer that goes on after `most` of them meets a ValueError, `rule`."""
+    yield from islice(scenes, most)
+    refuse("scenes", f"must {rule}", f"too few in {most} scenes or all there are")
+
+
+def _check_pair(scene: Scene) -> None:
+    if scene.kind != "pair":
+        refuse("scene", "must be a pair", f"kind {scene.kind!r}")

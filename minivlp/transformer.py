@@ -1,0 +1,128 @@
+"""The pre-norm transformer: blocks that add attention, then an MLP, to a stream of tokens, each after a norm.
+
+For tokens z (L, D):
+
+    z ← z + MSA(LN(z)),        z ← z + W₂ gelu(W₁ LN(z) + b₁) + b₂,        after the last block LN(z).
+
+The sum z passes every block unchanged, so gradients reach the embeddings undamped; that is why the norm
+stands before each part ("pre-norm") and one more stands at the end. LayerNorm gives every token mean 0 and
+variance 1 over its width, then a learned scale and shift; with x̂ = (x − mean)/√(var + ε):
+
+    LN(x) = w ∘ x̂ + b,        dx = (g − mean(g) − x̂ mean(g ∘ x̂)) / √(var + ε),  g = w ∘ dL/dLN.
+
+Rungs:
+    layer_norm_np    two passes over each row, (…, D) extra for x̂; gradients by hand
+    layer_norm       the same in PyTorch; autograd keeps the centred rows and two scalars a row
+
+Sources: Vaswani et al. 2017; Ba, Kiros and Hinton 2016 (LayerNorm), section 3; Dosovitskiy et al. 2021 (ViT),
+eq. 2 to 4, for the pre-norm order; Hendrycks and Gimpel 2016 for gelu(x) = x Φ(x), here with the exact error
+function.
+Left out: dropout (0.1 in ViLT's pretraining, 0 in its Hugging Face configuration, of no use to one short pass
+over composed scenes) and stochastic depth.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from minivlp import refuse
+from minivlp.attention import attention
+
+
+def _check(x, weight, bias, eps: float) -> None:
+    refuse.shapes(x=(x, "… D"), weight=(weight, "D"), bias=(bias, "D"))
+    refuse.floats(x=x, weight=weight, bias=bias)
+    refuse.positive(eps=eps)
+
+
+def layer_norm_np(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-6, grad=None):
+    """LayerNorm over the last axis and its gradients by hand.
+
+    x (…, D), weight (D,), bias (D,), eps > 0 added to the variance, grad (…, D) the upstream gradient (None =
+    ones). Returns `(out (…, D), (dx, dweight, dbias))`. Raises ValueError on bad shapes, dtypes, NaN or eps ≤
+    0.
+    """
+    _check(x, weight, bias, eps)
+    centred = x - x.mean(-1, keepdims=True)  # centre first: E[x²] − E[x]² cancels when the mean is large
+    r = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)  # (…, 1)
+    x_hat = centred * r  # (…, D)
+    out = weight * x_hat + bias
+    G = np.ones_like(out) if grad is None else grad
+    leading = tuple(range(x.ndim - 1))
+    # out = w ∘ x̂ + b: w and b are shared by all rows, so their gradients are sums over the rows.
+    dweight = (G * x_hat).sum(leading)
+    dbias = G.sum(leading)
+    # x̂ = r · centred. dr = −½ r³ d(var) and d(var)/dx = 2 centred / D give −r x̂ mean(g ∘ x̂);
+    # centring sends g to g − mean(g), and mean(x̂) = 0 leaves the other term as it is.
+    g = weight * G
+    dx = r * (g - g.mean(-1, keepdims=True) - x_hat * (g * x_hat).mean(-1, keepdims=True))
+    return out, (dx, dweight, dbias)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over the last axis: x (…, D), weight (D,), bias (D,) → (…, D).
+
+    Raises ValueError on bad shapes, dtypes, NaN or eps ≤ 0.
+    """
+    _check(x, weight, bias, eps)
+    centred = x - x.mean(-1, keepdim=True)
+    return weight * centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() + bias
+
+
+class Block(nn.Module):
+    """One pre-norm block over tokens (B, L, dim); `heads` must divide dim.
+
+    The norms are torch.nn.LayerNorm: the numbers of `layer_norm` above, in one kernel instead of six.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int, eps: float = 1e-6, activation: Callable = gelu):
+        super().__init__()
+        if heads < 1 or dim % heads:
+            refuse.refuse("heads", f"must divide dim={dim}", heads)
+        self.heads, self.activation = heads, activation
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.qkv = nn.Linear(dim, 3 * dim)  # one product for queries, keys and values, its rows in this order
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.apply(normal_init)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x (B, L, D) → (B, L, D); mask (True = may look) broadcasts to (B, heads, L, L)."""
+        B, L, D = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
+        mixed = attention(q, k, v, mask, causal).transpose(1, 2).reshape(B, L, D)
+        x = x + self.proj(mixed)
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+
+class Encoder(nn.Module):
+    """`layers` pre-norm blocks and the final LayerNorm."""
+
+    def __init__(
+        self, dim: int, heads: int, hidden: int, layers: int, eps: float = 1e-6, activation: Callable = gelu
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, eps, activation) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, eps)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x (B, L, D) → (B, L, D); mask (True = may look) broadcasts to (B, heads, L, L)."""
+        for block in self.blocks:
+            x = block(x, mask, causal)
+        return self.norm(x)
+
+
+def normal_init(module: nn.Module) -> None:
+    """BERT's and ViLT's initial values, for `apply`: weights normal with std 0.02, biases 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+RUNGS = {"layer_norm": {"np": layer_norm_np, "torch": layer_norm}}

@@ -1,0 +1,101 @@
+"""Plausible wrong Chamfer alignments."""
+
+import torch
+
+from minivlp.chamfer import chamfer, chamfer_np, mean_max
+from minivlp.sinkhorn import cosine, unit, unit_np
+from tests.laws import bug
+
+PADDING, LOOP = "padding_never_counts", "equals_the_double_loop"
+SLOPES, TIES = "gradients_are_the_slopes", "the_first_of_equal_partners_wins"
+
+
+def halves(S, x_mask, y_mask):
+    return mean_max(S, x_mask, y_mask), mean_max(S.mT, y_mask, x_mask)
+
+
+@bug("chamfer", PADDING, "A padded token may be somebody's best partner.")
+def padding_in_the_maximum(x, y, x_mask=None, y_mask=None):
+    S = cosine(x, y)
+    return 0.5 * (mean_max(S, x_mask, None) + mean_max(S.mT, y_mask, None))
+
+
+@bug("chamfer", PADDING, "A padded token looks for its own best partner and enters the mean.")
+def padding_in_the_mean(x, y, x_mask=None, y_mask=None):
+    S = cosine(x, y)
+    return 0.5 * (mean_max(S, None, y_mask) + mean_max(S.mT, None, x_mask))
+
+
+@bug("chamfer", PADDING, "Padding is set to 0 before the maximum: better than any negative cosine.")
+def padding_is_zero(x, y, x_mask=None, y_mask=None):
+    x = x if x_mask is None else x * x_mask[..., None]
+    y = y if y_mask is None else y * y_mask[..., None]
+    S = cosine(x, y)
+    return 0.5 * (mean_max(S, x_mask, None) + mean_max(S.mT, y_mask, None))
+
+
+@bug("chamfer", LOOP, "A distance, 1 − s: minimised in place of maximised it would push pairs apart.")
+def distance(x, y, x_mask=None, y_mask=None):
+    return 1 - chamfer(x, y, x_mask, y_mask)
+
+
+@bug("chamfer", LOOP, "One direction only: a word without a partner in the image goes unnoticed.")
+def one_direction(x, y, x_mask=None, y_mask=None):
+    return mean_max(cosine(x, y), x_mask, y_mask)
+
+
+@bug("chamfer", LOOP, "A sum over tokens, not a mean: long captions win.")
+def sum_over_tokens(x, y, x_mask=None, y_mask=None):
+    forward, backward = halves(cosine(x, y), x_mask, y_mask)
+    M = x.shape[-2] if x_mask is None else x_mask.sum(-1)
+    N = y.shape[-2] if y_mask is None else y_mask.sum(-1)
+    return 0.5 * (M * forward + N * backward)
+
+
+@bug("chamfer", LOOP, "Dot products of rows that nobody scaled to length one.")
+def not_normalised(x, y, x_mask=None, y_mask=None):
+    return 0.5 * sum(halves(x @ y.mT, x_mask, y_mask))
+
+
+@bug("chamfer", LOOP, "The whole matrix divided by one norm, not each row by its own.")
+def one_norm_for_all(x, y, x_mask=None, y_mask=None):
+    p, q = (z / z.flatten(-2).norm(dim=-1)[..., None, None] for z in (x, y))
+    return 0.5 * sum(halves(p @ q.mT, x_mask, y_mask))
+
+
+@bug("chamfer", LOOP, "The two halves are added, not averaged.")
+def sum_of_halves(x, y, x_mask=None, y_mask=None):
+    return sum(halves(cosine(x, y), x_mask, y_mask))
+
+
+@bug("chamfer", SLOPES, "The best partners are held fixed with detach: one side learns, the other does not.")
+def frozen_partner(x, y, x_mask=None, y_mask=None):
+    return 0.5 * sum(halves(cosine(x, y.detach()), x_mask, y_mask)) + 0 * y.sum()
+
+
+@bug("chamfer", SLOPES, "The gradient of the unit rows is taken for that of the rows.", rung="np")
+def length_forgotten(x, y, x_mask=None, y_mask=None, grad=None):
+    value, (dx, dy) = chamfer_np(x, y, x_mask, y_mask, grad)
+    return value, (dx * unit_np(x)[1], dy * unit_np(y)[1])
+
+
+@bug("chamfer", SLOPES, "The upstream gradient is ignored.", rung="np")
+def no_upstream(x, y, x_mask=None, y_mask=None, grad=None):
+    return chamfer_np(x, y, x_mask, y_mask)
+
+
+@bug("chamfer", TIES, "amax splits the gradient between equal maxima.")
+def split_between_ties(x, y, x_mask=None, y_mask=None):
+    S = unit(x) @ unit(y).mT
+    down, across = S, S
+    if x_mask is not None:
+        down = S.masked_fill(~x_mask[..., None], -torch.inf)
+    if y_mask is not None:
+        across = S.masked_fill(~y_mask[..., None, :], -torch.inf)
+    forward, backward = across.amax(-1), down.amax(-2)
+    rows = torch.ones_like(forward) if x_mask is None else x_mask
+    columns = torch.ones_like(backward) if y_mask is None else y_mask
+    return 0.5 * (
+        torch.where(rows > 0, forward, 0).sum(-1) / rows.sum(-1)
+        + torch.where(columns > 0, backward, 0).sum(-1) / columns.sum(-1)
+    )

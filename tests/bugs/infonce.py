@@ -1,0 +1,112 @@
+"""Plausible wrong InfoNCE losses."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minivlp.infonce import infonce, infonce_np
+from tests.laws import bug
+
+EQUAL, ORDER, EXCHANGE = "equal_scores_cost_log_B", "pairs_come_in_any_order", "images_and_texts_exchange"
+BOUND, LOOP = "bounds_mutual_information", "equals_the_slow_loop"
+EULER, SLOPES = "scale_and_images_share_one_slope", "gradients_are_the_slopes"
+
+
+@bug("infonce", EQUAL, "The two directions are added, not averaged.")
+def sum_of_directions(x, y, scale):
+    return 2 * infonce(x, y, scale)
+
+
+@bug("infonce", EQUAL, "The batch is summed, not averaged.")
+def sum_over_batch(x, y, scale):
+    return len(x) * infonce(x, y, scale)
+
+
+@bug("infonce", EQUAL, "The positive is dropped from its own denominator.")
+def diagonal_dropped(x, y, scale):
+    S = scale * x @ y.T
+    negatives = S.masked_fill(torch.eye(len(x), dtype=torch.bool), -math.inf)
+    return (negatives.logsumexp(1) + negatives.logsumexp(0) - 2 * S.diagonal()).mean() / 2
+
+
+@bug("infonce", ORDER, "Targets off by one: the right answer is the next text.")
+def next_text(x, y, scale):
+    return infonce(x, y.roll(1, 0), scale)
+
+
+@bug("infonce", ORDER, "Targets remembered from a larger batch, so the last pairs point elsewhere.")
+def stale_targets(x, y, scale):
+    S, target = scale * x @ y.T, torch.arange(len(x)).clamp(max=max(0, len(x) - 2))
+    return (F.cross_entropy(S, target) + F.cross_entropy(S.T, target)) / 2
+
+
+@bug("infonce", EXCHANGE, "One direction only: images choose texts, texts never choose images.")
+def one_direction(x, y, scale):
+    return F.cross_entropy(scale * x @ y.T, torch.arange(len(x)))
+
+
+@bug("infonce", EXCHANGE, "The columns' softmax is taken along the rows again, and read transposed.")
+def softmax_along_rows_twice(x, y, scale):
+    P = (scale * x @ y.T).log_softmax(1)
+    return -(P.diagonal() + P.T.diagonal()).mean() / 2
+
+
+@bug(
+    "infonce", BOUND, "The positive leaves its denominator and log B is patched: claims more than log B nats."
+)
+def diagonal_dropped_and_patched(x, y, scale):
+    B = len(x)
+    return diagonal_dropped(x, y, scale) + math.log(B / (B - 1)) if B > 1 else 0 * infonce(x, y, scale)
+
+
+@bug("infonce", LOOP, "The temperature upside down: divided by the scale.")
+def temperature_upside_down(x, y, scale):
+    return infonce(x, y, 1 / scale)
+
+
+@bug("infonce", LOOP, "Divided by √D, as in attention.")
+def divided_by_root_width(x, y, scale):
+    return infonce(x / x.shape[1] ** 0.5, y, scale)
+
+
+@bug("infonce", LOOP, "Rows normalised inside the loss.")
+def normalised_inside(x, y, scale):
+    return infonce(F.normalize(x, dim=1), F.normalize(y, dim=1), scale)
+
+
+@bug("infonce", LOOP, "The mean of the probabilities goes into the log, instead of the mean of the logs.")
+def log_of_mean(x, y, scale):
+    S = scale * x @ y.T
+    return -sum(S.softmax(d).diagonal().mean().log() for d in (0, 1)) / 2
+
+
+@bug("infonce", LOOP, "exp without subtracting the largest score: overflows.", rung="np")
+def no_maximum_subtracted(x, y, scale):
+    S = scale * x @ y.T
+    E = np.exp(S)
+    value = (np.log(E.sum(1)) + np.log(E.sum(0)) - 2 * S.diagonal()).mean() / 2
+    return value, infonce_np(x, y, scale)[1]
+
+
+@bug("infonce", EULER, "The scale is detached, so it is never learned.")
+def scale_detached(x, y, scale):
+    return infonce(x, y, scale.detach())
+
+
+@bug("infonce", EULER, "The gradient of log-scale handed out as that of the scale.", rung="np")
+def gradient_of_log_scale(x, y, scale):
+    value, (dx, dy, dscale) = infonce_np(x, y, scale)
+    return value, (dx, dy, scale * dscale)
+
+
+@bug("infonce", SLOPES, "Texts gathered without their gradient.")
+def texts_detached(x, y, scale):
+    return infonce(x, y.detach(), scale)
+
+
+@bug("infonce", SLOPES, "G without its half for two directions.", rung="np")
+def gradient_twice_too_large(x, y, scale):
+    value, grads = infonce_np(x, y, scale)
+    return value, tuple(2 * g for g in grads)

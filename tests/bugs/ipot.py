@@ -1,0 +1,151 @@
+"""Plausible wrong IPOTs and word-patch alignments."""
+
+import numpy as np
+import torch
+
+from minivlp.ipot import ipot, wpa, wpa_np
+from minivlp.sinkhorn import cosine, sinkhorn
+from tests.laws import bug
+
+ROWS, OPTIMUM, UNITS = (
+    "row_sums_are_exact",
+    "more_steps_reach_the_exact_optimum",
+    "cost_and_beta_share_a_unit",
+)
+SMALL, RECURRENCE = "no_row_is_lost_at_small_beta", "equals_the_plain_recurrence"
+PADDING, VALUE, SLOPES = "padding_never_counts", "is_the_plan_times_the_cost", "gradients_hold_the_plan_fixed"
+
+
+def share(cost, row_mask, col_mask):
+    """Uniform marginals (…, M, 1) and (…, 1, N) over the real tokens."""
+    rows = torch.ones_like(cost[..., 0]) if row_mask is None else row_mask.to(cost)
+    columns = torch.ones_like(cost[..., 0, :]) if col_mask is None else col_mask.to(cost)
+    return (rows / rows.sum(-1, keepdim=True))[..., None], (columns / columns.sum(-1, keepdim=True))[
+        ..., None, :
+    ]
+
+
+def plain_loop(cost, beta, iters, row_mask, col_mask, reset=False, smooth=0.0):
+    """The loop on T itself, with room for one mistake."""
+    mu, nu = share(cost, row_mask, col_mask)
+    K, T, a = (-cost / beta).exp(), torch.ones_like(cost), (mu > 0).to(cost)
+    for _ in range(iters):
+        Q = T * K
+        b = nu / ((Q * a).sum(-2, keepdim=True) + smooth + (nu == 0))
+        a = mu / ((Q * b).sum(-1, keepdim=True) + smooth + (mu == 0))
+        T = a * Q * b
+        a = (mu > 0).to(cost) if reset else a
+    return T
+
+
+@bug("ipot", ROWS, "Rows first, columns last: now the patches get their exact share and the words do not.")
+def columns_last(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return ipot(cost.mT, beta, iters, col_mask, row_mask).mT
+
+
+@bug("ipot", ROWS, "1e-8 in the denominators: a little mass leaks in every step.")
+def smoothed_denominators(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return plain_loop(cost, beta, iters, row_mask, col_mask, smooth=1e-8)
+
+
+@bug("ipot", ROWS, "Padding counts in the marginals: 1/M of the longest caption for all.")
+def share_of_padding(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    plan = ipot(cost, beta, iters)
+    plan = plan if row_mask is None else plan * row_mask[..., None]
+    return plan if col_mask is None else plan * col_mask[..., None, :]
+
+
+@bug("ipot", OPTIMUM, "The scaling is reset to 1 in every step: the cost falls below the true optimum.")
+def reset_scaling(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return plain_loop(cost, beta, iters, row_mask, col_mask, reset=True)
+
+
+@bug("ipot", OPTIMUM, "T is not carried: Sinkhorn at ε = β, however many steps.")
+def sinkhorn_at_beta(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return sinkhorn(cost, eps=beta, iters=iters, row_mask=row_mask, col_mask=col_mask)
+
+
+@bug("ipot", UNITS, "exp(−C·β) for exp(−C/β).")
+def beta_multiplies(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return ipot(cost * beta, 1.0, iters, row_mask, col_mask)
+
+
+@bug("ipot", SMALL, "The kernel exp(−C/β) itself: it underflows to 0, and 0/0 is NaN.")
+def plain_kernel(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return plain_loop(cost, beta, iters, row_mask, col_mask)
+
+
+@bug("ipot", RECURRENCE, "Annealing without extrapolation: ε = β/t and the potentials stay what they were.")
+def annealed_sinkhorn(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    mu, nu = share(cost, row_mask, col_mask)
+    f = torch.where(mu > 0, 0.0, -torch.inf)  # in units of cost / β, kept from step to step
+    for t in range(1, iters + 1):
+        g = (nu.log() - (t * (f - cost / beta)).logsumexp(-2, keepdim=True)) / t
+        f = (mu.log() - (t * (g - cost / beta)).logsumexp(-1, keepdim=True)) / t
+    return (t * (f + g - cost / beta)).exp()
+
+
+@bug("ipot", RECURRENCE, "T starts at exp(−C/β) and not at 1: one step too many.")
+def one_step_too_many(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return ipot(cost, beta, iters + 1, row_mask, col_mask)
+
+
+@bug("wpa", PADDING, "The padding of the image is not masked.")
+def padded_patches(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    return wpa(words, patches, word_mask, None, beta, iters)
+
+
+@bug("wpa", PADDING, "The padding of the caption is not masked.")
+def padded_words(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    return wpa(words, patches, None, patch_mask, beta, iters)
+
+
+@bug("wpa", VALUE, "Σ T·S: a similarity where a cost is asked for.")
+def similarity(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    return 1 - wpa(words, patches, word_mask, patch_mask, beta, iters)
+
+
+@bug("wpa", VALUE, "Dot products of tokens that nobody scaled to length one.")
+def not_normalised(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    C = 1 - words @ patches.mT
+    return (ipot(C, beta, iters, word_mask, patch_mask) * C).sum((-2, -1))
+
+
+@bug("wpa", VALUE, "A mean over the M × N entries: the plan sums to one already.")
+def mean_over_entries(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    return wpa(words, patches, word_mask, patch_mask, beta, iters) / (words.shape[1] * patches.shape[1])
+
+
+@bug("wpa", VALUE, "Squared distance of unit rows, which is twice 1 − cos.")
+def squared_distance(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    C = 2 - 2 * cosine(words, patches)
+    return (ipot(C, beta, iters, word_mask, patch_mask) * C).sum((-2, -1))
+
+
+@bug("wpa", SLOPES, "The cost is detached with the plan: the loss is a number that teaches nothing.")
+def detached_cost(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    value = wpa(words.detach(), patches.detach(), word_mask, patch_mask, beta, iters)
+    return value + 0 * words.sum() + 0 * patches.sum()
+
+
+@bug("wpa", SLOPES, "No detach: the gradient runs through every step of the solver.")
+def unrolled(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    C = 1 - cosine(words, patches)
+    return (plain_loop(C, beta, iters, word_mask, patch_mask) * C).sum((-2, -1))
+
+
+@bug("wpa", SLOPES, "The upstream gradient is ignored.", rung="np")
+def no_upstream(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50, grad=None):
+    return wpa_np(words, patches, word_mask, patch_mask, beta, iters)
+
+
+@bug(
+    "wpa",
+    SLOPES,
+    "The gradient goes to the unit tokens and forgets to come back through the length.",
+    rung="np",
+)
+def length_forgotten(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50, grad=None):
+    value, grads = wpa_np(words, patches, word_mask, patch_mask, beta, iters, grad)
+    lengths = (np.linalg.norm(z, axis=-1, keepdims=True) for z in (words, patches))
+    return value, tuple(g * length for g, length in zip(grads, lengths, strict=True))

@@ -1,0 +1,107 @@
+"""Plausible wrong sigmoid losses."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minivlp.sigmoid import sigmoid_loss, sigmoid_loss_np
+from tests.laws import bug
+
+ZERO, ORDER, BLOCKS = "zero_cosines_leave_the_bias", "pairs_come_in_any_order", "blocks_add_up"
+LOOP, EULER, SLOPES = "equals_the_slow_loop", "scale_and_images_share_one_slope", "gradients_are_the_slopes"
+
+
+@bug("sigmoid_loss", ZERO, "The bias is subtracted, as in the paper's displayed equation.")
+def bias_subtracted(x, y, scale, bias):
+    return sigmoid_loss(x, y, scale, -bias)
+
+
+@bug("sigmoid_loss", ZERO, "The mean over all B² pairs, not their sum over B.")
+def mean_over_pairs(x, y, scale, bias):
+    return sigmoid_loss(x, y, scale, bias) / len(x)
+
+
+@bug("sigmoid_loss", ZERO, "Chunks of two, as in a ring, with positives on the diagonal of every chunk.")
+def positives_in_every_chunk(x, y, scale, bias):
+    S, place = scale * x @ y.T + bias, torch.arange(len(x)) % 2
+    return -F.logsigmoid(torch.where(place[:, None] == place, S, -S)).sum() / len(x)
+
+
+@bug("sigmoid_loss", ZERO, "The bias is scaled too: scale · (x · y + bias).")
+def bias_scaled(x, y, scale, bias):
+    return sigmoid_loss(x, y, scale, scale * bias)
+
+
+@bug(
+    "sigmoid_loss",
+    ZERO,
+    "One-sided: each negative pair is counted once, from the image with the lower index.",
+)
+def upper_triangle(x, y, scale, bias):
+    S = scale * x @ y.T + bias
+    return (F.softplus(S).triu(1).sum() + F.softplus(-S.diagonal()).sum()) / len(x)
+
+
+@bug("sigmoid_loss", ORDER, "Targets off by one: the positive is the next text.")
+def next_text(x, y, scale, bias):
+    return sigmoid_loss(x, y.roll(1, 0), scale, bias)
+
+
+@bug("sigmoid_loss", BLOCKS, "Only the hardest negative of each image, B − 1 times.")
+def hardest_negative(x, y, scale, bias):
+    B, S = len(x), scale * x @ y.T + bias
+    hardest = S.masked_fill(torch.eye(B, dtype=torch.bool), -torch.inf).amax(1)
+    negatives = (B - 1) * F.softplus(hardest).sum() if B > 1 else 0
+    return (F.softplus(-S.diagonal()).sum() + negatives) / B
+
+
+@bug("sigmoid_loss", BLOCKS, "Scores are centred over the batch first, so pairs feel one another.")
+def centred_scores(x, y, scale, bias):
+    return sigmoid_loss(x - x.mean(0), y, scale, bias)
+
+
+@bug("sigmoid_loss", LOOP, "The temperature upside down: divided by the scale.")
+def temperature_upside_down(x, y, scale, bias):
+    return sigmoid_loss(x, y, 1 / scale, bias)
+
+
+@bug("sigmoid_loss", LOOP, "Rows normalised inside the loss.")
+def normalised_inside(x, y, scale, bias):
+    return sigmoid_loss(F.normalize(x, dim=1), F.normalize(y, dim=1), scale, bias)
+
+
+@bug("sigmoid_loss", LOOP, "log(1 + exp(·)) taken literally: overflows.", rung="np")
+def softplus_overflows(x, y, scale, bias):
+    z = 2 * np.eye(len(x)) - 1
+    value = np.log(1 + np.exp(-z * (scale * x @ y.T + bias))).sum() / len(x)
+    return value, sigmoid_loss_np(x, y, scale, bias)[1]
+
+
+@bug(
+    "sigmoid_loss", LOOP, "softplus(x) = −log1p(−σ(x)), exact for x ≤ 0, infinite from x ≈ 37 on.", rung="np"
+)
+def softplus_from_sigmoid(x, y, scale, bias):
+    z = 2 * np.eye(len(x)) - 1
+    value = -np.log1p(-1 / (1 + np.exp(z * (scale * x @ y.T + bias)))).sum() / len(x)
+    return value, sigmoid_loss_np(x, y, scale, bias)[1]
+
+
+@bug("sigmoid_loss", EULER, "The scale is detached, so it is never learned.")
+def scale_detached(x, y, scale, bias):
+    return sigmoid_loss(x, y, scale.detach(), bias)
+
+
+@bug("sigmoid_loss", EULER, "dscale taken with S, which holds scale and bias, in place of x yᵀ.", rung="np")
+def scale_gradient_with_scores(x, y, scale, bias):
+    value, (dx, dy, dscale, dbias) = sigmoid_loss_np(x, y, scale, bias)
+    return value, (dx, dy, scale * dscale + bias * dbias, dbias)
+
+
+@bug("sigmoid_loss", SLOPES, "The bias is detached, so it is never learned.")
+def bias_detached(x, y, scale, bias):
+    return sigmoid_loss(x, y, scale, bias.detach())
+
+
+@bug("sigmoid_loss", SLOPES, "Texts of other chunks arrive without their gradient.")
+def texts_detached(x, y, scale, bias):
+    return sigmoid_loss(x, y.detach(), scale, bias)

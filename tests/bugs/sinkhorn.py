@@ -1,0 +1,134 @@
+"""Plausible wrong Sinkhorns."""
+
+import numpy as np
+import torch
+
+from minivlp.sinkhorn import cosine, sinkhorn, sinkhorn_cost, sinkhorn_cost_np, unit
+from tests.laws import bug
+
+ROWS, COLUMNS, PADDING = "row_sums_are_exact", "column_sums_converge", "padding_takes_no_part"
+LARGE, SMALL = "large_eps_gives_the_independent_plan", "small_eps_solves_the_linear_programme"
+VALUE, SLOPES = "is_the_plan_times_the_cost", "gradients_hold_the_plan_fixed"
+
+
+def uniform(cost, a, b, row_mask, col_mask):
+    """The default marginals, so that a bug may be wrong in one place only."""
+    rows = torch.ones_like(cost[..., 0]) if row_mask is None else row_mask.to(cost)
+    columns = torch.ones_like(cost[..., 0, :]) if col_mask is None else col_mask.to(cost)
+    a = rows / rows.sum(-1, keepdim=True) if a is None else a
+    return a, columns / columns.sum(-1, keepdim=True) if b is None else b
+
+
+@bug("sinkhorn", ROWS, "Rows first, columns last: now the columns are exact.")
+def columns_last(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    return sinkhorn(cost.mT, b, a, eps, iters, col_mask, row_mask).mT
+
+
+@bug("sinkhorn", ROWS, "Potentials in units of cost, added undivided in the logsumexp; right at ε = 1.")
+def unscaled_potentials(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    a, b = uniform(cost, a, b, row_mask, col_mask)
+    u = torch.zeros_like(a)
+    for _ in range(iters):
+        v = eps * (b.log() - (-cost / eps + u[..., None]).logsumexp(-2))
+        u = eps * (a.log() - (-cost / eps + v[..., None, :]).logsumexp(-1))
+    return (-cost / eps + u[..., None] + v[..., None, :]).exp()
+
+
+@bug("sinkhorn", ROWS, "log(a + 1e-8): tokens without weight receive some.")
+def smoothed_marginals(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    a, b = uniform(cost, a, b, row_mask, col_mask)
+    u = torch.zeros_like(a)
+    for _ in range(iters):
+        v = (b + 1e-8).log() - (-cost / eps + u[..., None]).logsumexp(-2)
+        u = (a + 1e-8).log() - (-cost / eps + v[..., None, :]).logsumexp(-1)
+    return (-cost / eps + u[..., None] + v[..., None, :]).exp()
+
+
+@bug("sinkhorn", COLUMNS, "One sweep is not enough: the potentials start afresh in every iteration.")
+def potentials_reset(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    return sinkhorn(cost, a, b, eps, 1, row_mask, col_mask)
+
+
+@bug("sinkhorn", COLUMNS, "The column marginal is forgotten: every patch with weight gets the same.")
+def uniform_columns(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    b = None if b is None else (b > 0) / (b > 0).sum(-1, keepdim=True).to(cost)
+    return sinkhorn(cost, a, b, eps, iters, row_mask, col_mask)
+
+
+@bug("sinkhorn", PADDING, "Padded columns count: the masks are applied to the plan, not to the marginals.")
+def masked_afterwards(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    plan = sinkhorn(cost, a, b, eps, iters)
+    plan = plan if row_mask is None else plan * row_mask[..., None]
+    return plan if col_mask is None else plan * col_mask[..., None, :]
+
+
+@bug("sinkhorn", LARGE, "exp(−C·ε) for exp(−C/ε).")
+def eps_multiplies(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    return sinkhorn(cost * eps, a, b, 1.0, iters, row_mask, col_mask)
+
+
+@bug("sinkhorn", SMALL, "The kernel exp(−C/ε) itself: it underflows to 0 and the plan is NaN.")
+def plain_kernel(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    a, b = uniform(cost, a, b, row_mask, col_mask)
+    K, u = (-cost / eps).exp(), torch.ones_like(a)
+    for _ in range(iters):
+        v = b / (K.mT @ u[..., None])[..., 0]
+        u = a / (K @ v[..., None])[..., 0]
+    return u[..., None] * K * v[..., None, :]
+
+
+@bug("sinkhorn", SMALL, "The sign of the cost: the dearest plan.")
+def dearest_plan(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    return sinkhorn(-cost, a, b, eps, iters, row_mask, col_mask)
+
+
+@bug("sinkhorn_cost", VALUE, "Σ T·S: a similarity where a cost is asked for.")
+def similarity(x, y, a=None, b=None, eps=0.05, iters=100):
+    S = cosine(x, y)
+    return (sinkhorn(1 - S, a, b, eps, iters).detach() * S).sum()
+
+
+@bug("sinkhorn_cost", VALUE, "The entropic objective is returned, ε·Σ T log T included.")
+def with_entropy(x, y, a=None, b=None, eps=0.05, iters=100):
+    T = sinkhorn(1 - cosine(x, y), a, b, eps, iters).detach()
+    return sinkhorn_cost(x, y, a, b, eps, iters) + eps * torch.special.xlogy(T, T).sum()
+
+
+@bug("sinkhorn_cost", VALUE, "Dot products of rows that nobody scaled to length one.")
+def not_normalised(x, y, a=None, b=None, eps=0.05, iters=100):
+    C = 1 - x @ y.T
+    return (sinkhorn(C, a, b, eps, iters).detach() * C).sum()
+
+
+@bug("sinkhorn_cost", VALUE, "Squared distance of unit rows, which is twice 1 − cos.")
+def squared_distance(x, y, a=None, b=None, eps=0.05, iters=100):
+    C = torch.cdist(unit(x), unit(y)) ** 2
+    return (sinkhorn(C, a, b, eps, iters).detach() * C).sum()
+
+
+@bug("sinkhorn_cost", VALUE, "The marginals are dropped on the way to the plan.")
+def marginals_dropped(x, y, a=None, b=None, eps=0.05, iters=100):
+    return sinkhorn_cost(x, y, eps=eps, iters=iters)
+
+
+@bug("sinkhorn_cost", SLOPES, "The plan is differentiated too, through every iteration.")
+def unrolled(x, y, a=None, b=None, eps=0.05, iters=100):
+    C = 1 - cosine(x, y)
+    return (sinkhorn(C, a, b, eps, iters) * C).sum()
+
+
+@bug("sinkhorn_cost", SLOPES, "Cost and plan change places under detach: no pair is pulled together.")
+def detached_cost(x, y, a=None, b=None, eps=0.05, iters=100):
+    C = 1 - cosine(x, y)
+    return (sinkhorn(C, a, b, eps, iters) * C.detach()).sum()
+
+
+@bug("sinkhorn_cost", SLOPES, "The length of a row is held fixed: no projection.", rung="np")
+def length_held_fixed(x, y, a=None, b=None, eps=0.05, iters=100):
+    value, _ = sinkhorn_cost_np(x, y, a, b, eps, iters)
+    (px, py) = (z / np.linalg.norm(z, axis=-1, keepdims=True) for z in (x, y))
+    T = sinkhorn(torch.from_numpy(1 - px @ py.T), *(map(torch.from_numpy, (a, b))), eps, iters).numpy()
+    return value, (
+        -T @ py / np.linalg.norm(x, axis=-1, keepdims=True),
+        -T.T @ px / np.linalg.norm(y, axis=-1, keepdims=True),
+    )

@@ -1,0 +1,135 @@
+"""Laws of attention."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minivlp import attention
+from tests.laws import central_differences, close, law, obeys, refuses
+from tests.strategies import arrays, sizes
+
+
+@st.composite
+def cases(draw, scale=1.0):
+    """(q, k, v), settings: Lq and Lk apart, masks of every broadcast shape, no query without a key."""
+    B, H, Lq, Lk, d = (draw(sizes(n)) for n in (2, 2, 4, 5, 3))
+    arguments = (
+        draw(arrays(B, H, Lq, d, scale=scale)),
+        draw(arrays(B, H, Lk, d, scale=scale)),
+        draw(arrays(B, H, Lk, d)),
+    )
+    settings = {"causal": draw(st.booleans())}
+    shape = draw(st.sampled_from([None, (B, 1, 1, Lk), (Lq, Lk), (B, H, Lq, Lk)]))
+    if shape:
+        mask = np.random.default_rng(draw(st.integers(0, 99))).random(shape) < 0.6
+        mask[..., 0] = True
+        settings["mask"] = mask
+    return arguments, settings
+
+
+def slow(q, k, v, mask=None, causal=False):
+    """Attention one query at a time, the softmax by logarithms."""
+    B, H, Lq, d = q.shape
+    allowed = np.broadcast_to(True if mask is None else mask, (B, H, Lq, k.shape[2]))
+    out = np.zeros((B, H, Lq, d))
+    for b, h, i in np.ndindex(B, H, Lq):
+        keys = [j for j in range(k.shape[2]) if allowed[b, h, i, j] and not (causal and j > i)]
+        scores = np.array([q[b, h, i] @ k[b, h, j] / d**0.5 for j in keys])
+        weights = np.exp(scores - np.logaddexp.reduce(scores))
+        out[b, h, i] = sum(weight * v[b, h, j] for weight, j in zip(weights, keys, strict=True))
+    return out
+
+
+@law("attention", hint="Softmax over the keys that the mask (True = may look) and j ≤ i allow, of q·k / √d.")
+@given(case=cases())
+def equals_the_slow_loop(f, case):
+    arguments, settings = case
+    close(f(*arguments, **settings), slow(*arguments, **settings))
+
+
+@law("attention", hint="Subtract each row's largest score before exp; a forbidden key gets exactly weight 0.")
+@given(case=cases(scale=100.0))
+def stays_exact_at_huge_scores(f, case):
+    (q, k, v), settings = case
+    close(f(q, k, v, **settings), slow(q, k, v, **settings))
+    assert all(np.isfinite(gradient).all() for gradient in f.grads(q, k, v, **settings))
+
+
+@law("attention", hint="dS = P ∘ (dP − rowsum(P ∘ dP)); do not forget √d, nor the upstream gradient.")
+@given(case=cases(), seed=st.integers(0, 99))
+def gradients_are_the_slopes(f, case, seed):
+    arguments, settings = case
+    upstream = np.random.default_rng(seed).standard_normal(arguments[0].shape)
+    for which, gradient in enumerate(f.grads(*arguments, grad=upstream, **settings)):
+        slope = central_differences(lambda *a: f(*a, **settings), arguments, which, grad=upstream)
+        close(gradient, slope, rtol=1e-6, atol=1e-7)
+
+
+test_laws = obeys(attention)
+
+q, k, v = np.ones((2, 1, 3, 4)), np.ones((2, 1, 5, 4)), np.ones((2, 1, 5, 4))
+no_key = np.ones((2, 1, 3, 5), dtype=bool)
+no_key[1, 0, 2] = False
+late = np.ones((2, 1, 1, 5), dtype=bool)
+late[:, :, :, 0] = False  # causal leaves query 0 the key 0 alone, and this mask takes it
+test_refusals = refuses(
+    attention,
+    [
+        ("attention", "widths differ", (q, np.ones((2, 1, 5, 3)), v), {}, "k must have shape"),
+        ("attention", "values too short", (q, k, v[:, :, :4]), {}, "v must have shape"),
+        ("attention", "no keys", (q, k[:, :, :0], v[:, :, :0]), {}, "k must hold at least one key"),
+        ("attention", "integers", (q.astype(int), k, v), {}, "q must have a floating dtype"),
+        ("attention", "NaN", (q, k, v * np.nan), {}, "v must not contain NaN"),
+        ("attention", "float mask", (q, k, v), {"mask": no_key * 1.0}, "mask must be bool"),
+        ("attention", "mask shape", (q, k, v), {"mask": no_key[..., :4]}, "mask must broadcast"),
+        ("attention", "mask axes", (q, k, v), {"mask": no_key[None]}, "mask must broadcast"),
+        ("attention", "no key", (q, k, v), {"mask": no_key}, "mask must have a True in every row"),
+        ("attention", "no past", (q, k, v), {"mask": late, "causal": True}, "mask must have a True"),
+    ],
+)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 5), (5, 3)])
+@pytest.mark.parametrize("how", ["plain", "mask", "causal"])
+def test_equals_torch(lengths, how):
+    """Outside truth: torch's own, whose is_causal also counts from the first key when Lq ≠ Lk."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, generator=generator) for n in (lengths[0], lengths[1], lengths[1]))
+    mask = torch.rand(2, 1, 1, lengths[1], generator=generator) < 0.5
+    mask[..., 0] = True
+    ours = {"plain": {}, "mask": {"mask": mask}, "causal": {"causal": True}}[how]
+    theirs = {"plain": {}, "mask": {"attn_mask": mask}, "causal": {"is_causal": True}}[how]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **theirs)
+    assert torch.allclose(attention.attention(q, k, v, **ours), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("rung", [r for r in attention.RUNGS["attention"] if r != "np"])
+def test_low_precision_views_and_frozen_sides(rung, dtype, tolerance):
+    """Views with permuted strides, no gradient for a frozen side, a second backward, and the dtype kept."""
+    f = attention.RUNGS["attention"][rung]
+    q, k, v = (torch.randn(2, n, 3, 4, dtype=torch.float64).transpose(1, 2) for n in (6, 5, 5))
+    low = [x.to(dtype).requires_grad_(i != 1) for i, x in enumerate((q, k, v))]
+    out = f(*low, causal=True)
+    assert out.dtype == dtype
+    expected, gradients = attention.attention_np(q.numpy(), k.numpy(), v.numpy(), causal=True)
+    assert np.allclose(out.detach().double().numpy(), expected, atol=tolerance)
+    first = torch.autograd.grad(out.sum(), (low[0], low[2]), retain_graph=True)
+    second = torch.autograd.grad(out.sum(), (low[0], low[2]))
+    for one, two, reference in zip(first, second, (gradients[0], gradients[2]), strict=True):
+        assert torch.equal(one, two)
+        assert np.allclose(one.double().numpy(), reference, atol=10 * tolerance)
+    assert low[1].grad is None
+
+
+def test_scores_of_ten_thousand_in_single_precision():
+    """Logits of ±1e4 pick one key and stay finite, forward and backward."""
+    q = torch.full((1, 1, 2, 4), 100.0, requires_grad=True)
+    k = torch.stack([torch.full((4,), 200.0), torch.full((4,), -200.0)])[None, None]
+    v = torch.tensor([[[[1.0, 2, 3, 4], [5, 6, 7, 8]]]])
+    out = attention.attention(q, k, v)
+    assert torch.equal(out[0, 0, 0], v[0, 0, 0])
+    out.sum().backward()
+    assert torch.isfinite(q.grad).all()
