@@ -1,1 +1,1 @@
-"""Vision-language pretraining from scratch: one file per idea, each climbed from NumPy to PyTorch to a fused rung."""
+"""Vision-language pretraining from scratch: one file an idea, from NumPy to PyTorch to a fused rung."""

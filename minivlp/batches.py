@@ -1,8 +1,8 @@
-"""What one training step sees: scenes, or your own captioned pictures, turned into rows of ids, labels and pixels.
+"""What one training step sees: scenes, or your own captioned pictures, as rows of ids, labels and pixels.
 
-A row is one forward pass of one text with one picture, and serves one objective: masked words (a true pair with
-words hidden) or matching (whole words, a true or a wrong pair; true and random pairs also serve the alignment).
-Rows(step) depends on (seed, step) alone, so a run that stops can go on as if it had not.
+A row is one forward pass of one text with one picture, and serves one objective: masked words (a true pair
+with words hidden) or matching (whole words, a true or a wrong pair; true and random pairs also serve the
+alignment). The rows of a step depend on (seed, step) alone, so a run that stops can go on as if it had not.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from minivlp.data import Concept, EmojiVL, Scene, Scenes
 from minivlp.itm import derangement
 from minivlp.mlm import IGNORE, mask_tokens
 from minivlp.models.vilt_pixels import vilt_pixels
-from minivlp.tasks import hide_relation, hide_slots, swapped
+from minivlp.tasks import hide_relation, hide_slots, misplaced
 from minivlp.text import WordPiece
 
 TRUE_PAIR, RANDOM_PAIR, OTHER = 1.0, -1.0, 0.0  # what the alignment does with a row: pull, push, leave alone
@@ -29,9 +29,10 @@ TRUE_PAIR, RANDOM_PAIR, OTHER = 1.0, -1.0, 0.0  # what the alignment does with a
 class Rows:
     """Rows whose pictures have one size.
 
-    ids, labels (B, L) and text_mask (B, L) bool; labels −100 where nothing is to be predicted. pixels (B, 3, H, W)
-    in [−1, 1], pixel_mask (B, H, W) bool or None. match (B,) is 1 for a true pair, 0 for a wrong one, −1 for a row
-    that does not serve matching; align (B,) is +1, −1 or 0: pull together, push apart, leave alone.
+    ids, labels (B, L) and text_mask (B, L) bool; labels −100 where nothing is to be predicted. pixels
+    (B, 3, H, W) in [−1, 1], pixel_mask (B, H, W) bool or None. match (B,) is 1 for a true pair, 0 for a
+    wrong one, −1 for a row that does not serve matching; align (B,) is +1, −1 or 0: pull together, push
+    apart, leave alone.
     """
 
     ids: Tensor
@@ -97,7 +98,7 @@ class SceneRows:
         return [self._rows(part, step, rng) for part in stage.parts]
 
     def _rows(self, part: Part, step: int, rng: np.random.Generator) -> Rows:
-        n = round(part.share * self.batch)
+        n = max(1, round(part.share * self.batch))
         scenes = [self._scenes[part][step * self.batch + i] for i in range(n)]
         texts, answers = [], []
         match, align, picture = np.full(n, -1), np.zeros(n, np.float32), np.arange(n)
@@ -110,8 +111,8 @@ class SceneRows:
                 text, hidden = scene.caption, ()
                 fate = rng.random()
                 match[i], align[i] = 1, TRUE_PAIR
-                if fate < 0.5 and scene.kind == "pair" and rng.random() < part.swaps:
-                    text, match[i], align[i] = swapped(scene), 0, OTHER
+                if fate < 0.5 and len(scene.objects) > 1 and rng.random() < part.swaps:
+                    text, match[i], align[i] = misplaced(scene), 0, OTHER
                 elif fate < 0.5 and scenes[other[i]].caption != scene.caption:
                     picture[i], match[i], align[i] = other[i], 0, RANDOM_PAIR
             texts.append(text)

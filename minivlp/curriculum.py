@@ -2,12 +2,12 @@
 
 Words attach to patches and to places long before they attach to pairs of patches, so easy scenes come first:
 single objects on a small canvas (few patches, many scenes a second; ViLT reads any size), then one object and
-where it lies ("a dog left of the middle"), then pairs ("a dog left of a guitar"). Earlier kinds keep a share of
-every batch, because what is not seen is forgotten. The model and its losses stay the same throughout.
+where it lies ("a dog left of the middle"), then pairs ("a dog left of a guitar"). Earlier kinds keep a share
+of every batch, because what is not seen is forgotten. The model and its losses stay the same throughout.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Part:
     share: float  # of the batch
     canvas: int = 48  # pixels
     sizes: tuple[float, float] = (0.32, 0.48)  # side of an object
-    matching: float = 0.4  # share of rows that serve matching; the others have masked words
+    matching: float = 0.5  # share of rows that serve matching; the others have masked words
     relations: float = 0.5  # probability that the relation phrase is what is hidden
     all_nouns: float = 0.5  # probability that every noun is hidden, not one
     swaps: float = 0.5  # probability that a wrong pair is the caption in swapped order
@@ -37,21 +37,11 @@ def stage_at(stages: Sequence[Stage], share: float) -> Stage:
     return next(stage for stage in stages if share < stage.until)
 
 
-SINGLE = {"kind": "one", "canvas": 24, "sizes": (0.5, 0.77)}
+SINGLE = Part("one", 1.0, canvas=24, sizes=(0.5, 0.77), matching=0.5)
 CPU_STAGES = (
-    Stage(0.15, (Part(**SINGLE, share=1.0, matching=0.6),)),
-    Stage(
-        0.35,
-        (Part(**SINGLE, share=0.2, matching=0.5), Part("place", 0.8, matching=0.5, relations=0.4)),
-    ),
-    Stage(
-        0.55,
-        (
-            Part(**SINGLE, share=0.1),
-            Part("place", 0.2),
-            Part("pair", 0.7, all_nouns=0.2, swaps=0.2),
-        ),
-    ),
-    Stage(1.0, (Part(**SINGLE, share=0.1), Part("place", 0.15), Part("pair", 0.75, matching=0.45))),
+    Stage(0.08, (replace(SINGLE, matching=0.6),)),
+    Stage(0.18, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4))),
+    Stage(0.38, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8))),
+    Stage(1.0, (replace(SINGLE, share=0.1), Part("pick", 0.15), Part("pair", 0.75))),
 )
-STAGES = {"cpu": CPU_STAGES}
+STAGES = {"cpu": CPU_STAGES, "gpu": CPU_STAGES}

@@ -15,7 +15,8 @@ Left out: scripts beyond Latin, Greek and Cyrillic, which the font that comes wi
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,10 @@ from minivlp.refuse import refuse
 
 DPI, WIDTH = 110, 8.2  # dots per inch, inches
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-CYCLE, GREY = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), "#666666"
-LOSSES = ("loss", "mlm", "itm", "wpa", "itc", "infonce", "sigmoid", "box")
+COLOURS, GREY = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), "#666666"
+THIN = ("#CCCCCC", 0.8)  # colour and width of the usual frame
+Heat, Boxes, Candidates = np.ndarray, np.ndarray, Sequence[tuple[str, float]]
+LOSSES = ("loss", "mlm", "itm", "wpa", "itc", "infonce", "sigmoid", "box", "vqa", "nlvr2")
 
 
 def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Mapping[str, float]) -> None:
@@ -43,8 +46,7 @@ def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Map
     accuracy to be drawn. The loss lines are means over 1/40 of the run, with the single values thin behind
     them.
     """
-    if not records:
-        refuse("records", "must hold at least one record", "none")
+    _some("records", records)
     losses = [name for name in LOSSES if len(_series(records, "step", name)[1])]
     if not losses:
         refuse("records", f"must hold numbers for one of {', '.join(LOSSES)}", sorted(records[0]))
@@ -52,14 +54,13 @@ def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Map
         if not len(_series(records, "seconds", name)[1]):
             refuse("chance", "must name accuracies that are in the records", repr(name))
     seconds = max(record["seconds"] for record in records)
-    unit, length = next(
-        (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 0)) if seconds >= 10 * s
-    )
+    minutes = ("minutes", 60) if seconds >= 600 else ("seconds", 1)
+    unit, length = ("hours", 3600) if seconds >= 36_000 else minutes
     figure = Figure(figsize=(WIDTH, 5.4 if chance else 2.9), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     panels = figure.subplots(2 if chance else 1, 1, squeeze=False)[:, 0]
     ends = []
-    for name, colour in zip(losses, _colours(len(losses)), strict=True):
+    for name, colour in zip(losses, cycle(COLOURS), strict=False):
         steps, values = _series(records, "step", name)
         window = max(1, len(values) // 40)
         mean = np.convolve(values, np.ones(window) / window, "valid")
@@ -72,11 +73,11 @@ def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Map
     _label_ends(panels[0], ends)
     if chance:
         ends, shared = [], {}
-        for name, colour in zip(chance, _colours(len(chance)), strict=True):
+        for name, colour in zip(chance, cycle(COLOURS), strict=False):
             times, values = _series(records, "seconds", name)
-            panels[1].plot(times / (length or 1), 100 * values, color=colour, marker=".")
-            ends.append((100 * values[-1], f"{_plain(name)} {100 * values[-1]:.0f} %", colour))
-            shared.setdefault(chance[name], []).append(_plain(name))
+            panels[1].plot(times / length, 100 * values, color=colour, marker=".")
+            ends.append((100 * values[-1], f"{name} {100 * values[-1]:.0f} %", colour))
+            shared.setdefault(chance[name], []).append(name)
         for value, names in shared.items():
             panels[1].axhline(100 * value, color=GREY, linestyle="--", linewidth=1)
             whose = ": " + ", ".join(names) if len(chance) > 1 else ""
@@ -86,71 +87,61 @@ def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Map
     _save(figure, path)
 
 
-def retrieval_grid(path: str | Path, rows: Sequence[tuple[str, Sequence[np.ndarray], int | None]]) -> None:
-    """One row a query: the caption, and the pictures found for it, best first (five at most), the right one
-    framed.
+def retrieval_grid(
+    path: str | Path, rows: Sequence[tuple[str, Sequence[np.ndarray], int | Collection[int] | None]]
+) -> None:
+    """One row a query: the caption and the pictures found for it, best first, the right ones framed.
 
-    rows: (caption, images (H, W, 3) uint8, index of the right picture or None when it is not among them).
+    rows: (caption, one to five images (H, W, 3) uint8, index or indices of the right ones, None = not there).
     """
-    if not rows:
-        refuse("rows", "must hold at least one row", "none")
+    _some("rows", rows)
     side, top = 1.2, 0.35
     figure = _canvas(top + len(rows) * side)
     for rank in range(max(len(images) for _, images, _ in rows)):
         _text(figure, 2.15 + (rank + 0.5) * side, 0.18, f"rank {rank + 1}", GREY, ha="center", va="center")
     for i, (caption, images, hit) in enumerate(rows):
-        if not 1 <= len(images) <= 5 or not (hit is None or 0 <= hit < len(images)):
+        hits = [] if hit is None else [hit] if isinstance(hit, int) else list(hit)
+        if not 1 <= len(images) <= 5 or not set(hits) <= set(range(len(images))):
             refuse("rows", "must hold 1 to 5 images and the index of one of them or None", (len(images), hit))
         middle = top + (i + 0.5) * side
-        _text(figure, 0.1, middle - (0.1 if hit is None else 0), _wrapped(caption, 26, 5), va="center")
-        if hit is None:
-            _text(
-                figure,
-                0.1,
-                top + (i + 1) * side - 0.12,
-                "right picture not among these",
-                VERMILION,
-                va="center",
-            )
+        _text(figure, 0.1, middle - (0 if hits else 0.1), _wrapped(caption, 26, 5), va="center")
+        if not hits:
+            _text(figure, 0.1, middle + 0.48, "right picture not among these", VERMILION, va="center")
         for rank, image in enumerate(images):
             axes = _axes(figure, 2.15 + rank * side + 0.05, top + i * side + 0.05, side - 0.1, side - 0.1)
-            _picture(axes, image, *((GREEN, 4) if rank == hit else ("#CCCCCC", 0.8)))
+            _picture(axes, image, frame=(GREEN, 4) if rank in hits else THIN)
     _save(figure, path)
 
 
-def alignment(
-    path: str | Path, rows: Sequence[tuple[np.ndarray, Sequence[str], np.ndarray, np.ndarray]]
-) -> None:
+def alignment(path: str | Path, rows: Sequence[tuple[np.ndarray, Sequence[str], Heat, Boxes]]) -> None:
     """Where the transport plan puts each word: heat over the grey picture, the boxes of the objects outlined.
 
     rows: (image (H, W, 3) uint8, words, heat (words, grid rows, grid columns), boxes (n, 4) xyxy in pixels).
     The heat of each word is z-normalised over the patches and clamped to [1, 3], as in ViLT, so what is
     below one standard deviation above the mean is not drawn; the grid covers the whole picture.
     """
-    if not rows:
-        refuse("rows", "must hold at least one row", "none")
+    _some("rows", rows)
+    for _, words, _, _ in rows:
+        _some("words", words)
     columns = min(7, 1 + max(len(words) for _, words, _, _ in rows))
-    lines = [-(-len(words) // (columns - 1)) for _, words, _, _ in rows] if columns > 1 else []
-    if not lines or 0 in lines:
-        refuse("words", "must hold at least one word a row", "none")
-    width, height = WIDTH / 7, WIDTH / 7 + 0.22
+    lines = [-(-len(words) // (columns - 1)) for _, words, _, _ in rows]
+    width, height = WIDTH / 7, WIDTH / 7 + 0.22  # a panel and the word above it
+    side = width - 0.1
     figure = _canvas(sum(lines) * height + 0.6)
     top = 0.05
     for (image, words, heat, boxes), count in zip(rows, lines, strict=True):
+        heat = np.asarray(heat, float)
         if heat.ndim != 3 or len(heat) != len(words):
             refuse("heat", f"must have shape ({len(words)} words, rows, columns)", heat.shape)
-        scene = _axes(figure, 0.05, top + 0.22, width - 0.1, width - 0.1)
-        _picture(scene, image, "#CCCCCC", 0.8, "the picture", boxes)
+        _picture(_axes(figure, 0.05, top + 0.22, side, side), image, "the picture", boxes)
+        edges = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
         grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
         pale = (128 + grey / 2).astype(np.uint8)
-        for k, (word, values) in enumerate(zip(words, np.asarray(heat, float), strict=True)):
+        for k, (word, values) in enumerate(zip(words, heat, strict=True)):
             line, column = divmod(k, columns - 1)
-            axes = _axes(
-                figure, 0.05 + (column + 1) * width, top + line * height + 0.22, width - 0.1, width - 0.1
-            )
-            _picture(axes, pale, "#CCCCCC", 0.8, word, boxes)
+            axes = _axes(figure, 0.05 + (column + 1) * width, top + line * height + 0.22, side, side)
+            _picture(axes, pale, word, boxes)
             z = np.clip((values - values.mean()) / max(values.std(), 1e-12), 1, 3)
-            edges = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
             axes.imshow(_heat(z), extent=edges, interpolation="nearest")
         top += count * height
     scale = _axes(figure, 0.05 + width, top + 0.1, 2 * width, 0.12)
@@ -162,67 +153,54 @@ def alignment(
     _save(figure, path)
 
 
-def masked_words(
-    path: str | Path, rows: Sequence[tuple[np.ndarray, str, Sequence[tuple[str, float]], str]]
-) -> None:
+def masked_words(path: str | Path, rows: Sequence[tuple[np.ndarray, str, Candidates, str]]) -> None:
     """Beside each picture its caption with one word masked, and the most probable words as bars.
 
-    rows: (image (H, W, 3) uint8, caption with the mask, [(word, probability)] best first, at most five, the
-    answer).
+    rows: (image (H, W, 3) uint8, caption with the mask, one to five (word, probability) best first, answer).
     """
-    if not rows:
-        refuse("rows", "must hold at least one row", "none")
+    _some("rows", rows)
     side = 1.75
     figure = _canvas(len(rows) * side + 0.4)
     for i, (image, caption, candidates, answer) in enumerate(rows):
         if not 1 <= len(candidates) <= 5:
             refuse("candidates", "must be one to five (word, probability)", len(candidates))
         top = i * side + 0.08
-        _picture(_axes(figure, 0.1, top, side - 0.16, side - 0.16), image, "#CCCCCC", 0.8)
+        _picture(_axes(figure, 0.1, top, side - 0.16, side - 0.16), image)
         caption = _wrapped(caption, 72, 2)
         below = 0.25 + 0.18 * caption.count("\n")
         _text(figure, side + 0.2, top, caption, va="top", weight="bold")
         bars = _axes(figure, side + 1.6, top + below, WIDTH - side - 2.1, side - 0.2 - below)
-        words, probabilities = zip(*candidates, strict=True)
-        right = [word == answer for word in words]
-        bars.barh(range(len(words)), probabilities, 0.7, color=[GREEN if r else "#AAAAAA" for r in right])
+        right = [word == answer for word, _ in candidates]
+        colours = [GREEN if r else "#AAAAAA" for r in right]
+        bars.barh(range(len(right)), [p for _, p in candidates], 0.7, color=colours)
         bars.set(xlim=(0, 1), ylim=(4.6, -0.6), yticks=[], xticks=np.linspace(0, 1, 6))
         for place, (word, probability) in enumerate(candidates):
             style = {"va": "center", "fontsize": 9, "weight": "bold" if right[place] else "normal"}
             bars.text(-0.01, place, _cut(word, 18), ha="right", parse_math=False, **style)
             bars.text(probability + 0.01, place, f"{probability:.2f}", **style)
         if not any(right):
-            _text(
-                figure,
-                WIDTH - 0.5,
-                top + side - 0.3,
-                f"right: {_cut(answer, 18)}",
-                VERMILION,
-                ha="right",
-            )
+            missed = {"ha": "right", "va": "center", "fontsize": 9, "parse_math": False, "color": VERMILION}
+            bars.text(1, 4.2, f"right: {_cut(answer, 18)}", **missed)
         bars.spines[["top", "right"]].set_visible(False)
         bars.tick_params(labelbottom=i == len(rows) - 1, labelsize=8)
     bars.set_xlabel("probability of the masked word (green: the right one)", fontsize=9)
     _save(figure, path)
 
 
+def _some(name: str, items: Sequence) -> None:
+    if not len(items):
+        refuse(name, "must not be empty", "no entry")
+
+
 def _heat(z: np.ndarray) -> np.ndarray:
     """Vermilion (…, 4), transparent at z = 1 and nearly opaque at z = 3."""
-    return np.stack([*(np.full(z.shape, c) for c in to_rgb(VERMILION)), 0.9 * (z - 1) / 2], axis=-1)
-
-
-def _colours(n: int) -> list[str]:
-    return [CYCLE[i % len(CYCLE)] for i in range(n)]
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ")
+    opacity = 0.9 * (z - 1) / 2
+    return np.stack([*(np.full(z.shape, c) for c in to_rgb(VERMILION)), opacity], axis=-1)
 
 
 def _series(records: Sequence[Mapping[str, float]], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     """The x and y of the records that have a finite number for y."""
-    pairs = [(record[x], record[y]) for record in records if record.get(y) is not None]
-    pairs = np.array(pairs, float).reshape(-1, 2)
+    pairs = np.array([(r[x], r[y]) for r in records if r.get(y) is not None], float).reshape(-1, 2)
     return tuple(pairs[np.isfinite(pairs).all(1)].T)
 
 
@@ -242,9 +220,10 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         blocks.append((mean, members))
     places = np.repeat([m for m, _ in blocks], [n for _, n in blocks]) + gap * np.arange(len(ends))
     for (y, label, colour), place in zip(ends, places, strict=True):
-        own = (y - low) / (high - low)
-        axes.plot([1.003, 1.025], [own, place], color=colour, lw=0.8, transform=axes.transAxes, clip_on=False)
-        axes.text(1.03, place, label, color=colour, va="center", fontsize=9, transform=axes.transAxes)
+        ends_at = [(y - low) / (high - low), place]
+        axes.plot([1.003, 1.025], ends_at, color=colour, lw=0.8, transform=axes.transAxes, clip_on=False)
+        style = {"color": colour, "va": "center", "fontsize": 9, "transform": axes.transAxes}
+        axes.text(1.03, place, label.replace("_", " "), **style)
 
 
 def _canvas(height: float) -> Figure:
@@ -270,18 +249,16 @@ def _cut(word: str, width: int) -> str:
     return word if len(word) <= width else word[: width - 1] + "…"
 
 
-def _picture(
-    axes: Axes, image: np.ndarray, colour: str, line: float, title: str = "", boxes: np.ndarray | None = None
-) -> None:
+def _picture(axes: Axes, image: np.ndarray, title: str = "", boxes: Boxes = (), frame=THIN) -> None:
     """One picture with a frame, a title and outlined boxes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         refuse("image", "must be (H, W, 3) uint8", f"{image.shape} {image.dtype}")
     # Small pictures show their true pixels, which also compress well; large ones are smoothed when reduced.
     axes.imshow(image, interpolation="nearest" if max(image.shape) < 200 else "antialiased")
     axes.set(xticks=[], yticks=[])
-    axes.set_title(_cut(title, 16), fontsize=9, pad=3, parse_math=False)
-    axes.spines[:].set(color=colour, linewidth=line)
-    for x1, y1, x2, y2 in () if boxes is None else boxes:
+    axes.set_title(_cut(title, 14), fontsize=9, pad=3, parse_math=False)
+    axes.spines[:].set(color=frame[0], linewidth=frame[1])
+    for x1, y1, x2, y2 in boxes:
         for edge, width in (("white", 2.4), (BLUE, 1.2)):  # a white rim keeps the line visible on any picture
             corner = (x1 - 0.5, y1 - 0.5)
             axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width))

@@ -18,7 +18,7 @@ from minivlp.text import WordPiece
 
 @torch.inference_mode()
 def glance(model: Vilt, tokenizer: WordPiece, scenes: Scenes, items: int) -> dict[str, float]:
-    """masked_object, masked_relation, itm_random and itm_swapped, in [0, 1], on the first `items` pair scenes."""
+    """Four of evaluate's measures, in [0, 1], on the first `items` of `scenes`, which must be pairs."""
     some = [scenes[i] for i in range(items)]
     others = false_captions(some, np.random.default_rng(scenes.seed))
     one = [hide_slots(scene, [i % 2], tokenizer) for i, scene in enumerate(some)]
@@ -57,16 +57,24 @@ def _accepts(model: Vilt, tokenizer: WordPiece, captions: Sequence[str], scenes:
 
 @torch.inference_mode()
 def glance_at_captions(model: Vilt, rows: Callable[[int], list[Rows]], steps: int = 4) -> dict[str, float]:
-    """masked_word and itm_random, in [0, 1], on `steps` batches of kept-back captions."""
+    """masked_word and itm_random, in [0, 1], on `steps` batches of kept-back captions.
+
+    itm_random is the mean of the accuracies on true and on wrong pairs, so guessing gives 1/2 however many
+    there are of each. A measure for which there is nothing to ask is left out.
+    """
     device = next(model.parameters()).device
-    words, pairs = [], []
+    words, pairs = [], {0: [], 1: []}
     for step in range(steps):
         for r in rows(step):
             r = r.to(device)
             out = model.encode(r.ids, r.text_mask, r.pixels, r.pixel_mask)
-            hidden, pair = r.labels != IGNORE, r.match >= 0
+            hidden = r.labels != IGNORE  # (B, L)
             words.append(model.mlm_logits(out["text"][hidden]).argmax(-1) == r.labels[hidden])
-            pairs.append(model.itm_logits(out["pooled"][pair]).argmax(-1) == r.match[pair])
-    words, pairs = torch.cat(words), torch.cat(pairs)
-    masked = {"masked_word": float(words.float().mean())} if len(words) else {}
-    return masked | {"itm_random": float(pairs.float().mean())}
+            said = model.itm_logits(out["pooled"]).argmax(-1)  # (B,)
+            for truth, hits in pairs.items():
+                hits.append(said[r.match == truth] == truth)
+    words, (wrong, true) = torch.cat(words), map(torch.cat, pairs.values())
+    found = {"masked_word": float(words.float().mean())} if len(words) else {}
+    if len(wrong) and len(true):
+        found["itm_random"] = float((wrong.float().mean() + true.float().mean()) / 2)
+    return found

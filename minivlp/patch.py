@@ -1,10 +1,10 @@
-"""Patch embedding: cut an image into p × p squares and map each with one linear layer; the whole visual embedder of ViLT.
+"""Patch embedding: cut an image into p × p squares, map each with one linear layer; ViLT's visual embedder.
 
 With patch n = (row r, column c) of the grid, flattened in (C, p, p) order to a vector u_bn:
 
     out_bn = W u_bn + bias,        W (D, C·p·p), rows r first: n = r · (W/p) + c.
 
-Gradient, with G = dL/dout: dW = Σ_bn G_bn u_bnᵀ, dbias = Σ_bn G_bn, du_bn = Wᵀ G_bn, and the images take their du
+Gradient, with G = dL/dout: dW = Σ_bn G_bn u_bnᵀ, dbias = Σ_bn G_bn, du_bn = Wᵀ G_bn; the images take their du
 back through the inverse of the cut. A stride-p convolution with a p × p kernel is the same map.
 
 Rungs:
@@ -79,10 +79,10 @@ def patch_embed_np(images: np.ndarray, weight: np.ndarray, bias: np.ndarray, gra
     W = weight.reshape(len(weight), -1)  # (D, C·p·p)
     out = u @ W.T + bias  # (B, N, D)
     G = np.ones_like(out) if grad is None else grad
-    # out_bnd = Σ_k u_bnk W_dk + bias_d, so each factor's gradient is G times the other factor, summed over b and n.
+    # out_bnd = Σ_k u_bnk W_dk + bias_d: each factor's gradient is G times the other, summed over b and n.
     dW = np.einsum("bnd,bnk->dk", G, u).reshape(weight.shape)
     dbias = G.sum((0, 1))
-    # u_bnk touches out_bnd through W_dk for every d; the cut is a permutation, so its gradient is its inverse.
+    # u_bnk touches out_bnd through W_dk for every d; the cut is a permutation: its gradient is its inverse.
     dimages = from_patches(G @ W, p, images.shape[2], images.shape[3])
     return out, (dimages, dW, dbias)
 

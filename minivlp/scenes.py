@@ -5,7 +5,8 @@ one frame per kind, so that neither frame nor article gives an answer away:
 
     one      a dog                       place    a dog left of the middle
     count    three dogs                  pair     a dog left of a guitar  (right of, above, below)
-                                         between  a dog between a drum and a kite
+    pick     as place, but another       between  a dog between a drum and a kite
+             object is there too
 
 A named relation is the dominant direction: centres are at most half as far apart across it as along it, and
 the objects of a pair do not overlap along it. A tenth of all pairs of nouns is held out of training, for
@@ -20,25 +21,23 @@ import hashlib
 import operator
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from itertools import combinations
 from random import Random
 
 import numpy as np
-from PIL import Image
 
 from minivlp.emojivl import CPU_NOUNS, TRAINING_ARTISTS, Concept, EmojiVL
+from minivlp.painting import Painter, Square
 from minivlp.refuse import refuse
 
 NUMBERS = ("no", "one", "two", "three", "four")
 # Relation → (axis, does the object named first come first along it); axis 0 is x, axis 1 is y downwards.
 RELATIONS = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
 # The more objects share the canvas, the smaller they are.
-FACTORS = {"one": 1.25, "place": 1.0, "pair": 1.0, "count": 0.9, "between": 0.65}
-ABREAST = {"one": 1, "place": 1, "pair": 2, "count": 2, "between": 3}  # objects side by side at most
-CACHE_BYTES = 2**27  # of scaled drawings, at most
-Square = tuple[int, int, int]  # x, y, side
+FACTORS = {"one": 1.25, "place": 1.0, "pick": 1.0, "pair": 1.0, "count": 0.9, "between": 0.65}
+# How many lie side by side at most, which bounds `sizes`.
+ABREAST = {"one": 1, "place": 1, "pick": 2, "pair": 2, "count": 2, "between": 3}
 
 
 def held_out(a: int, b: int) -> bool:
@@ -53,8 +52,9 @@ class Scene:
 
     image (H, W, 3) uint8; boxes (n, 4) int64, x1 y1 x2 y2 in pixels (x2, y2 excluded), tight around each
     drawing, in the order in which the caption names the objects; objects, their concept ids; frame and slots,
-    the caption in parts ("{} left of {}", ("a dog", "a guitar")); relation, the phrase of a pair or a place
-    ('' otherwise).
+    the caption in parts ("{} left of {}", ("a dog", "a guitar")); relation, the phrase of a pair, a place or
+    a pick ('' otherwise); unnamed, what would fill the slots for the object of a pick that is not spoken of,
+    whose box and id come last.
     """
 
     image: np.ndarray
@@ -64,6 +64,7 @@ class Scene:
     boxes: np.ndarray
     objects: tuple[int, ...]
     relation: str = ""
+    unnamed: tuple[str, ...] = ()
 
     @property
     def caption(self) -> str:
@@ -119,10 +120,7 @@ class Scenes:
         self.kinds, self._weights = tuple(kinds), np.cumsum(list(kinds.values())).tolist()
         self._drawn_by = {c.id: [a for a in self.artists if a in c.artists] for c in self.nouns}
         self._meet(pairs)
-        self._ramp = np.linspace(-0.5, 0.5, canvas, dtype=np.float32)
-        self._channel = np.arange(3 * canvas) % 3  # of each number in a row of the picture
-        largest = 2 * 3 * 4 * (FACTORS["one"] * sizes[1] * canvas) ** 2  # bytes of a sprite
-        self._sprite = lru_cache(maxsize=int(CACHE_BYTES / largest))(self._cut)
+        self._painter = Painter(emojivl, canvas, max(FACTORS[kind] for kind in kinds) * sizes[1] * canvas)
 
     def __getitem__(self, index: int) -> Scene:
         if operator.index(index) < 0:
@@ -139,7 +137,7 @@ class Scenes:
             for a, b in combinations(self.nouns, 2)
             if pairs == "all" or held_out(a.id, b.id) == (pairs == "held_out")
         ]
-        if "pair" in self.kinds and not self._pairs:
+        if {"pair", "pick"} & set(self.kinds) and not self._pairs:
             refuse("pairs", "must leave at least one pair of these nouns", repr(pairs))
         self._partners = {c.id: set() for c in self.nouns}
         for a, b in self._pairs:
@@ -163,14 +161,23 @@ class Scenes:
         concept, side = _choice(rng, self.nouns), self._side(rng, "place")
         relation = _choice(rng, tuple(RELATIONS))
         axis, in_order = RELATIONS[relation]
-        room = self.canvas - side
-        edge = _integer(rng, 0, int(0.3 * room))  # distance from the border of the canvas
-        off = room - 2 * edge  # twice the distance of the centre from the middle; across, at most half of it
-        across = _integer(rng, -(-(2 * room - off) // 4), (2 * room + off) // 4)
-        along = edge if in_order else room - edge
-        square = (along, across, side) if axis == 0 else (across, along, side)
+        edge = _integer(rng, 0, int(0.3 * (self.canvas - side)))
+        square = self._off_middle(rng, axis, in_order, side, edge)
         frame = f"{{}} {relation} the middle"
         return self._compose(rng, "place", frame, [_a(concept)], [concept], [square], relation)
+
+    def _pick(self, rng: Random) -> Scene:
+        named, other = _shuffled(rng, _choice(rng, self._pairs))
+        relation = _choice(rng, tuple(RELATIONS))
+        axis, in_order = RELATIONS[relation]
+        squares = []
+        for low in (in_order, not in_order):  # on opposite sides of the middle, each wholly on its own
+            side = self._side(rng, "pick")
+            edge = _integer(rng, 0, self.canvas // 2 - side)
+            squares.append(self._off_middle(rng, axis, low, side, edge))
+        frame = f"{{}} {relation} the middle"
+        scene = self._compose(rng, "pick", frame, [_a(named)], [named, other], squares, relation)
+        return replace(scene, unnamed=(_a(other),))
 
     def _pair(self, rng: Random) -> Scene:
         concepts = _shuffled(rng, _choice(rng, self._pairs))
@@ -205,11 +212,19 @@ class Scenes:
         slot = concept.noun if n == 1 else concept.plural
         return self._compose(rng, "count", f"{NUMBERS[n]} {{}}", [slot], [concept] * n, squares)
 
-    # Placing and painting.
+    # Placing; painting.py does the rest.
 
     def _side(self, rng: Random, kind: str) -> int:
         low, high = (int(FACTORS[kind] * share * self.canvas) for share in self.sizes)
         return _integer(rng, low, high)
+
+    def _off_middle(self, rng: Random, axis: int, low: bool, side: int, edge: int) -> Square:
+        """A square `edge` pixels from the low or high border, at most half as far off the middle across."""
+        room = self.canvas - side
+        off = room - 2 * edge  # twice the distance of the centre from the middle
+        across = _integer(rng, -(-(2 * room - off) // 4), (2 * room + off) // 4)
+        along = edge if low else room - edge
+        return (along, across, side) if axis == 0 else (across, along, side)
 
     def _row(self, rng: Random, axis: int, sides: list[int]) -> list[Square]:
         """Squares in order along the axis, without overlap, near one line across it."""
@@ -229,44 +244,14 @@ class Scenes:
         return squares
 
     def _compose(self, rng, kind, frame, slots, concepts, squares, relation="") -> Scene:
-        """Paint drawings on a colour gradient, each centred in its square, with a gain per colour channel."""
-        colours = [[rng.uniform(low, high) for _ in "RGB"] for low, high in ((80, 170), (-40, 40), (-40, 40))]
-        base, slope_x, slope_y = np.array(colours, np.float32)[:, self._channel]  # each (W·3,)
-        # A row of the picture is W·3 numbers long: NumPy is slow where the last axis has only three.
-        picture = self._ramp[:, None] * slope_y  # (H, W·3)
-        picture += base + self._ramp.repeat(3) * slope_x
-        gains = np.array([[rng.uniform(0.8, 1.2) for _ in "RGB"] for _ in concepts], np.float32)
-        gains = gains[:, self._channel]  # (n, W·3)
-        boxes = []
-        for concept, (x, y, side), gain in zip(concepts, squares, gains, strict=True):
+        """Paint the concepts, each in its square and by an artist of its own, and put the scene together."""
+        picture = self._painter.background(rng)
+        boxes, gains = [], self._painter.gains(rng, len(concepts))
+        for concept, square, gain in zip(concepts, squares, gains, strict=True):
             artist = _choice(rng, self._drawn_by[concept.id])
-            colour, transparency = self._sprite(concept.id, artist, side)  # each (h, w·3)
-            h, w = colour.shape[0], colour.shape[1] // 3
-            x, y = x + (side - w) // 2, y + (side - h) // 2
-            region = picture[y : y + h, 3 * x : 3 * (x + w)]
-            region *= transparency
-            region += colour * gain[: 3 * w]
-            boxes.append((x, y, x + w, y + h))
-        np.minimum(picture, 255, out=picture)  # a gain may overshoot; nothing here can be negative
-        image = picture.astype(np.uint8).reshape(self.canvas, self.canvas, 3)
-        objects = tuple(c.id for c in concepts)
+            boxes.append(self._painter.add(picture, concept.id, artist, square, gain))
+        image, objects = self._painter.finished(picture), tuple(c.id for c in concepts)
         return Scene(image, kind, frame, tuple(slots), np.array(boxes), objects, relation)
-
-    def _cut(self, concept: int, artist: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """The drawing, cropped to what is visible and scaled to fit a square: (h, w·3) float32 arrays.
-
-        The first is colour × alpha in 0…255, the second 1 − alpha once a channel, so that painting is one
-        multiply-add. Both margins to the square are whole pixels: the drawing shares the square's centre.
-        """
-        tile = Image.fromarray(self.emojivl.sheets[artist][concept])
-        visible = tile.getchannel("A").getbbox()
-        width, height = visible[2] - visible[0], visible[3] - visible[1]
-        margins = (round(side * (1 - d / max(width, height)) / 2) for d in (width, height))
-        w, h = (side - 2 * min(margin, (side - 1) // 2) for margin in margins)  # at least one pixel
-        small = tile.convert("RGBa").resize((w, h), Image.Resampling.BICUBIC, box=visible)
-        rgba = np.asarray(small, dtype=np.float32)  # (h, w, 4)
-        colour = rgba[..., :3].reshape(h, 3 * w)
-        return colour, 1 - rgba[..., 3].repeat(3, axis=1) / 255
 
 
 def _integer(rng: Random, low: int, high: int) -> int:

@@ -59,7 +59,7 @@ def hide_slots(scene: Scene, which: Iterable[int], tokenizer: WordPiece) -> tupl
 
 
 def article_and_noun(slot: str) -> tuple[str, str]:
-    """ "a dog" → ("a", "dog"); "dogs" → ("", "dogs")."""
+    """Split a slot: "a dog" → ("a", "dog"); "dogs" → ("", "dogs")."""
     first, _, rest = slot.partition(" ")
     return (first, rest) if rest and first in ARTICLES else ("", slot)
 
@@ -71,6 +71,14 @@ def swapped(scene: Scene) -> str:
     """
     _check_pair(scene)
     return scene.frame.format(*scene.slots[::-1])
+
+
+def misplaced(scene: Scene) -> str:
+    """A caption that only places can refute: a pair's with its nouns exchanged, a pick's about the other object.
+
+    Raises ValueError for other kinds.
+    """
+    return scene.frame.format(*scene.unnamed) if scene.unnamed else swapped(scene)
 
 
 def noun_spans(scene: Scene, tokenizer: WordPiece) -> list[slice]:

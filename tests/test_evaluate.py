@@ -56,7 +56,7 @@ class Stub(nn.Module):
 
     def __init__(self, tokenizer):
         super().__init__()
-        self.here, self.config, self.tokenizer = nn.Parameter(torch.zeros(1)), ViltConfig(**SIZES), tokenizer
+        self.here, self.config, self.tokenizer = nn.Parameter(torch.zeros(1)), ViltConfig(patch=8), tokenizer
 
     def encode(self, ids, text_mask, pixels):
         assert text_mask.all()
@@ -137,6 +137,25 @@ def test_one_who_sees_gets_everything(tokenizer):
         for one in results["details"][split].values():
             assert one["low"] < one["high"] == 1 and 0 < one["chance"] <= one["objects"] <= 1
     assert results["details"]["artists"]["unseen"] == ["fluent"]
+
+
+def test_a_noun_is_right_when_all_its_pieces_are(tokenizer):
+    class FirstPiece(Oracle):
+        """Knows the first of several hidden pieces."""
+
+        def states(self, ids, image):
+            text, *rest = super().states(ids, image)
+            for k in range(1, len(ids)):
+                text[k] *= not ids[k - 1] == ids[k] == self.tokenizer.mask_id
+            return text, *rest
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*tokenizer.tokens[:5], "left", "right", "above", "below", "of", *letters]
+    spelling = WordPiece(words + [f"##{letter}" for letter in letters])
+    for reader, value in ((Oracle, 1), (FirstPiece, 0)):
+        results = run(reader(spelling), spelling, only("fluent"))
+        assert results["unseen"]["masked_object"] == value
+        assert results["unseen"]["masked_relation"] == 1
 
 
 @pytest.mark.parametrize(
@@ -239,17 +258,12 @@ def test_refusals(call, message, tiny, tokenizer):
 
 
 def test_patches_inside_a_box():
-    scene = dataclasses.replace(
-        Scenes(EMOJIVL)[0], boxes=np.array([[4, 12, 13, 21], [0, 0, 48, 48], [5, 5, 12, 9]])
-    )
-    inside = pointing.patches_inside(scene, 8).reshape(3, 6, 6)
-    assert np.argwhere(inside[0]).tolist() == [
-        [1, 0],
-        [1, 1],
-        [2, 0],
-        [2, 1],
-    ]  # 12 and 20 are centres, as is 4
-    assert inside[1].all() and not inside[2].any()
+    """Centres are at 4, 12, 20 …; a box holds its left and upper edge, not the others."""
+    boxes = np.array([[4, 12, 13, 21], [0, 0, 48, 48], [5, 4, 12, 13], [4, 5, 13, 12]])
+    scene = dataclasses.replace(Scenes(EMOJIVL)[0], boxes=boxes)
+    inside = pointing.patches_inside(scene, 8).reshape(4, 6, 6)
+    assert np.argwhere(inside[0]).tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
+    assert inside[1].all() and not inside[2:].any()
 
 
 def test_the_plan_of_a_scene(tiny, tokenizer):

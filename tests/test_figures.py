@@ -100,7 +100,7 @@ def drawn(tmp_path):
 
 
 def composed(function, *args):
-    """The figure as composed, neither drawn nor saved: much faster, and enough to look at lines and labels."""
+    """The figure as composed, neither drawn nor saved: fast, and enough to look at lines and labels."""
     return render(function, args, "", save=lambda figure, path: None)
 
 
@@ -156,18 +156,19 @@ def test_equal_input_gives_equal_files(name, tmp_path):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
-def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [(Image.Image, "save"), (os, "replace")])
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step):
     path = tmp_path / "curves.png"
-    curves(path, records(), CHANCE)
+    curves(path, records(), {})
     old = path.read_bytes()
 
-    def full(self, file, **kwargs):
-        file.write_bytes(b"half a picture")
+    def full(*args, **kwargs):
+        next(file for file in args if isinstance(file, os.PathLike)).write_bytes(b"half a picture")
         raise OSError("disk full")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(*step, full)
     with pytest.raises(OSError, match="disk full"):
-        curves(path, records(3), CHANCE)
+        curves(path, records(3), {})
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["curves.png"]
 
 
@@ -285,13 +286,21 @@ def test_bars_are_as_long_as_the_probabilities_and_the_right_one_is_green(drawn)
     dark = [bar.get_facecolor()[:3] for bar in first.patches]
     assert [i for i, colour in enumerate(dark) if colour != dark[0]] == [1]
     assert len({bar.get_facecolor() for bar in second.patches}) == 1
-    assert [text.get_text() for text in figure.texts if text.get_text().startswith("right")] == ["right: cat"]
+    labels = [text.get_text() for axes in (first, second) for text in axes.texts]
+    assert [label for label in labels if label.startswith("right")] == ["right: cat"]
     assert green(np.asarray(Image.open(path))).any()
 
 
 def test_dollar_signs_are_letters():
-    figure = composed(retrieval_grid, [("costs $5 or $6", [scene(0)], 0)])
-    assert any(text.get_text() == "costs $5 or $6" and not text.get_parse_math() for text in figure.texts)
+    """matplotlib would typeset what stands between two dollar signs as mathematics."""
+    money = "$5 or $6"
+    for function, row in [
+        (retrieval_grid, (money, [scene(0)], 0)),
+        (alignment, (scene(0), [money], HEAT[:1], BOXES)),
+        (masked_words, (scene(0), money, [(money, 0.5)], "$1 $")),
+    ]:
+        shown = [text for text in texts(composed(function, [row])) if "$" in text.get_text()]
+        assert shown and not any(text.get_parse_math() for text in shown)
 
 
 IMAGE = scene(0)
@@ -300,10 +309,10 @@ IMAGE = scene(0)
 @pytest.mark.parametrize(
     "function, args, message",
     [
-        (curves, ([], {}), "records must hold at least one record"),
+        (curves, ([], {}), "records must not be empty"),
         (curves, ([{"step": 1, "seconds": 1, "lr": 0.1}], {}), "records must hold numbers for one of loss"),
         (curves, (records(), {"counting": 0.2}), "chance must name accuracies .* got 'counting'"),
-        (retrieval_grid, ([],), "rows must hold at least one row"),
+        (retrieval_grid, ([],), "rows must not be empty"),
         (retrieval_grid, ([("a dog", [], None)],), "rows must hold 1 to 5 images"),
         (retrieval_grid, ([("a dog", [IMAGE] * 6, 0)],), "rows must hold 1 to 5 images"),
         (retrieval_grid, ([("a dog", [IMAGE], 1)],), "rows must hold 1 to 5 images and the index of one"),
@@ -312,10 +321,10 @@ IMAGE = scene(0)
             ([("a dog", [IMAGE / 255], 0)],),
             r"image must be \(H, W, 3\) uint8, got .* float64",
         ),
-        (alignment, ([],), "rows must hold at least one row"),
-        (alignment, ([(IMAGE, [], HEAT[:0], BOXES)],), "words must hold at least one word a row"),
+        (alignment, ([],), "rows must not be empty"),
+        (alignment, ([(IMAGE, [], HEAT[:0], BOXES)],), "words must not be empty"),
         (alignment, ([(IMAGE, ["dog"], HEAT, BOXES)],), r"heat must have shape \(1 words, rows, columns\)"),
-        (masked_words, ([],), "rows must hold at least one row"),
+        (masked_words, ([],), "rows must not be empty"),
         (masked_words, ([(IMAGE, "a [MASK]", [], "dog")],), "candidates must be one to five"),
     ],
 )

@@ -72,6 +72,9 @@ def test_questions_are_balanced(asked):
     for item in asked:
         answers[picture(item.scene)].append(item.answer)
     assert all(len(two) == len(set(two)) == 2 for two in answers.values())
+    where = [item.text.rsplit(" ", 1) for item in asked if item.kind == "where"]
+    for one, other in zip(where[::2], where[1::2], strict=True):  # the same noun, the opposite relation
+        assert one[1] == other[1] and one[0] != other[0]
 
 
 def test_statements_follow_from_the_boxes(stated):

@@ -13,7 +13,7 @@ import pytest
 
 from minivlp.data import CPU_NOUNS, FOLDER, TRAINING_ARTISTS, EmojiVL, Scenes, held_out, load_emojivl
 
-KINDS = ("one", "place", "pair", "count", "between")
+KINDS = ("one", "place", "pick", "pair", "count", "between")
 ALL = dict.fromkeys(KINDS, 1)
 # From the second thing to the first, y downwards. Written out once more, not imported, on purpose.
 DIRECTION = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -81,12 +81,19 @@ def test_captions_are_true_of_the_boxes(emojivl, kind, settings):
         names = [f"{c.article} {c.noun}" for c in things]
         boxes, canvas = scene.boxes, scene.image.shape[0]
         assert scene.kind == kind and len(boxes) == len(things)
-        assert (scene.relation != "") == (kind in ("place", "pair"))
+        assert (scene.relation != "") == (kind in ("place", "pick", "pair"))
+        assert scene.unnamed == ((names[1],) if kind == "pick" else ())
         if kind == "one":
             assert scene.caption == names[0] and len(things) == 1
         elif kind == "place":
             assert scene.caption == f"{names[0]} {scene.relation} the middle" and len(things) == 1
             assert dominates(boxes[0], np.array([0, 0, canvas, canvas]), DIRECTION[scene.relation])
+        elif kind == "pick":
+            named, other, middle = *boxes, np.full(4, canvas / 2)
+            direction = np.array(DIRECTION[scene.relation])
+            assert scene.caption == f"{names[0]} {scene.relation} the middle" and things[0] != things[1]
+            for box, way in ((named, direction), (other, -direction)):
+                assert dominates(box, middle, way) and apart(box, middle, way)
         elif kind == "pair":
             direction = DIRECTION[scene.relation]
             assert scene.caption == f"{names[0]} {scene.relation} {names[1]}" and things[0] != things[1]
@@ -228,7 +235,7 @@ def test_another_process_makes_the_same_scenes(emojivl):
 @pytest.mark.parametrize("pairs", ["train", "held_out", "all"])
 def test_only_pairs_of_the_chosen_part_meet(emojivl, pairs):
     found = set()
-    for scene in scenes(500, emojivl, kinds={"pair": 1, "between": 1}, pairs=pairs):
+    for scene in scenes(500, emojivl, kinds={"pick": 1, "pair": 1, "between": 1}, pairs=pairs):
         found |= {held_out(a, b) for a, b in combinations(scene.objects, 2)}
     assert found == {"train": {False}, "held_out": {True}, "all": {False, True}}[pairs]
 
@@ -326,6 +333,7 @@ def test_layouts_of_a_seed_never_change(emojivl):
     written_down = {
         "one": ("a pushpin", [[13, 4, 34, 25]]),
         "place": ("a pushpin right of the middle", [[30, 10, 47, 27]]),
+        "pick": ("a snowflake left of the middle", [[7, 20, 23, 36], [28, 12, 41, 29]]),
         "pair": ("a snowflake left of a clipboard", [[3, 16, 19, 32], [27, 13, 45, 35]]),
         "count": ("two pushpins", [[1, 27, 21, 47], [25, 11, 38, 24]]),
         "between": (
@@ -353,6 +361,8 @@ def test_layouts_of_a_seed_never_change(emojivl):
         ({"pairs": "test"}, "pairs must be train, held_out or all, got 'test'"),
         ({"sizes": (0.3, 0.7)}, "sizes must satisfy"),
         ({"sizes": (0.5, 0.3)}, "sizes must satisfy"),
+        ({"sizes": (0.3, 0.6), "kinds": {"count": 1}}, "sizes must satisfy"),
+        ({"sizes": (0.3, 0.52), "kinds": {"between": 1}}, "sizes must satisfy"),
         ({"canvas": 8}, "canvas must leave 4 pixels"),
         ({"artists": []}, "nouns must hold at least two nouns drawn by"),
         ({"nouns": ["dog"]}, "nouns must hold at least two nouns drawn by"),

@@ -240,6 +240,19 @@ def test_autograd_habits():
     assert torch.isfinite(zero.grad).all()
 
 
+def test_rows_shorter_than_the_floor_are_divided_by_the_floor():
+    """Length 1e-7: the divisor is the constant 1e-5, so the gradient has no projection."""
+    x, y, a, b = rng_tokens()
+    x[:2] *= 1e-7 / np.linalg.norm(x[:2], axis=-1, keepdims=True)
+    _, (dx, _) = sinkhorn.sinkhorn_cost_np(x, y, a, b)
+    tx, ty = torch.tensor(x, requires_grad=True), torch.tensor(y)
+    sinkhorn.sinkhorn_cost(tx, ty, torch.tensor(a), torch.tensor(b)).backward()
+    assert np.abs(tx.grad.numpy() / dx - 1).max() < 1e-9
+    T = sinkhorn.sinkhorn_np(cosine_cost(x, y), a, b)
+    pull = -T @ (y / np.linalg.norm(y, axis=-1, keepdims=True))
+    assert np.abs(dx[:2] / (pull[:2] / 1e-5) - 1).max() < 1e-9
+
+
 def test_memory_for_the_backward_pass_does_not_grow_with_the_iterations():
     def saved(iters):
         numbers = []

@@ -214,8 +214,9 @@ def test_trap_another_grid_of_positions():
     ids, text_mask, pixels = torch.ones(2, 4, dtype=int), torch.ones(2, 4) > 0, torch.randn(2, 3, 48, 48)
     expected = model.encode(ids, text_mask, pixels)["image"]
     assert torch.allclose(larger.encode(ids, text_mask, pixels)["image"], expected, atol=1e-5)
-    with pytest.raises(ValueError, match="image_size must be a multiple of patch=8"):
-        load_vilt(state, heads=4, image_size=50)
+    for impossible in (50, 4, 0):
+        with pytest.raises(ValueError, match=f"image_size must be a multiple of patch=8, got {impossible}"):
+            load_vilt(state, heads=4, image_size=impossible)
 
 
 @pytest.mark.parametrize("types", [1, 2])

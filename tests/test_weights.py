@@ -204,3 +204,12 @@ def test_numbers_match_numpy(tmp_path):
     found = np.frombuffer(content[8 + length :][begin:end], dtype="<f8").reshape(3, 4)
     assert np.array_equal(found, x.numpy())
     assert length % 8 == 0
+
+
+def test_every_tensor_starts_on_a_multiple_of_its_item_size(tmp_path):
+    """So a reader may map the file; shapes here are odd, and the names are in the other order."""
+    odd = {f"{i} {name}": torch.ones(3).to(dtype) for i, (name, dtype) in enumerate(reversed(DTYPES.items()))}
+    write_safetensors(tmp_path / "w.safetensors", odd)
+    content = (tmp_path / "w.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    assert all(header[name]["data_offsets"][0] % tensor.element_size() == 0 for name, tensor in odd.items())

@@ -248,21 +248,19 @@ def load_vilt(
 
     source: a state dict, a folder, or a `.safetensors`, `.bin` or `.ckpt` file, with Hugging Face's or the
     original names; a config.json beside it is read. heads: D / 64 unless config.json or this says otherwise.
-    eps of every LayerNorm:
-    config.json's, or 1e-12 for Hugging Face names, 1e-6 (blocks) and 1e-12 (text, masked-word head) for
-    original ones. image_size (pixels) resizes the stored grid of positions. Raises ValueError on missing or
-    unexpected tensors.
+    eps: config.json's, or 1e-12 for Hugging Face names, 1e-6 (blocks) and 1e-12 (text, masked-word head) for
+    original ones; a number given here is for all of them. image_size (pixels) resizes the stored grid of
+    positions. Raises ValueError on missing or unexpected tensors.
     """
     state, beside = load_state(source)
     published = vilt_weights.from_published(state)
     tensors, fields = published.tensors, vilt_weights.config_fields(published, beside, heads, eps)
-    if image_size is not None:
-        stored, grid = fields["image_size"] // fields["patch"], image_size // fields["patch"]
-        square = tensors["position"][1:].float().view(stored, stored, -1)
-        resized = resize_positions(square, grid, grid).flatten(0, 1)
-        tensors["position"] = torch.cat([tensors["position"][:1].float(), resized])
-        fields["image_size"] = image_size
-    config = ViltConfig(**fields)
+    stored = fields["image_size"] // fields["patch"]
+    config = ViltConfig(**fields | ({} if image_size is None else {"image_size": image_size}))
+    if config.grid != stored:
+        cls, square = tensors["position"].float().split([1, stored**2])
+        square = resize_positions(square.view(stored, stored, -1), config.grid, config.grid)
+        tensors["position"] = torch.cat([cls, square.flatten(0, 1)])
     if config.mlm_tied:
         tensors.pop("mlm.weight", None)
     with torch.device("meta"):  # shapes only: no random numbers are drawn for weights that are replaced

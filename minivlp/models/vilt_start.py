@@ -4,9 +4,9 @@ With BERT's values (normal, 0.02) the content of a patch, its position and the a
 zero, and a small model spends most of a short run growing them. Here they start at the size they will need:
 
     patches      a patch of unit-variance pixels becomes a vector of unit variance
-    positions    sines and cosines of row and column, of unit variance too, so that content does not drown place
-    attention    W_k = W_q = orthogonal: a token first looks at tokens like itself, hence a word, once its vector
-                 resembles its patches', at its patches; W_v orthogonal, outputs near zero
+    positions    sines and cosines of row and column, of unit variance too: content does not drown place
+    attention    W_k = W_q = orthogonal: a token first looks at tokens like itself, hence a word, once its
+                 vector resembles its patches', at its patches; W_v orthogonal, outputs near zero
 
 Sources: sine-cosine positions on a grid: Chen, Xie and He 2021 (MoCo v3); starting queries and keys alike:
 Trockman and Kolter 2023 (mimetic initialization).
@@ -21,7 +21,7 @@ from minivlp.models.vilt import Vilt
 
 
 def sine_cosine_positions(grid: int, dim: int) -> Tensor:
-    """Positions (grid², dim), row-major, of unit variance: a quarter each of sin and cos of row and of column.
+    """Positions (grid², dim), row-major, of unit variance: a quarter each of sin and cos of row and column.
 
     The wavelengths run geometrically from about one grid width to far beyond it. dim must be divisible by 4.
     """
@@ -46,5 +46,6 @@ def start_small(model: Vilt) -> Vilt:
         nn.init.orthogonal_(query)
         key.copy_(query)
         nn.init.orthogonal_(value)
+        block.proj.weight.copy_(value.T / 2)
         nn.init.orthogonal_(block.fc1.weight)
     return model

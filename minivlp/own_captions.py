@@ -1,0 +1,121 @@
+"""Pretraining on your own pictures and captions: ViLT's own recipe, checked on pictures that are kept back.
+
+Left out: retrieval and intervals; with your own captions nobody knows which caption is true of which picture.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from minivlp.batches import CaptionRows
+from minivlp.captions import Captions, captions_folder, coco_captions, split
+from minivlp.gallery import draw_curves
+from minivlp.glance import glance_at_captions
+from minivlp.models.vilt_pixels import resized
+from minivlp.refuse import refuse
+from minivlp.runs import Run, write_json
+from minivlp.screen import Screen, progress_line
+from minivlp.text import WordPiece
+from minivlp.train import TrainConfig, fit, new_model, pretraining_loss, train_config
+from minivlp.trained import Trained
+
+EVAL_BATCHES = 16
+
+
+def check_captions(captions: str, images: str | None) -> None:
+    """Raise ValueError, before anything is read, for what cannot be a data set."""
+    path = Path(captions)
+    if path.suffix == ".json":
+        if not path.is_file():
+            refuse("--captions", "must be a folder with captions.jsonl, or a COCO JSON file", captions)
+        if not Path(images or path.parent).is_dir():
+            refuse("--images", "must be a folder", images)
+    elif not (path / "captions.jsonl").is_file():
+        refuse("--captions", "must be a folder with captions.jsonl, or a COCO JSON file", captions)
+    elif images:
+        refuse("--images", "must come with a COCO JSON file as --captions", images)
+
+
+def read_captions(settings: Mapping[str, Any], screen: Screen) -> tuple[Captions, Captions]:
+    """(training part, kept-back part) of the data that a run's settings name, after telling what is left out.
+
+    Raises ValueError for what is no such data, for the first bad entry with on_error "stop", and when there
+    are not two different pictures.
+    """
+    path, on_error = Path(settings["captions"]), settings["on_error"]
+    if path.suffix == ".json":
+        data = coco_captions(path, settings["images"] or path.parent, on_error)
+    else:
+        data = captions_folder(path, on_error)
+    data = _wide_enough(data, train_config(settings), on_error)
+    for problem in data.problems:
+        screen.say(f"skipped: {problem}")
+    return split(data)
+
+
+def _wide_enough(data: Captions, config: TrainConfig, on_error: str) -> Captions:
+    """Without pictures so narrow that a side would be less than a patch: they would stop the run later."""
+    problems: dict[str, str] = {}
+    for name in dict.fromkeys(data.names):
+        with Image.open(data.folder / name) as image:
+            width, height = image.size
+        try:
+            resized(height, width, config.canvas, config.patch)
+        except ValueError as error:
+            problems[name] = f"image {name!r}: {error}"
+    if problems and on_error == "stop":
+        raise ValueError(next(iter(problems.values())))
+    good = data.subset(i for i, name in enumerate(data.names) if name not in problems)
+    good.problems = [*data.problems, *problems.values()]
+    return good
+
+
+def rows_of(data: Captions, tokenizer: WordPiece, config: TrainConfig, augment: bool) -> CaptionRows:
+    """Batches of captioned pictures as the settings say."""
+    c = config
+    return CaptionRows(
+        data, tokenizer, c.canvas, c.patch, c.max_text_len, c.batch, c.seed, c.mask, augment=augment
+    )
+
+
+def train_captions(run: Run, device: str, screen: Screen) -> None:
+    """Train, and measure on the tenth of the pictures that is kept back."""
+    config = train_config(run.settings)
+    training, held = read_captions(run.settings, screen)
+    if run.checkpoint.exists():  # the pictures may have changed since; the vocabulary must not
+        tokenizer = WordPiece(run.load()["tokens"])
+    else:
+        tokenizer = WordPiece.train(training.texts, config.vocab_size)
+    model = new_model(config, len(tokenizer))
+    sizes = f"{len(training)} captions to train on, {len(held)} kept back, {len(tokenizer)} tokens"
+    screen.say(f"{sizes}, {config.steps} steps of {config.batch} captions, in {run.folder}")
+    rows, checked = rows_of(training, tokenizer, config, True), rows_of(held, tokenizer, config, False)
+    loss = partial(pretraining_loss, wpa_weight=config.wpa_weight)
+    check = partial(glance_at_captions, rows=checked)
+    with screen.bar("training") as tick:
+        for record in fit(model, rows, loss, config, run, tokenizer, check, device, tick):
+            screen.say(progress_line(record, config.steps))
+    results = evaluate_captions(Trained(model, tokenizer, run.settings, config.steps), held, screen)
+    write_json(run.folder / "eval.json", results)
+    screen.say(f"wrote {draw_curves(run.folder, run.records())}")
+
+
+def evaluate_captions(trained: Trained, held: Captions, screen: Screen) -> dict[str, Any]:
+    """masked_word and itm_random on kept-back pictures, told and returned, ready for JSON.
+
+    {"kept_back": {measure: float}, "details": {"captions", "pictures", "step"}}; without itm_random, and told
+    so, when no wrong pair can be made of them.
+    """
+    config = train_config(trained.settings)
+    values = glance_at_captions(trained.model, rows_of(held, trained.tokenizer, config, False), EVAL_BATCHES)
+    sizes = {"captions": len(held), "pictures": len(set(held.names)), "step": trained.step}
+    told = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+    screen.say(
+        f"on {sizes['captions']} kept-back captions of {sizes['pictures']} pictures: {told or 'nothing'}"
+    )
+    if "itm_random" not in values:
+        screen.say("matching is not measured: no wrong pair can be made of the pictures that are kept back")
+    return {"kept_back": values, "details": sizes}
