@@ -103,11 +103,17 @@ def _read(folder: Path) -> EmojiVL:
     except ValueError as error:
         raise ValueError(f"{folder / 'meta.json'} is not valid JSON: {error}") from error
     table = folder / "concepts.tsv"
-    with open(table, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if len(rows) != meta["n"]:
-        raise ValueError(f"{table} must have {meta['n']} rows, got {len(rows)}")
-    sheets = {artist["name"]: _sheet(folder / artist["file"], artist, meta) for artist in meta["vendors"]}
+    try:
+        with open(table, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{table} is damaged: {error}") from error
+    try:
+        if len(rows) != meta["n"]:
+            raise ValueError(f"{table} must have {meta['n']} rows, got {len(rows)}")
+        sheets = {artist["name"]: _sheet(folder / artist["file"], artist, meta) for artist in meta["vendors"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'meta.json'} is not that of an EmojiVL folder: {error!r}") from error
     drawn = {name: sheet[..., 3].any((1, 2)) for name, sheet in sheets.items()}
     artists = [tuple(a for a in sheets if drawn[a][i]) for i in range(len(rows))]
     try:

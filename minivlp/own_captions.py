@@ -58,18 +58,21 @@ def read_captions(settings: Mapping[str, Any], screen: Screen) -> tuple[Captions
 
 def _wide_enough(data: Captions, config: TrainConfig, on_error: str) -> Captions:
     """Without pictures so narrow that a side would be less than a patch: they would stop the run later."""
-    problems: dict[str, str] = {}
-    for name in dict.fromkeys(data.names):
-        with Image.open(data.folder / name) as image:
-            width, height = image.size
-        try:
-            resized(height, width, config.canvas, config.patch)
-        except ValueError as error:
-            problems[name] = f"image {name!r}: {error}"
-    if problems and on_error == "stop":
-        raise ValueError(next(iter(problems.values())))
-    good = data.subset(i for i, name in enumerate(data.names) if name not in problems)
-    good.problems = [*data.problems, *problems.values()]
+    narrow, problems = {}, list(data.problems)
+    for i, name in enumerate(data.names):
+        if name not in narrow:
+            narrow[name] = False
+            with Image.open(data.folder / name) as image:
+                width, height = image.size
+            try:
+                resized(height, width, config.canvas, config.patch)
+            except ValueError as error:
+                narrow[name] = True
+                problems.append(f"{data[i].source}: image {name!r}: {error}")
+                if on_error == "stop":
+                    raise ValueError(problems[-1]) from error
+    good = data.subset(i for i, name in enumerate(data.names) if not narrow[name])
+    good.problems = problems
     return good
 
 

@@ -74,7 +74,7 @@ def swapped(scene: Scene) -> str:
 
 
 def misplaced(scene: Scene) -> str:
-    """A caption that only places can refute: a pair's with its nouns exchanged, a pick's about the other object.
+    """A caption that only places refute: a pair's with its nouns exchanged, a pick's about the other object.
 
     Raises ValueError for other kinds.
     """

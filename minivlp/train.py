@@ -233,7 +233,7 @@ def fit(
             stop(step, f"the forward pass ({error})", math.nan)
         for name, term in terms.items():
             if not torch.isfinite(term):
-                stop(step, f"loss term {name}", float(term))
+                stop(step, f"loss term {name}", float(term.detach()))
         for optimizer in tuned:
             optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()

@@ -10,8 +10,8 @@ A law is a hypothesis property that takes the function under test as its first a
         assert close(f(x[p], y[p], scale), f(x, y, scale))
 
 `f` always speaks NumPy: `f(*arrays_and_scalars, **settings)` returns the value, and `f.grads(*same, grad=None)`
-returns the gradients over the float arguments in order. Positional floats are differentiated (learnable scalars
-too); keywords are settings and masks. So one law holds the NumPy rung, the torch rungs and the learner's attempt.
+the gradients over the float arguments in order. Positional floats are differentiated (learnable scalars too);
+keywords are settings and masks. So one law holds the NumPy rung and the torch rungs.
 """
 
 import importlib
@@ -57,7 +57,7 @@ def law(*families: str, hint: str) -> Callable:
 
 
 def bug(family: str, caught_by: str, story: str, rung: str = "torch") -> Callable:
-    """Register a plausible wrong answer; `rung` says which calling convention it follows (np, torch or plain)."""
+    """Register a plausible wrong answer; `rung` says how it is called: np, torch or plain."""
 
     def register(function: Callable) -> Callable:
         BUGS.setdefault(family, {})[function.__name__] = Bug(
@@ -174,7 +174,7 @@ def obeys(module: Any) -> Callable:
 
 
 def refuses(module: Any, cases: list[tuple]) -> Callable:
-    """A pytest test over `(family, what, args, settings, message pattern)`: every rung raises that ValueError."""
+    """A pytest test over `(family, what, args, settings, pattern)`: every rung raises that ValueError."""
     table = [
         pytest.param(subject, args, settings, message, id=f"{family}-{rung}-{what}")
         for family, rung, subject in rungs(module)

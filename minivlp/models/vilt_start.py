@@ -46,6 +46,5 @@ def start_small(model: Vilt) -> Vilt:
         nn.init.orthogonal_(query)
         key.copy_(query)
         nn.init.orthogonal_(value)
-        block.proj.weight.copy_(value.T / 2)
         nn.init.orthogonal_(block.fc1.weight)
     return model

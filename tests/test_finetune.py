@@ -1,0 +1,217 @@
+"""Fine-tuning: what it keeps of the start, what it may see, and what its two blind baselines lack."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minivlp import finetune
+from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, load_emojivl
+from minivlp.finetune import Pools, Task, task_settings, with_head
+from minivlp.questions import questions, statements
+from minivlp.runs import load_checkpoint
+from minivlp.scenes import held_out
+from minivlp.text import WordPiece
+from minivlp.train import scene_tokenizer
+from minivlp.trained import load_trained
+from tests.test_train import equal, timeless
+from tests.tiny import commands_with, trained
+
+EMOJIVL = load_emojivl()
+NOUNS = EMOJIVL.nouns(CPU_NOUNS)
+TOKENIZER = scene_tokenizer(NOUNS, 512)
+FOLDERS = (".", "image_blind", "text_blind")
+
+
+@pytest.fixture
+def command(monkeypatch):
+    return commands_with(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def start():
+    return load_trained(trained())
+
+
+@pytest.mark.parametrize("name", finetune.TASKS)
+def test_everything_is_kept_and_the_head_is_new(name, start):
+    task = Task(name, NOUNS, TOKENIZER)
+    model = with_head(start.model, task.heads(), seed=3)
+    old, new = start.model.state_dict(), model.state_dict()
+    for key, tensor in old.items():
+        assert torch.equal(new[key][: len(tensor)], tensor)
+    assert {key.split(".")[0] for key in set(new) - set(old)} == {name}
+    again, other = (with_head(start.model, task.heads(), seed).state_dict() for seed in (3, 4))
+    assert equal(new, again) and not torch.equal(new[f"{name}.0.weight"], other[f"{name}.0.weight"])
+    types = new["modality.weight"]
+    assert len(types) == (2 if name == "vqa" else 3) and torch.equal(types[-1], types[1])
+
+
+def test_a_second_task_keeps_what_the_first_taught(start):
+    both = {"nlvr2": True, "image_types": 2}
+    first = with_head(start.model, both, seed=0)
+    with torch.no_grad():
+        first.modality.weight[2] += 1
+    second = with_head(first, {"num_answers": 37}, seed=1)
+    assert equal(
+        first.state_dict(), {k: v for k, v in second.state_dict().items() if not k.startswith("vqa")}
+    )
+
+
+@pytest.mark.parametrize("name", finetune.TASKS)
+def test_training_items_are_of_training_pairs_and_artists_and_no_test_items(name):
+    task = Task(name, NOUNS, TOKENIZER)
+    asked = task.draw(EMOJIVL, 48, 32, "train", 10_000)
+    scenes = [s for item in asked for s in (item.scenes if name == "nlvr2" else (item.scene,))]
+    assert not any(held_out(*s.objects) for s in scenes if s.kind == "pair")
+    drawn = (statements if name == "nlvr2" else questions)(
+        EMOJIVL, NOUNS, 48, 32, TRAINING_ARTISTS, "train", 10_000
+    )
+    assert [item.text for item in asked] == [item.text for item in drawn]
+    for seed in (finetune.TEST_SEED, finetune.GLANCE_SEED):
+        assert seed < finetune.FIRST_TRAINING_SEED
+
+
+def test_a_pool_is_a_mixed_draw_and_depends_on_the_seed_and_the_index_alone():
+    task = Task("vqa", NOUNS, TOKENIZER)
+    pools, again = (Pools(task, EMOJIVL, 48, 32, seed=1) for _ in range(2))
+    texts = [pools[i].text for i in range(70)]
+    assert [again[i].text for i in (65, 3, 40)] == [texts[i] for i in (65, 3, 40)]
+    drawn = [item.text for item in task.draw(EMOJIVL, 48, 32, "train", 20_000)]
+    assert sorted(texts[:32]) == sorted(drawn) and texts[:32] != drawn and texts[32:64] != texts[:32]
+    assert [Pools(task, EMOJIVL, 48, 32, seed=2)[i].text for i in range(32)] != texts[:32]
+
+
+def test_the_loss_of_a_task():
+    for name in finetune.TASKS:
+        task = Task(name, NOUNS, TOKENIZER)
+        model = with_head(load_trained(trained()).model, task.heads(), 0)
+        batch = task.batch(task.draw(EMOJIVL, 48, 16, "train", 5), longest=24)
+        ((term, loss),) = task.loss(model, [batch]).items()
+        assert term == name
+        if name == "vqa":
+            logits = finetune.questions.vqa_logits(model, batch.inputs)
+            p = torch.where(batch.targets > 0, logits.sigmoid(), 1 - logits.sigmoid())
+            assert torch.allclose(loss, -p.log().sum(1).mean(), rtol=1e-4)
+        else:
+            p = finetune.questions.nlvr2_logits(model, batch.inputs).softmax(1)
+            assert torch.allclose(loss, -p[range(16), batch.targets].log().mean(), rtol=1e-4)
+
+
+def test_a_blind_batch_lacks_a_half():
+    task = Task("nlvr2", NOUNS, TOKENIZER)
+    items = task.draw(EMOJIVL, 48, 16, "train", 5)
+    image, text = (task.batch(items, 24, blind) for blind in ("image", "text"))
+    assert not any(one["pixels"].any() for one in image.inputs) and text.inputs[0]["ids"].shape[1] == 2
+
+
+def test_the_sizes_are_those_of_the_start_and_the_flags_win(start):
+    settings = task_settings("vqa", str(trained()), {"steps": 9, "seed": 4})
+    config, began = settings["train"], start.settings["train"]
+    assert {k: config[k] for k in ("dim", "canvas", "patch", "nouns")} == {
+        k: began[k] for k in ("dim", "canvas", "patch", "nouns")
+    }
+    assert (config["steps"], config["seed"], config["batch"]) == (9, 4, finetune.CHANGES["batch"])
+    assert settings["start"] == str(trained())
+
+
+def test_a_start_with_hundreds_of_nouns_is_asked_about_the_small_presets(start, monkeypatch):
+    many = replace(start, settings=start.settings | {"train": start.settings["train"] | {"nouns": None}})
+    monkeypatch.setattr(finetune, "load_trained", lambda source: many)
+    assert task_settings("vqa", None, {})["train"]["nouns"] == CPU_NOUNS
+
+
+def test_a_start_that_cannot_read_the_questions_is_refused():
+    letters = WordPiece([*TOKENIZER.tokens[:5], "a"])
+    with pytest.raises(
+        ValueError, match="--start must be a run whose vocabulary holds the words of the questions"
+    ):
+        Task("vqa", NOUNS, letters)
+    with pytest.raises(ValueError, match="--task must be one of vqa, nlvr2"):
+        Task("snli", NOUNS, TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of each task."""
+    home = tmp_path_factory.mktemp("tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        run = commands_with(patch)
+        for name in finetune.TASKS:
+            assert (
+                run("train", "--task", name, "--start", trained(), "--name", home / name, "--items", 16) == 0
+            )
+    return home
+
+
+@pytest.mark.parametrize("name", finetune.TASKS)
+def test_a_run_leaves_results_beside_its_baselines(name, whole):
+    results = json.loads((whole / name / "eval.json").read_text())
+    assert results["task"] == name
+    for split in ("seen", "unseen"):
+        assert set(results[split]) == {"accuracy", "image_blind", "text_blind"}
+        for measure, kinds in results["details"][split].items():
+            assert kinds["all"]["value"] == results[split][measure]
+            assert all(m["low"] <= m["value"] <= m["high"] and m["chance"] <= 0.5 for m in kinds.values())
+        if name == "nlvr2":
+            assert results[split]["image_blind"] == results[split]["text_blind"] == 0.5
+    report = (whole / name / "report.md").read_text()
+    assert "| image-blind | text-blind |" in report and report.count("| all |") == 2
+    assert (whole / name / "curves.png").stat().st_size > 10_000
+    weights = [load_checkpoint(whole / name / folder / "checkpoint.pt")["model"] for folder in FOLDERS]
+    assert not equal(weights[0], weights[1]) and not equal(weights[1], weights[2])
+
+
+def test_a_run_goes_on_within_its_baselines_without_its_start(command, whole, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained(), tmp_path / "start")
+    real, calls = Task.batch, []
+
+    def interrupted(self, items, longest, blind=None):
+        calls.append(blind)
+        if calls.count("image") == 4 and len(items) == 16:
+            raise KeyboardInterrupt
+        return real(self, items, longest, blind)
+
+    monkeypatch.setattr(Task, "batch", interrupted)
+    flags = ("--task", "vqa", "--name", tmp_path / "vqa", "--items", 16)
+    assert command("train", *flags, "--start", tmp_path / "start") == 130
+    assert (
+        f"go on with: python -m minivlp train --resume --name {tmp_path / 'vqa'}" in capsys.readouterr().err
+    )
+    assert (tmp_path / "vqa" / "image_blind").exists() and not (tmp_path / "vqa" / "text_blind").exists()
+    monkeypatch.setattr(Task, "batch", real)
+    shutil.rmtree(tmp_path / "start")
+    assert command("train", *flags, "--resume") == 0
+    for folder in FOLDERS:
+        a, b = (load_checkpoint(home / "vqa" / folder / "checkpoint.pt") for home in (whole, tmp_path))
+        assert equal(a["model"], b["model"]) and equal(a["optimizers"], b["optimizers"])
+    lines = [(home / "vqa" / "metrics.jsonl").read_text().splitlines() for home in (whole, tmp_path)]
+    assert timeless(map(json.loads, lines[0])) == timeless(map(json.loads, lines[1]))
+
+
+def test_eval_measures_a_task_run_again(command, whole, tmp_path, capsys):
+    assert command("eval", "--run", whole / "nlvr2", "--items", 16, "--out", tmp_path / "again.json") == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(
+        (whole / "nlvr2" / "eval.json").read_text()
+    )
+    shutil.copytree(whole / "nlvr2", tmp_path / "alone", ignore=shutil.ignore_patterns("*_blind"))
+    assert command("eval", "--run", tmp_path / "alone" / "checkpoint.pt", "--items", 16) == 0
+    assert "image-blind" not in capsys.readouterr().out.rpartition("# nlvr2")[2].split("Held-out")[0]
+
+
+def test_a_task_can_be_learnt(start):
+    """Sixteen questions by heart: the gradient reaches the head and the encoder."""
+    task = Task("vqa", NOUNS, TOKENIZER)
+    model = with_head(start.model, task.heads(), 0).train()
+    batch = task.batch(task.draw(EMOJIVL, 48, 16, "train", 5), 24)
+    adam = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(40):
+        adam.zero_grad()
+        loss = task.loss(model, [batch])["vqa"]
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 5

@@ -1,0 +1,263 @@
+"""The training loop: what a step is; it stops at the first NaN, and goes on as if it had not stopped."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from minivlp import train
+from minivlp.__main__ import PRESETS as PRESET_NAMES
+from minivlp.batches import Rows, SceneRows
+from minivlp.curriculum import STAGES, Part, Stage, stage_at
+from minivlp.data import RELATIONS, load_emojivl
+from minivlp.questions import COUNTS, WORDS
+from minivlp.runs import Run
+from minivlp.text import split_words
+from minivlp.train import (
+    PRESETS,
+    TrainConfig,
+    fit,
+    new_model,
+    optimizers,
+    pretraining_loss,
+    rate,
+    train_config,
+)
+from tests.tiny import SIZES
+
+EMOJIVL = load_emojivl()
+CONFIG = replace(PRESETS["cpu"], **SIZES)
+NOUNS = EMOJIVL.nouns(CONFIG.nouns)
+TOKENIZER = train.scene_tokenizer(NOUNS, CONFIG.vocab_size)
+STAGES_OF_PAIRS = (
+    Stage(0.5, (Part("place", 1.0),)),
+    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7))),
+)
+LOSS = partial(pretraining_loss, wpa_weight=CONFIG.wpa_weight)
+
+
+def rows(config: TrainConfig = CONFIG) -> SceneRows:
+    return SceneRows(EMOJIVL, NOUNS, TOKENIZER, STAGES_OF_PAIRS, config.steps, config.batch, config.seed)
+
+
+def trained(folder, config=CONFIG, source=None, loss=LOSS, model=None) -> tuple[Run, list[dict]]:
+    """Train in a new folder, or on in one that holds a run."""
+    began = (folder / "checkpoint.pt").exists()
+    run = Run.resume(folder) if began else Run.begin(folder, {"train": {}})
+    model = model or new_model(config, len(TOKENIZER))
+    records = list(
+        fit(model, source or rows(config), loss, config, run, TOKENIZER, lambda model: {"seen": 1.0})
+    )
+    return run, records
+
+
+def timeless(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in ("seconds", "waited")} for record in records]
+
+
+def equal(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, list | tuple) else a == b
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Run, list[dict]]:
+    """An uninterrupted run."""
+    return trained(tmp_path_factory.mktemp("whole") / "run")
+
+
+# What a step sees and does
+
+
+def test_every_word_of_scenes_and_questions_is_one_token():
+    frames = {
+        "a",
+        "of",
+        "the",
+        "middle",
+        "between",
+        "and",
+        *COUNTS,
+        *(w for r in RELATIONS for w in r.split()),
+    }
+    words = frames | {c.noun for c in NOUNS} | {w for text in WORDS for w in split_words(text)}
+    assert {word for word in words if len(TOKENIZER.encode(word)) != 1} == set()
+    assert all(TOKENIZER.unk_id not in TOKENIZER.encode(c.plural) for c in NOUNS)
+
+
+def test_every_preset_has_its_name_on_the_command_line():
+    assert set(PRESET_NAMES) == set(PRESETS) and set(STAGES) | {"captions"} == set(PRESETS)
+
+
+def test_stages_fill_the_run_and_their_shares_the_batch():
+    for stages in STAGES.values():
+        assert [s.until for s in stages] == sorted({s.until for s in stages}) and stages[-1].until == 1
+        assert all(abs(sum(part.share for part in stage.parts) - 1) < 1e-9 for stage in stages)
+        assert stage_at(stages, 0.0) is stages[0] and stage_at(stages, 0.999) is stages[-1]
+
+
+def test_rows_depend_on_seed_and_step_alone():
+    again, other = rows(), rows(replace(CONFIG, seed=1))
+    source = rows()
+    source(3), source(8)
+    for a, b, c in zip(source(7), again(7), other(7), strict=True):
+        assert equal(vars(a), vars(b)) and not torch.equal(a.pixels, c.pixels)
+    assert [len(r.ids) for r in source(7)] == [5, 11] and source(7)[0].pixels.shape[2:] == (24, 24)
+
+
+def test_a_small_batch_has_a_row_of_every_part():
+    assert [len(r.ids) for r in rows(replace(CONFIG, batch=2))(11)] == [1, 1]
+
+
+def test_the_loss_is_the_mean_over_the_rows_of_all_groups():
+    (group,) = rows()(0)
+    model = new_model(CONFIG, len(TOKENIZER))
+    parts = [
+        Rows(**{k: v[a:b] for k, v in vars(group).items() if v is not None}) for a, b in ((0, 5), (5, 16))
+    ]
+    one, two = LOSS(model, [group]), LOSS(model, parts)
+    assert set(one) == {"mlm", "itm", "wpa"}
+    for name in ("itm", "wpa"):
+        assert torch.allclose(one[name], two[name], atol=1e-6)
+    # Words are averaged within a group, and groups by the rows that have some.
+    shares = [int((part.labels >= 0).any(1).sum()) for part in parts]
+    mean = sum(n * LOSS(model, [part])["mlm"] for n, part in zip(shares, parts, strict=True)) / sum(shares)
+    assert torch.allclose(two["mlm"], mean, atol=1e-6)
+
+
+def test_alignment_can_be_left_out():
+    assert set(pretraining_loss(new_model(CONFIG, len(TOKENIZER)), rows()(0), wpa_weight=0.0)) == {
+        "mlm",
+        "itm",
+    }
+
+
+def test_every_parameter_has_one_optimizer_and_small_ones_no_decay():
+    model = new_model(CONFIG, len(TOKENIZER))
+    muon, adam = optimizers(model, CONFIG)
+    groups = [*muon.param_groups, *adam.param_groups]
+    taken = [id(p) for group in groups for p in group["params"]]
+    assert sorted(taken) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    in_muon = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert in_muon == {
+        n for n, p in model.named_parameters() if n.startswith("encoder.blocks") and p.ndim == 2
+    }
+    assert all(p.ndim >= 2 for g in groups if g["weight_decay"] for p in g["params"])
+
+
+def test_the_rate_rises_stays_and_falls():
+    config = replace(CONFIG, steps=100, warmup=10, cooldown=0.4)
+    rates = [rate(config, step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9:60] == [1.0] * 51 and rates[61] == 1 - 1 / 40 and rates[99] == 1 / 40
+    assert rate(replace(config, warmup=0, cooldown=0.0), 99) == 1.0
+
+
+def test_training_lowers_the_loss(whole):
+    run, records = whole
+    assert [r["step"] for r in records] == [3, 6, 9, 12] == [r["step"] for r in run.records()]
+    assert records[-1]["rows"] == 12 * 16 and all(r["seen"] == 1 for r in records)
+    assert records[1]["mlm"] < records[0]["mlm"]
+    before = new_model(CONFIG, len(TOKENIZER)).state_dict()
+    assert all(not torch.equal(before[k], v) for k, v in run.load()["model"].items() if k != "segment.weight")
+
+
+def test_every_step_is_told(tmp_path):
+    told = []
+    config = replace(CONFIG, steps=3)
+    run, model = Run.begin(tmp_path, {}), new_model(config, len(TOKENIZER))
+    list(fit(model, rows(config), LOSS, config, run, TOKENIZER, tick=lambda *now: told.append(now)))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)] and not model.training
+
+
+# It goes on as if it had not stopped
+
+
+@pytest.mark.parametrize("stop", [1, 7])
+def test_a_run_that_stops_ends_in_the_same_weights(stop, whole, tmp_path):
+    source = rows()
+
+    def interrupted(step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return source(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "run", source=interrupted)
+    run, _ = trained(tmp_path / "run", model=new_model(replace(CONFIG, seed=5), len(TOKENIZER)))
+    a, b = whole[0].load(), run.load()
+    for key in ("model", "optimizers", "step", "means"):
+        assert equal(a[key], b[key])
+    assert timeless(run.records()) == timeless(whole[0].records())
+
+
+def test_a_finished_run_does_nothing_more(whole):
+    run, records = whole
+    before = run.checkpoint.read_bytes()
+    assert trained(run.folder)[1] == [] and run.checkpoint.read_bytes() == before and run.records() == records
+
+
+# It stops when something breaks
+
+
+def broken(step: int, name: str, how):
+    """The loss, with one term changed at one step."""
+    calls = []
+
+    def loss(model, groups):
+        calls.append(None)
+        terms = LOSS(model, groups)
+        return terms | {name: how(terms[name])} if len(calls) == step + 1 else terms
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "name, how, message",
+    [
+        ("itm", lambda t: t * torch.nan, "step 5: loss term itm is nan"),
+        ("wpa", lambda t: t + torch.inf, "step 5: loss term wpa is inf"),
+        ("mlm", lambda t: t + (t - t).sqrt(), "step 5: the norm of the gradient is nan"),
+    ],
+)
+def test_a_nan_stops_the_run_and_the_last_checkpoint_is_kept(name, how, message, whole, tmp_path):
+    with pytest.raises(FloatingPointError, match=f"{message}; the checkpoint of step 4 is kept in .*run"):
+        trained(tmp_path / "run", loss=broken(5, name, how))
+    kept = Run.resume(tmp_path / "run").load()
+    assert kept["step"] == 4 and all(v.isfinite().all() for v in kept["model"].values())
+    run, _ = trained(tmp_path / "run")  # the fault was mended
+    assert equal(run.load()["model"], whole[0].load()["model"])
+
+
+def test_a_nan_inside_the_model_stops_the_run(tmp_path):
+    model = new_model(CONFIG, len(TOKENIZER))
+    with torch.no_grad():
+        model.encoder.norm.bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"step 0: .* is nan; the checkpoint of step 0"):
+        trained(tmp_path / "run", model=model)
+
+
+def test_other_errors_pass_as_they_are(tmp_path):
+    def loss(model, groups):
+        raise ValueError("ids must lie in [0, 4), got 7")
+
+    with pytest.raises(ValueError, match=r"^ids must lie in \[0, 4\), got 7$"):
+        trained(tmp_path / "run", loss=loss)
+
+
+def test_settings_of_another_version_are_refused():
+    assert train_config({"train": {"steps": 7}}).steps == 7
+    for settings in ({}, {"train": {"speed": 3}}):
+        with pytest.raises(ValueError, match="are not of this version"):
+            train_config(settings)
+
+
+def test_metrics_are_json(whole):
+    lines = (whole[0].folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
