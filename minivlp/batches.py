@@ -7,6 +7,7 @@ alignment). The rows of a step depend on (seed, step) alone, so a run that stops
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def text_rows(
 
 
 class SceneRows:
-    """The main job's rows: `rows(step)` → one Rows per part of the curriculum's stage at this step."""
+    """The main job's rows: `rows(step)` → one Rows per size of picture in the stage at this step."""
 
     def __init__(
         self,
@@ -93,11 +94,14 @@ class SceneRows:
         }
 
     def __call__(self, step: int) -> list[Rows]:
-        stage = stage_at(self.stages, step / self.steps)
         rng = np.random.default_rng((self.seed, step))
-        return [self._rows(part, step, rng) for part in stage.parts]
+        by_size: dict[int, list[tuple]] = {}  # pictures of one size share a forward pass
+        for part in stage_at(self.stages, step / self.steps).parts:
+            by_size.setdefault(part.canvas, []).append(self._drawn(part, step, rng))
+        return [self._joined(drawn) for drawn in by_size.values()]
 
-    def _rows(self, part: Part, step: int, rng: np.random.Generator) -> Rows:
+    def _drawn(self, part: Part, step: int, rng: np.random.Generator) -> tuple:
+        """One part: scenes, texts, ids under the masks, match, align, and the picture of each row."""
         n = max(1, round(part.share * self.batch))
         scenes = [self._scenes[part][step * self.batch + i] for i in range(n)]
         texts, answers = [], []
@@ -105,10 +109,10 @@ class SceneRows:
         matching = round(part.matching * n)
         other = derangement(matching, rng) if matching > 1 else np.arange(matching)
         for i, scene in enumerate(scenes):
+            text, hidden = scene.caption, ()
             if i >= matching:
                 text, hidden = self._masked(part, scene, rng)
             else:
-                text, hidden = scene.caption, ()
                 fate = rng.random()
                 match[i], align[i] = 1, TRUE_PAIR
                 if fate < 0.5 and len(scene.objects) > 1 and rng.random() < part.swaps:
@@ -117,9 +121,17 @@ class SceneRows:
                     picture[i], match[i], align[i] = other[i], 0, RANDOM_PAIR
             texts.append(text)
             answers.append(hidden)
-        ids, mask, labels = text_rows(self.tokenizer, texts, answers)
-        pixels = scene_pixels(scenes)[torch.from_numpy(picture)]  # a fresh gather: no picture is overwritten
-        return Rows(ids, mask, labels, torch.from_numpy(match), torch.from_numpy(align), pixels)
+        return scenes, texts, answers, match, align, picture
+
+    def _joined(self, drawn: list[tuple]) -> Rows:
+        scenes, texts, answers, match, align, picture = zip(*drawn, strict=True)
+        first = np.cumsum([0, *map(len, scenes[:-1])])  # of each part's pictures
+        pictures = np.concatenate([own + start for own, start in zip(picture, first, strict=True)])
+        ids, mask, labels = text_rows(self.tokenizer, list(chain(*texts)), list(chain(*answers)))
+        pixels = scene_pixels(list(chain(*scenes)))
+        match, align = torch.from_numpy(np.concatenate(match)), torch.from_numpy(np.concatenate(align))
+        # A fresh gather: no picture is overwritten.
+        return Rows(ids, mask, labels, match, align, pixels[torch.from_numpy(pictures)])
 
     def _masked(self, part: Part, scene: Scene, rng: np.random.Generator) -> tuple[str, Sequence[int]]:
         """Hide the relation phrase, or one noun, or all nouns."""

@@ -39,9 +39,14 @@ def stage_at(stages: Sequence[Stage], share: float) -> Stage:
 
 SINGLE = Part("one", 1.0, canvas=24, sizes=(0.5, 0.77), matching=0.5)
 CPU_STAGES = (
-    Stage(0.08, (replace(SINGLE, matching=0.6),)),
+    Stage(0.09, (replace(SINGLE, matching=0.6),)),
     Stage(0.18, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4))),
     Stage(0.38, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8))),
     Stage(1.0, (replace(SINGLE, share=0.1), Part("pick", 0.15), Part("pair", 0.75))),
 )
-STAGES = {"cpu": CPU_STAGES, "gpu": CPU_STAGES}
+# The same scenes at twice the size.
+GPU_STAGES = tuple(
+    replace(stage, parts=tuple(replace(part, canvas=2 * part.canvas) for part in stage.parts))
+    for stage in CPU_STAGES
+)
+STAGES = {"cpu": CPU_STAGES, "gpu": GPU_STAGES}

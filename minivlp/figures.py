@@ -13,7 +13,6 @@ Sources: Okabe and Ito 2008, Color Universal Design; Kim, Son and Kim 2021 (ViLT
 Left out: scripts beyond Latin, Greek and Cyrillic, which the font that comes with matplotlib lacks.
 """
 
-import os
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
@@ -28,6 +27,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from minivlp.atomic import whole_file
 from minivlp.refuse import refuse
 
 DPI, WIDTH = 110, 8.2  # dots per inch, inches
@@ -265,13 +265,9 @@ def _picture(axes: Axes, image: np.ndarray, title: str = "", boxes: Boxes = (), 
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG through a temporary file beside it, so that a reader never sees half of one."""
+    """Write a PNG; a reader never sees half of one."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, format="PNG", optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        picture.save(file, format="PNG", optimize=True)

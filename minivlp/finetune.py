@@ -22,13 +22,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from minivlp import questions
 from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, Concept, EmojiVL, load_emojivl
+from minivlp.fit import fit
 from minivlp.gallery import draw_curves
 from minivlp.models.vilt import Vilt
 from minivlp.refuse import refuse
 from minivlp.runs import Run, existing, write_json
 from minivlp.screen import Screen, progress_line
 from minivlp.text import WordPiece
-from minivlp.train import fit, train_config
+from minivlp.train import train_config
 from minivlp.trained import load_trained, ship
 
 TASKS = ("vqa", "nlvr2")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from minivlp.batches import CaptionRows
 from minivlp.captions import Captions, captions_folder, coco_captions, split
+from minivlp.fit import fit
 from minivlp.gallery import draw_curves
 from minivlp.glance import glance_at_captions
 from minivlp.models.vilt_pixels import resized
@@ -19,7 +20,7 @@ from minivlp.refuse import refuse
 from minivlp.runs import Run, write_json
 from minivlp.screen import Screen, progress_line
 from minivlp.text import WordPiece
-from minivlp.train import TrainConfig, fit, new_model, pretraining_loss, train_config
+from minivlp.train import TrainConfig, new_model, pretraining_loss, train_config
 from minivlp.trained import Trained
 
 EVAL_BATCHES = 16

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from minivlp.atomic import whole_file
 from minivlp.refuse import refuse
-from minivlp.weights import whole_file
 
 FORMAT = "minivlp-1"
 HOME = Path(__file__).parent.parent  # the clone, whatever folder a command is called from

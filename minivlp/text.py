@@ -29,7 +29,6 @@ tables of one of the two.
 
 import heapq
 import json
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -41,6 +40,7 @@ from pathlib import Path
 import numpy as np
 
 from minivlp import refuse
+from minivlp.atomic import whole_file
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
@@ -252,10 +252,9 @@ class WordPiece:
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file {"lowercase": bool, "tokens": [token, …]}, whole or not at all."""
-        new = Path(f"{path}.{os.getpid()}.new")
         content = {"lowercase": self.lowercase, "tokens": self.tokens}
-        new.write_text(json.dumps(content, indent=0), "utf-8")
-        os.replace(new, path)
+        with whole_file(path) as file:
+            file.write(json.dumps(content, indent=0).encode())
 
     def _words(self, text: str) -> list[tuple[int, ...]]:
         """The ids of each word."""

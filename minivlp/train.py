@@ -1,19 +1,13 @@
-"""The training loop, and the main job's loss: masked words + matching + 0.1 · word-patch alignment.
+"""The main job: a ViLT from fresh values, and its loss, masked words + matching + 0.1 · word-patch alignment.
 
-One step: rows → states → loss terms → gradients → one update. The matrices of the blocks are updated by Muon
-(momentum made orthogonal, which needs clearly fewer scenes here), everything else by AdamW. Everything random
-depends on (seed, step), so a checkpoint needs no generator state and a resumed run ends in the same weights.
+The sizes and rates of a run are a TrainConfig; a preset is one with other values. fit.py has the loop.
 
-Sources: Kim, Son and Kim 2021 (ViLT), sections 3.2 and 4.2, for the objectives and AdamW's settings; Jordan
-et al. 2024 for Muon, which ViLT does not use.
-Left out: mixed precision, gradient accumulation, learning rates per layer.
+Sources: Kim, Son and Kim 2021 (ViLT), section 3.2.
+Left out: ViLT's own sizes (models/vilt.py's defaults), for which no laptop is enough.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +21,7 @@ from minivlp.mlm import IGNORE, mlm_loss
 from minivlp.models.vilt import Vilt, ViltConfig
 from minivlp.models.vilt_start import start_small
 from minivlp.questions import WORDS as QUESTION_WORDS
-from minivlp.runs import Run, tensor_bytes
 from minivlp.text import WordPiece
-
-Loss = Callable[[Vilt, Sequence[Any]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class TrainConfig:
     hidden: int = 192
     max_text_len: int = 24
     vocab_size: int = 512
-    steps: int = 4000
+    steps: int = 4300
     batch: int = 64
     lr: float = 2e-3  # AdamW: embeddings, norms, biases, heads
     matrix_lr: float = 0.01  # Muon: the matrices of the blocks
@@ -119,7 +110,6 @@ def pretraining_loss(model: Vilt, groups: Sequence[Rows], wpa_weight: float) -> 
     """The loss terms of one step, each the mean over its rows in all groups, already weighted."""
     n_words = sum(int((g.labels != IGNORE).any(1).sum()) for g in groups)
     n_match = sum(int((g.match >= 0).sum()) for g in groups)
-    n_align = sum(int((g.align != 0).sum()) for g in groups)
     terms = {"mlm": 0.0, "itm": 0.0, "wpa": 0.0}
     for g in groups:
         out = model.encode(g.ids, g.text_mask, g.pixels, g.pixel_mask)
@@ -139,139 +129,6 @@ def pretraining_loss(model: Vilt, groups: Sequence[Rows], wpa_weight: float) -> 
                 alignment_masks(g.text_mask[aligned]),
                 out["image_mask"][aligned, 1:],
             )  # (B',)
-            # ViLT: true pairs pulled together, wrong pairs pushed apart, over the number of both.
-            terms["wpa"] += wpa_weight * (g.align[aligned] * distance).sum() / n_align
+            # As in ViLT: true pairs pulled together, wrong pairs pushed apart, over all matching rows.
+            terms["wpa"] += wpa_weight * (g.align[aligned] * distance).sum() / n_match
     return {name: term for name, term in terms.items() if torch.is_tensor(term)}
-
-
-def optimizers(model: Vilt, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest; biases and norms are not decayed."""
-    matrices = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay}
-    plain = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
-    muon = torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.0, momentum=0.95)
-    adam = torch.optim.AdamW([decayed, plain], lr=config.lr, betas=(0.9, 0.98), eps=1e-8)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return [muon, adam]
-
-
-def rate(config: TrainConfig, step: int) -> float:
-    """The share of the peak rate at a step: linear warm-up, flat, linear to zero."""
-    left = (config.steps - step) / max(1, round(config.cooldown * config.steps))
-    return min(1.0, (step + 1) / max(1, config.warmup)) * min(1.0, left)
-
-
-def fit(
-    model: Vilt,
-    source: Callable[[int], Sequence[Rows]],
-    loss: Loss,
-    config: TrainConfig,
-    run: Run,
-    tokenizer: WordPiece,
-    check: Callable[[Vilt], dict[str, float]] = lambda model: {},
-    device: str = "cpu",
-    tick: Callable[[int, int], None] = lambda step, steps: None,
-) -> Iterator[dict[str, Any]]:
-    """Train `model` in place, on from the run's checkpoint if there is one; yield a record now and then.
-
-    `source(step)` gives a step's rows, `loss(model, rows)` its weighted terms, `check(model)` accuracies on
-    scenes that are not trained on, asked at most twenty times; `tick(step, steps)` is told of every step.
-    Raises FloatingPointError at the first step whose loss or gradient is not finite, naming the term; the
-    last checkpoint is then kept.
-    """
-    model.to(device).train()
-    tuned = optimizers(model, config)
-    first, seconds, saved, means = 0, 0.0, None, {}
-    if run.checkpoint.exists():
-        state = run.load()
-        model.load_state_dict(state["model"])
-        for optimizer, its_state in zip(tuned, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its_state)
-        first = saved = state["step"]
-        seconds, means = state["seconds"], state["means"]
-        run.forget_after(first)
-    run.need_space(4 * tensor_bytes(model.state_dict()))  # a weight and at most three numbers beside it
-    started = time.perf_counter() - seconds
-    check_every = max(config.report_every, config.steps // 20)
-
-    def save(step: int) -> None:
-        run.save(
-            {
-                "step": step,
-                "seconds": time.perf_counter() - started,
-                "means": means,
-                "tokens": tokenizer.tokens,
-                "model": model.state_dict(),
-                "model_config": asdict(model.config),
-                "optimizers": [optimizer.state_dict() for optimizer in tuned],
-            }
-        )
-
-    def stop(step: int, what: str, value: float) -> None:
-        kept = f"the checkpoint of step {saved} is kept in {run.folder}"
-        raise FloatingPointError(f"step {step}: {what} is {value}; {kept}")
-
-    if saved is None:
-        save(0)
-        saved = 0
-    tick(first, config.steps)
-    batches, waited = _ahead(source, first, config.steps), 0.0
-    for step in range(first, config.steps):
-        asked = time.perf_counter()
-        groups = [rows.to(device) for rows in next(batches)]
-        waited += time.perf_counter() - asked
-        try:
-            terms = loss(model, groups)
-        except ValueError as error:
-            if "NaN" not in str(error):
-                raise
-            # A rung refused what the model computed.
-            stop(step, f"the forward pass ({error})", math.nan)
-        for name, term in terms.items():
-            if not torch.isfinite(term):
-                stop(step, f"loss term {name}", float(term.detach()))
-        for optimizer in tuned:
-            optimizer.zero_grad(set_to_none=True)
-        sum(terms.values()).backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
-            stop(step, "the norm of the gradient", float(norm))
-        torch.nn.utils.clip_grad_norm_(tuned[1].param_groups[0]["params"], 1.0)
-        for optimizer in tuned:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(config, step)
-            optimizer.step()
-        for name, term in terms.items():
-            means.setdefault(name, []).append(float(term.detach()))
-        done = step + 1
-        tick(done, config.steps)
-        if done % config.report_every == 0 or done % check_every == 0 or done == config.steps:
-            record = {"step": done, "rows": done * config.batch, "seconds": time.perf_counter() - started}
-            record |= {name: sum(values) / len(values) for name, values in means.items()}
-            record["waited"] = waited  # seconds since the last record in which training waited for rows
-            if done % check_every == 0 or done == config.steps:
-                record |= check(model.eval())
-                model.train()
-            means, waited = {}, 0.0
-            run.log(record)
-            yield record
-        if done % config.save_every == 0 or done == config.steps:
-            save(done)
-            saved = done
-    model.eval()
-
-
-def _ahead(source: Callable[[int], Sequence], first: int, last: int) -> Iterator[Sequence]:
-    """source(first) … source(last − 1), each made in a thread while the caller works with the one before."""
-    if first == last:
-        return
-    with ThreadPoolExecutor(1) as composer:
-        coming = composer.submit(source, first)
-        for step in range(first + 1, last):
-            rows, coming = coming.result(), composer.submit(source, step)
-            yield rows
-        yield coming.result()

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from minivlp.atomic import whole_file
 from minivlp.data import Concept, EmojiVL
 from minivlp.models.vilt import Vilt, ViltConfig
 from minivlp.models.vilt_weights import from_published, to_hugging_face
 from minivlp.runs import HOME, existing, load_checkpoint, read_json
 from minivlp.text import WordPiece
-from minivlp.weights import read_safetensors, whole_file, write_safetensors
+from minivlp.weights import read_safetensors, write_safetensors
 
 SHIPPED = HOME / "chapters" / "weights" / "vilt_tiny.safetensors"
 

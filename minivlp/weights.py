@@ -17,16 +17,15 @@ import json
 import math
 import os
 import pickle
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minivlp import refuse
+from minivlp.atomic import whole_file
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -36,25 +35,6 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open `path` for writing bytes; it appears, or replaces the old file, only once all is on disk.
-
-    After an exception, or a power cut, the old file is still there as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # same disk: the rename is one step
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_safetensors(

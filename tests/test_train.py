@@ -12,19 +12,11 @@ from minivlp.__main__ import PRESETS as PRESET_NAMES
 from minivlp.batches import Rows, SceneRows
 from minivlp.curriculum import STAGES, Part, Stage, stage_at
 from minivlp.data import RELATIONS, load_emojivl
+from minivlp.fit import fit, optimizers, rate
 from minivlp.questions import COUNTS, WORDS
 from minivlp.runs import Run
 from minivlp.text import split_words
-from minivlp.train import (
-    PRESETS,
-    TrainConfig,
-    fit,
-    new_model,
-    optimizers,
-    pretraining_loss,
-    rate,
-    train_config,
-)
+from minivlp.train import PRESETS, TrainConfig, new_model, pretraining_loss, train_config
 from tests.tiny import SIZES
 
 EMOJIVL = load_emojivl()
@@ -54,7 +46,7 @@ def trained(folder, config=CONFIG, source=None, loss=LOSS, model=None) -> tuple[
 
 
 def timeless(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in ("seconds", "waited")} for record in records]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "composing")} for record in records]
 
 
 def equal(a, b) -> bool:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivlp import weights
-from minivlp.weights import DTYPES, load_state, read_safetensors, whole_file, write_safetensors
+from minivlp.atomic import whole_file
+from minivlp.weights import DTYPES, load_state, read_safetensors, write_safetensors
 
 
 def tensors(dtypes=DTYPES):

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, linear, pad
 
 from minivlp import refuse
+from minivlp.atomic import whole_file
 from minivlp.models import vilt_weights
 from minivlp.models.vilt_pixels import vilt_pixels
 from minivlp.patch import PatchEmbed
 from minivlp.transformer import Encoder, normal_init
-from minivlp.weights import load_state, whole_file, write_safetensors
+from minivlp.weights import load_state, write_safetensors
 
 __all__ = ["Vilt", "ViltConfig", "load_vilt", "resize_positions", "save_vilt", "vilt_pixels"]
 

@@ -1,0 +1,30 @@
+"""Write a file whole or not at all: beside its place, flushed to the disk, then renamed.
+
+Left out: locks. Of two writers at once the last one to finish wins, with a whole file.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open `path` for writing bytes; it appears, or replaces the old file, only once all is on disk.
+
+    After an exception, or a power cut, the old file is still there as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # same disk: the rename is one step
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,98 @@
+"""The house keeps its own rules: short files, imports in one direction, laws for all rungs, a true README."""
+
+import ast
+import importlib
+import io
+import json
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from minivlp.evaluate import MEASURES
+from tests.laws import BUGS, LAWS, load_bugs
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
+CONCEPTS = sorted(p.stem for p in (ROOT / "tests" / "bugs").glob("*.py") if p.stem != "__init__")
+LONGEST = 200  # lines of code
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    inside = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            inside |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skipped and token.string:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - inside)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_files_are_short_and_open_with_what_they_are(path):
+    source = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source)), f"{path.name} has no docstring"
+    assert code_lines(source) <= LONGEST, f"{path.name} has {code_lines(source)} lines of code"
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the project that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return {name for name in found if name.split(".")[0] in ("minivlp", "tests", "chapters")}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_imports_point_one_way(path):
+    names = imported(path)
+    assert not any(name.startswith(("tests", "chapters")) for name in names)
+    if path.stem in CONCEPTS:
+        allowed = {"refuse", *CONCEPTS}
+        used = {name.split(".")[1] for name in names if name.count(".")}
+        assert used <= allowed, f"a concept imports {sorted(used - allowed)}"
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_every_family_of_rungs_has_laws_and_bugs(concept):
+    load_bugs(concept)
+    rungs = importlib.import_module(f"minivlp.{concept}").RUNGS
+    for family, ladder in rungs.items():
+        assert LAWS.get(family), f"{family} has no law"
+        assert len(BUGS.get(family, {})) >= 5, f"{family} has fewer than five known bugs"
+        assert "plain" in ladder or {"np", "torch"} <= set(ladder), f"{family} lacks a rung"
+
+
+def test_the_base_install_is_enough():
+    """Importing every module needs none of the peers."""
+    peers = ["safetensors", "transformers", "tokenizers", "ot", "scipy", "triton", "open_clip"]
+    names = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in LIBRARY if not p.stem.startswith("__")
+    ]
+    code = f"import sys, importlib; sys.modules.update(dict.fromkeys({peers!r}))\n"
+    code += f"for name in {names!r}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_readme_shows_the_shipped_numbers():
+    """Its table is the evaluation of the shipped model, digit for digit, and its links lead somewhere."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    numbers = json.loads((ROOT / "chapters" / "weights" / "vilt_tiny.json").read_text(encoding="utf-8"))[
+        "numbers"
+    ]
+    for measure in MEASURES:
+        seen, unseen = (numbers["details"][split][measure] for split in ("seen", "unseen"))
+        cells = [f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})" for m in (seen, unseen)]
+        assert " | ".join(cells) in readme, f"the README's row of {measure} must hold {cells}"
+    for link in [part.split(")")[0] for part in readme.split("](")[1:]]:
+        assert (ROOT / link).exists(), f"README links to {link}, which does not exist"
