@@ -137,7 +137,4 @@ def _says(scene: Scene, kind: str) -> object:
         return meaning(scene)
     if kind == "between":
         return scene.objects[0], frozenset(scene.objects[1:])
-    if kind == "place":  # "a dog left of the middle" is "the middle right of a dog"
-        axis, in_order = RELATIONS[scene.relation]
-        return scene.objects, axis, in_order == scene.frame.startswith("{}")
     return _caption(scene, kind)

@@ -9,8 +9,8 @@ A law is a hypothesis property that takes the function under test as its first a
         ...
         assert close(f(x[p], y[p], scale), f(x, y, scale))
 
-`f` always speaks NumPy: `f(*arrays_and_scalars, **settings)` returns the value, and `f.grads(*same, grad=None)`
-the gradients over the float arguments in order. Positional floats are differentiated (learnable scalars too);
+`f` always speaks NumPy: `f(*arrays_and_scalars, **settings)` is the value, `f.grads(*same, grad=None)` the
+gradients over the float arguments in order. Positional floats are differentiated (learnable scalars too);
 keywords are settings and masks. So one law holds the NumPy rung and the torch rungs.
 """
 

@@ -1,4 +1,4 @@
-"""`pytest --bugs`: every known bug is caught by its law, and every law catches one that no earlier law does."""
+"""`pytest --bugs`: each known bug is caught by its law, and each law catches one that no earlier law does."""
 
 from pathlib import Path
 
