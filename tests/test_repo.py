@@ -4,14 +4,19 @@ import ast
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tokenize
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from minivlp.evaluate import MEASURES
+from minivlp.models.vilt import Vilt, ViltConfig, save_vilt
+from minivlp.text import WordPiece
 from tests.laws import BUGS, LAWS, load_bugs
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +62,7 @@ def test_imports_point_one_way(path):
     names = imported(path)
     assert not any(name.startswith(("tests", "chapters")) for name in names)
     if path.stem in CONCEPTS:
-        allowed = {"refuse", *CONCEPTS}
+        allowed = {"refuse", "atomic", *CONCEPTS}
         used = {name.split(".")[1] for name in names if name.count(".")}
         assert used <= allowed, f"a concept imports {sorted(used - allowed)}"
 
@@ -82,6 +87,22 @@ def test_the_base_install_is_enough():
     code += f"for name in {names!r}: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_the_readmes_code_runs(tmp_path, monkeypatch):
+    """Published weights in five lines, on a small model of their layout; then two losses in a loop."""
+    words = WordPiece.train(["a bunch of cats laying on a couch"], 64, min_count=1)
+    config = ViltConfig(vocab_size=len(words), dim=64, layers=1, heads=1, hidden=64)
+    save_vilt(Vilt(config), tmp_path / "vilt-b32-mlm")
+    (tmp_path / "vilt-b32-mlm" / "vocab.txt").write_text("\n".join(words.tokens) + "\n")
+    Image.new("RGB", (640, 480), (9, 99, 200)).save(tmp_path / "cats.jpg")
+    monkeypatch.chdir(tmp_path)
+    published, losses = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    exec(published, {})
+    names = {name: torch.randn(4, 8, requires_grad=True) for name in ("images", "texts")}
+    names |= {name: torch.randn(4, n, 8, requires_grad=True) for name, n in (("words", 5), ("patches", 6))}
+    exec(losses, names | {"scale": 10.0, "word_mask": torch.ones(4, 5, dtype=torch.bool)})
+    assert all(tensor.grad.abs().sum() > 0 for tensor in names.values())
 
 
 def test_readme_shows_the_shipped_numbers():
