@@ -62,13 +62,17 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Statement:
-    """About two pictures; kind is "other objects" or "same objects", whether G has those of F (`pair`)."""
+    """About two pictures; kind is "other objects" or "same objects", whether G has those of F (`pair`).
+
+    shown tells of each picture whether it shows F.
+    """
 
     scenes: tuple[Scene, Scene]
     text: str
     truth: bool
     kind: str
     pair: tuple[int, int]
+    shown: tuple[bool, bool]
 
 
 def answers(nouns: Sequence[Concept]) -> tuple[str, ...]:
@@ -155,9 +159,10 @@ def _block(F: tuple[Scene, Scene], G: tuple[Scene, Scene], kind: str) -> Iterato
     caption, pair = F[0].caption, meaning(F[0])[:2]
     for left in (F[0], G[0]):
         for right in (F[1], G[1]):
-            one = (left is F[0]) != (right is F[1])
-            yield Statement((left, right), ONE.format(caption), one, kind, pair)
-            yield Statement((left, right), SAME.format(caption), not one, kind, pair)
+            shown = left is F[0], right is F[1]
+            one = shown[0] != shown[1]
+            yield Statement((left, right), ONE.format(caption), one, kind, pair, shown)
+            yield Statement((left, right), SAME.format(caption), not one, kind, pair, shown)
 
 
 def _check_size(n: int) -> None:
@@ -215,9 +220,15 @@ def vqa_logits(model: Vilt, inputs: dict[str, Tensor]) -> Tensor:
     return model.vqa_logits(model.encode(**_moved(inputs, model))["pooled"])
 
 
+def nlvr2_pooled(model: Vilt, inputs: tuple[dict, dict]) -> tuple[Tensor, Tensor]:
+    """A batch of statements, read with the first and with the second picture → (B, D) each."""
+    first, second = (model.encode(**_moved(one, model))["pooled"] for one in inputs)
+    return first, second
+
+
 def nlvr2_logits(model: Vilt, inputs: tuple[dict, dict]) -> Tensor:
     """A batch of statements → (B, 2), column 1 = true, on the device of the model."""
-    return model.nlvr2_logits(*(model.encode(**_moved(one, model))["pooled"] for one in inputs))
+    return model.nlvr2_logits(*nlvr2_pooled(model, inputs))
 
 
 def _moved(inputs: dict, model: Vilt) -> dict:

@@ -14,10 +14,10 @@ from minivlp.questions import questions, statements
 from minivlp.runs import load_checkpoint
 from minivlp.scenes import held_out
 from minivlp.text import WordPiece
-from minivlp.train import scene_tokenizer
+from minivlp.train import TrainConfig, scene_tokenizer
 from minivlp.trained import load_trained
 from tests.test_train import equal, timeless
-from tests.tiny import commands_with, trained
+from tests.tiny import commands_with, told, trained
 
 EMOJIVL = load_emojivl()
 NOUNS = EMOJIVL.nouns(CPU_NOUNS)
@@ -74,14 +74,37 @@ def test_training_items_are_of_training_pairs_and_artists_and_no_test_items(name
         assert seed < finetune.FIRST_TRAINING_SEED
 
 
-def test_a_pool_is_a_mixed_draw_and_depends_on_the_seed_and_the_index_alone():
+def test_a_batch_depends_on_the_seed_and_the_step_alone(monkeypatch):
+    monkeypatch.setattr(finetune, "POOL", 32)
+    config = TrainConfig(steps=8, batch=16, seed=1)
     task = Task("vqa", NOUNS, TOKENIZER)
-    pools, again = (Pools(task, EMOJIVL, 48, 32, seed=1) for _ in range(2))
-    texts = [pools[i].text for i in range(70)]
-    assert [again[i].text for i in (65, 3, 40)] == [texts[i] for i in (65, 3, 40)]
-    drawn = [item.text for item in task.draw(EMOJIVL, 48, 32, "train", 20_000)]
-    assert sorted(texts[:32]) == sorted(drawn) and texts[:32] != drawn and texts[32:64] != texts[:32]
-    assert [Pools(task, EMOJIVL, 48, 32, seed=2)[i].text for i in range(32)] != texts[:32]
+    pools, again = Pools(task, EMOJIVL, config), Pools(task, EMOJIVL, config)
+    texts = [[item.text for item in pools.batch(step)] for step in range(8)]
+    assert all([item.text for item in again.batch(step)] == texts[step] for step in (5, 0, 7))
+    for step in range(8):  # a pool serves two steps
+        drawn = {item.text for item in task.draw(EMOJIVL, 48, 32, "train", 20_000 + step // 2)}
+        assert set(texts[step]) <= drawn and len(set(texts[step])) > 5
+    other = Pools(task, EMOJIVL, replace(config, seed=2)).batch(0)
+    assert texts[0] != texts[1] and texts[0] != [item.text for item in other]
+
+
+def test_the_lessons_of_statements():
+    """First the ending decides alone, then a threshold on the pictures with the fact, then their parity."""
+    pools = Pools(Task("nlvr2", NOUNS, TOKENIZER), EMOJIVL, TrainConfig(steps=40, batch=64))
+
+    def seen(step: int) -> set[tuple]:
+        """(first ending?, pictures that show the fact, truth) of the items of a step."""
+        found = set()
+        for item in pools.batch(step):
+            fact, ending = item.text.split(" in ", 1)
+            shown = sum(told(fact, scene) for scene in item.scenes)
+            found.add((ending == "one picture only", shown, item.truth))
+        return found
+
+    assert seen(0) == seen(5) == {(True, 1, True), (False, 1, False)}
+    threshold = {(True, 0, False), (True, 1, True), (False, 1, False), (False, 2, True)}
+    assert seen(6) == seen(15) == threshold
+    assert seen(16) == seen(39) == threshold | {(True, 2, False), (False, 0, True)}
 
 
 def test_the_loss_of_a_task():
@@ -89,15 +112,20 @@ def test_the_loss_of_a_task():
         task = Task(name, NOUNS, TOKENIZER)
         model = with_head(load_trained(trained()).model, task.heads(), 0)
         batch = task.batch(task.draw(EMOJIVL, 48, 16, "train", 5), longest=24)
-        ((term, loss),) = task.loss(model, [batch]).items()
-        assert term == name
+        terms = task.loss(model, [batch])
+        loss = terms.pop(name)
         if name == "vqa":
+            assert not terms
             logits = finetune.questions.vqa_logits(model, batch.inputs)
             p = torch.where(batch.targets > 0, logits.sigmoid(), 1 - logits.sigmoid())
             assert torch.allclose(loss, -p.log().sum(1).mean(), rtol=1e-4)
         else:
             p = finetune.questions.nlvr2_logits(model, batch.inputs).softmax(1)
             assert torch.allclose(loss, -p[range(16), batch.targets].log().mean(), rtol=1e-4)
+            pooled = finetune.questions.nlvr2_pooled(model, batch.inputs)
+            p = torch.stack([model.itm_logits(one).softmax(1) for one in pooled])  # (2, B, 2)
+            right = p.gather(2, batch.shown[..., None])
+            assert set(terms) == {"itm"} and torch.allclose(terms["itm"], -right.log().mean(), rtol=1e-4)
 
 
 def test_a_blind_batch_lacks_a_half():

@@ -75,3 +75,21 @@ def test_equals_a_strided_convolution():
     images, weight, bias = torch.randn(2, 3, 8, 12), torch.randn(7, 3, 4, 4), torch.randn(7)
     expected = torch.nn.functional.conv2d(images, weight, bias, stride=4).flatten(2).transpose(1, 2)
     assert torch.allclose(patch.patch_embed(images, weight, bias), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_errs_by_one_rounding_of_its_own(dtype):
+    exact = [torch.randn(2, 3, 8, 12, dtype=torch.float64), torch.randn(7, 3, 4, 4, dtype=torch.float64)]
+    exact.append(torch.randn(7, dtype=torch.float64))
+    reference = patch.patch_embed(*exact)
+    out = patch.patch_embed(*(t.to(dtype) for t in exact))
+    rounding = torch.finfo(dtype).eps
+    most = patch.patch_embed(exact[0].abs(), exact[1].abs(), exact[2].abs())  # bounds the sum of all products
+    assert out.dtype == dtype and bool(((out.double() - reference).abs() <= 4 * rounding * most).all())
+
+
+def test_backward_twice_and_a_frozen_weight():
+    images, weight = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 2, 2)
+    out = patch.patch_embed(images, weight, torch.zeros(5)).square().sum()
+    first, second = (torch.autograd.grad(out, images, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().sum() > 0

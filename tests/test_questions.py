@@ -84,6 +84,7 @@ def test_statements_follow_from_the_boxes(stated):
         ).groups()
         showing = sum(holds(caption, scene) for scene in item.scenes)
         assert item.truth == ((showing == 1) == (suffix == "one picture only"))
+        assert item.shown == tuple(holds(caption, scene) for scene in item.scenes)
 
 
 @pytest.mark.parametrize(

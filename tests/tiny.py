@@ -5,6 +5,7 @@ MINIVLP_KILL="rename 2" makes such a process send itself SIGKILL, the second tim
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from minivlp import commands, evaluate, finetune, gallery, runs, weights
+from minivlp import commands, evaluate, finetune, gallery, runs
 from minivlp.__main__ import main
+from minivlp.data import Scene
 from minivlp.train import PRESETS
 
 SIZES = dict(dim=16, layers=1, heads=2, hidden=32, steps=12, batch=16, warmup=2, save_every=4, report_every=3)
@@ -52,12 +54,24 @@ def trained() -> Path:
     return home / "vilt"
 
 
+def told(caption: str, scene: Scene) -> bool:
+    """Is the caption true of the scene, by what the scene's own caption says?"""
+    back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    if match := re.fullmatch("(.*) (left of|right of|above|below) (.*)", scene.caption):
+        one, relation, two = match.groups()
+        return caption in (scene.caption, f"{two} {back[relation]} {one}", *scene.slots)
+    if match := re.fullmatch("(.*) between (.*) and (.*)", scene.caption):
+        middle, one, two = match.groups()
+        return caption in (scene.caption, f"{middle} between {two} and {one}")
+    return caption == scene.caption
+
+
 def kill_at(place: str, times: int) -> None:
     """Patch one function so that this process kills itself before, or after, the call of this number."""
     owner, name, after, chosen = {
-        "written": (weights.os, "fsync", False, lambda *a: True),  # all bytes of some file are in its draft
-        "rename": (weights.os, "replace", False, lambda old, new: new.name == "checkpoint.pt"),
-        "renamed": (weights.os, "replace", True, lambda old, new: new.name == "checkpoint.pt"),
+        "written": (os, "fsync", False, lambda *a: True),  # all bytes of some file are in its draft
+        "rename": (os, "replace", False, lambda old, new: new.name == "checkpoint.pt"),
+        "renamed": (os, "replace", True, lambda old, new: new.name == "checkpoint.pt"),
         "logged": (runs.Run, "log", True, lambda *a: True),
         "step": (commands, "pretraining_loss", False, lambda *a: True),
     }[place]
