@@ -27,12 +27,7 @@ WORDS, LABELS = torch.tensor([1, -100, 4]), torch.tensor([1, 0, 1])
 SCALE, BIAS = torch.tensor(3.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
 CASES = {
     "patch_embed": (patch.patch_embed, numbers(2, 3, 4, 6), numbers(5, 3, 2, 2), numbers(5)),
-    "attention": (
-        attention.attention,
-        numbers(1, 2, 3, 4),
-        numbers(1, 2, 5, 4),
-        numbers(2, 1, 5, 4).mT.mT[:1],
-    ),
+    "attention": (attention.attention, numbers(1, 2, 3, 4), numbers(1, 2, 5, 4), numbers(1, 2, 5, 4).exp()),
     "layer_norm": (transformer.layer_norm, numbers(3, 4), numbers(4), numbers(4)),
     "mlm_loss": (lambda h, e, b: mlm.mlm_loss(h, e, b, WORDS), numbers(3, 4), numbers(6, 4), numbers(6)),
     "itm_loss": (lambda z: itm.itm_loss(z, LABELS), numbers(3, 2)),
