@@ -46,7 +46,8 @@ GLANCE = 256  # items asked about during training
 ALL = (0, 1, 2, 3, 4, 5, 6, 7)
 LESSONS = {"vqa": ((1.0, ALL),), "nlvr2": ((0.15, (2, 3, 4, 5)), (0.4, (2, 4, 6, 6, 3, 5, 1, 1)), (1.0, ALL))}
 TEST_SEED, GLANCE_SEED, FIRST_TRAINING_SEED = 1, 2, 10_000
-CHANGES = {"steps": 800, "batch": 64, "lr": 2e-3, "matrix_lr": 4e-3, "warmup": 50}  # of the start's settings
+CHANGES = {"batch": 64, "matrix_lr": 4e-3, "warmup": 50}  # of the start's settings
+OF_TASK = {"vqa": {"steps": 1600, "lr": 5e-4}, "nlvr2": {"steps": 800, "lr": 2e-3}}
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def task_settings(task: str, start: str | None, given: Mapping[str, Any]) -> dic
     names = config.nouns if config.nouns and len(config.nouns) <= MOST_NOUNS else CPU_NOUNS
     Task(task, load_emojivl().nouns(names), trained.tokenizer)  # can it ask about them?
     where = None if start is None else str(existing(start).absolute())
-    changed = replace(config, nouns=tuple(names), **(CHANGES | given))
+    changed = replace(config, nouns=tuple(names), **(OF_TASK[task] | CHANGES | given))
     return {"task": task, "start": where, "train": asdict(changed)}
 
 
