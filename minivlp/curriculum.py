@@ -2,8 +2,10 @@
 
 Words attach to patches and to places long before they attach to pairs of patches, so easy scenes come first:
 single objects on a small canvas (few patches, many scenes a second; ViLT reads any size), then one object and
-where it lies ("a dog left of the middle"), then pairs ("a dog left of a guitar"). Earlier kinds keep a share
-of every batch, because what is not seen is forgotten. The model and its losses stay the same throughout.
+where it lies ("a dog left of the middle"), then the same with another object in the picture, so that the word
+has to find its own, and only then pairs ("a dog left of a guitar"). Without the third stage the relation stays
+at one in two: the axis is learned and the order is not. Earlier kinds keep a share of every batch, because what
+is not seen is forgotten. The model and its losses stay the same throughout.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ class Part:
     matching: float = 0.5  # share of rows that serve matching; the others have masked words
     relations: float = 0.5  # probability that the relation phrase is what is hidden
     all_nouns: float = 0.5  # probability that every noun is hidden, not one
-    swaps: float = 0.5  # probability that a wrong pair is the caption in swapped order
+    swaps: float = 0.5  # probability that a wrong pair has the right objects in the wrong places
 
 
 @dataclass(frozen=True)
