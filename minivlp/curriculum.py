@@ -1,11 +1,12 @@
 """The curriculum of the main job: which scenes a step draws, and which questions it asks of them.
 
-Words attach to patches and to places long before they attach to pairs of patches, so easy scenes come first:
-single objects on a small canvas (few patches, many scenes a second; ViLT reads any size), then one object and
-where it lies ("a dog left of the middle"), then the same with another object in the picture, so that the word
-has to find its own, and only then pairs ("a dog left of a guitar"). Without the third stage the relation stays
-at one in two: the axis is learned and the order is not. Earlier kinds keep a share of every batch, because what
-is not seen is forgotten. The model and its losses stay the same throughout.
+Words attach to patches and to places long before they attach to pairs of patches, so easy scenes come
+first: single objects on a small canvas (few patches, many scenes a second; ViLT reads any size), then one
+object and where it lies ("a dog left of the middle"), then the same with another object in the picture,
+so that the word has to find its own, and only then pairs ("a dog left of a guitar"). Without the third
+stage the relation stays at one in two: the axis is learned and the order is not. Earlier kinds keep a
+share of every batch, because what is not seen is forgotten. The model and its losses stay the same
+throughout.
 """
 
 from collections.abc import Sequence
