@@ -13,8 +13,10 @@ every query has a key. To continue a sequence from cached keys, where the last q
 mask instead.
 
 Rungs:
-    attention_np    S and P in full, (B, H, Lq, Lk) each; gradients by hand
-    attention       the same in PyTorch; autograd keeps P and, under a mask, the mask
+    attention_np      S and P in full, (B, H, Lq, Lk) each; gradients by hand
+    attention         the same in PyTorch; autograd keeps P and, under a mask, the mask
+    attention_fused   a walk over tiles of S with a running softmax, and another in the backward pass: S and P
+                      are never whole; kept are the arguments, O and a logsumexp a query, L × d numbers a head
 
 Sources: Vaswani et al. 2017 (Attention is all you need), eq. 1. The row sum G ∘ O in place of dP ∘ P is from
 Dao et al. 2022 (FlashAttention), appendix B.2.
@@ -27,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse
+from minivlp import refuse, stream
 
 
-def _check(q, k, v, mask, causal: bool):
-    """Refuse bad input; return which (query, key) pairs are allowed, or None when all are."""
+def _check_shapes(q, k, v, mask) -> tuple[int, ...]:
+    """Refuse bad arrays and masks that do not fit them; return (B, H, Lq, Lk)."""
     sizes = refuse.shapes(q=(q, "B H Lq d"), k=(k, "B H Lk d"), v=(v, "B H Lk d"))
     refuse.floats(q=q, k=k, v=v)
     if not sizes["Lk"] or not sizes["d"]:
@@ -42,6 +44,12 @@ def _check(q, k, v, mask, causal: bool):
         trailing = full[len(full) - mask.ndim :]
         if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape, trailing, strict=True)):
             refuse.refuse("mask", f"must broadcast to (B, H, Lq, Lk) = {full}", tuple(mask.shape))
+    return full
+
+
+def _check(q, k, v, mask, causal: bool):
+    """Refuse bad input; return which (query, key) pairs are allowed, or None when all are."""
+    full = _check_shapes(q, k, v, mask)
     if causal:
         past = np.tri(*full[2:], dtype=bool)  # (Lq, Lk): True where key ≤ query
         past = torch.from_numpy(past).to(q.device) if isinstance(q, Tensor) else past
@@ -94,4 +102,88 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     return S.softmax(-1) @ v  # (B, H, Lq, d)
 
 
-RUNGS = {"attention": {"np": attention_np, "torch": attention}}
+def attention_fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """`attention` tile by tile; arguments and errors as there, differentiable once.
+
+    In units of B·H·Lq·Lk numbers the plain rung moves S, its mask, its softmax and the gradients of both
+    through memory, some 12; this one keeps tiles of them in the cache, and makes S twice for it.
+    """
+    full = _check_shapes(q, k, v, mask)
+    return _Fused.apply(q, k, v, None if mask is None else mask.expand(full), causal)
+
+
+def _forbid(S: Tensor, rows, columns, mask: Tensor | None, causal: bool) -> Tensor:
+    """The tile S (b, m, n) of heads rows[0], with −∞ where the mask (B, H, Lq, Lk) or the future forbids."""
+    if mask is not None:
+        heads = torch.arange(rows[0].start, rows[0].stop, device=S.device)
+        tile = mask[:, :, rows[1], columns[1]]  # (B, H, m, n)
+        S.masked_fill_(~tile[heads // mask.shape[1], heads % mask.shape[1]], -math.inf)
+    if causal:
+        query, key = (torch.arange(z[1].start, z[1].stop, device=S.device) for z in (rows, columns))
+        S.masked_fill_(key > query[:, None], -math.inf)
+    return S
+
+
+def attend_tile(S, spare, rows, columns, v, mask, causal, top, total, out) -> None:
+    """The running softmax: top (B·H, Lq) is the largest score so far, total Σ exp(S − top), out Σ exp · v."""
+    _forbid(S, rows, columns, mask, causal)
+    highest = torch.maximum(top[rows], S.amax(-1))
+    # What was summed under a lower top shrinks. Without any key so far all is 0, not −∞ − (−∞).
+    shift = highest.masked_fill(highest == -math.inf, 0)
+    shrink = (top[rows] - shift).exp_()
+    P = S.sub_(shift[..., None]).exp_()
+    total[rows] = total[rows] * shrink + P.sum(-1)
+    out[rows] = (out[rows] * shrink[..., None]).baddbmm_(P, v[columns])
+    top[rows] = highest
+
+
+def attend_back_tile(S, spare, rows, columns, v, mask, causal, lse, G, inner, dv) -> None:
+    """S becomes dS = P ∘ (G Vᵀ − inner), inner = rowsum(G ∘ O), and dv += Pᵀ G."""
+    P = _forbid(S, rows, columns, mask, causal).sub_(lse[rows][..., None]).exp_()
+    dv[columns] += P.mT @ G[rows]
+    torch.bmm(G[rows], v[columns].mT, out=spare)
+    P.mul_(spare.sub_(inner[rows][..., None]))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, mask, causal):
+        x, y, z = (t.flatten(0, 1) for t in stream.working(q, k, v))  # (B·H, L, d)
+        top, total, out = x.new_full(x.shape[:2], -math.inf), x.new_zeros(x.shape[:2]), torch.zeros_like(x)
+        ctx.scale, ctx.causal = 1 / math.sqrt(q.shape[-1]), causal
+        with torch.autocast(q.device.type, enabled=False):
+            stream.fold(attend_tile, x, y, z, mask, causal, top, total, out, scale=ctx.scale)
+        if bool((top == -math.inf).any()):
+            refuse.refuse("mask", "must have a True in every row", "an all-False row")
+        out = out.div_(total[..., None]).view(q.shape).to(q.dtype)
+        ctx.save_for_backward(q, k, v, mask, out, top.add_(total.log_()))
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream):
+        stream.refuse_twice()
+        *arrays, mask, out, lse = ctx.saved_tensors
+        x, y, z, O, G = (t.flatten(0, 1) for t in stream.working(*arrays, out, upstream))
+        inner, dv = (G * O).sum(-1), torch.zeros_like(z)
+        with torch.autocast(x.device.type, enabled=False):
+            dq, dk, _ = stream.accumulate(
+                attend_back_tile,
+                x,
+                y,
+                z,
+                mask,
+                ctx.causal,
+                lse,
+                G,
+                inner,
+                dv,
+                scale=ctx.scale,
+                wanted=(True, True, False),
+            )
+        found = (g.view(a.shape).to(a.dtype) for g, a in zip((dq, dk, dv), arrays, strict=True))
+        return *(g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False)), None, None
+
+
+RUNGS = {"attention": {"np": attention_np, "torch": attention, "fused": attention_fused}}

@@ -12,8 +12,9 @@ Gradient: dS = ½ (one-hot of the row maximum / M + one-hot of the column maximu
 ties. s grows with the number of tokens even for unrelated sets, so read it against `mismatched`.
 
 Rungs (M × N similarities):
-    chamfer_np    S and its gradient, two M × N arrays
-    chamfer       the same by autograd, which keeps S and the indices of the maxima
+    chamfer_np      S and its gradient, two M × N arrays
+    chamfer         the same by autograd, which keeps the indices of the maxima and makes S, then its gradient
+    chamfer_fused   one walk over tiles of S, which keeps each token's best partner: M + N indices
 
 Sources: Fan, Su and Guibas 2017 (the Chamfer distance between point sets); Yao et al. 2022 (FILIP), section
 3.1; Lin et al. 2024 (VILA), section 3.1, which measures alignment layer by layer with it.
@@ -24,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse
-from minivlp.sinkhorn import check_tokens, cosine, unit_grad_np, unit_np
+from minivlp import refuse, stream
+from minivlp.scaling import SHORTEST
+from minivlp.sinkhorn import check_tokens, cosine, unit, unit_grad_np, unit_np
 
 
 def _check(x, y, x_mask, y_mask) -> None:
@@ -98,6 +100,92 @@ def chamfer(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor |
     return (0.5 * (mean_max(S, x_mask, y_mask) + mean_max(S.mT, y_mask, x_mask))).to(x.dtype)
 
 
+def partner_tile(S, spare, rows, columns, x_best, x_partner, x_veto, y_best, y_partner, y_veto) -> None:
+    """Fold the tile into the best value (B, M) and the partner's index (B, M) of x's tokens, and of y's.
+
+    A veto is −inf at padding, which is nobody's partner, else 0; None stands for all 0.
+    """
+    seen = S if y_veto is None else torch.add(S, y_veto[columns][:, None], out=spare)  # (b, m, n)
+    _keep_best(seen, columns[1].start, x_best[rows], x_partner[rows])
+    seen = S if x_veto is None else torch.add(S, x_veto[rows][..., None], out=spare)
+    _keep_best(seen.mT, rows[1].start, y_best[columns], y_partner[columns])
+
+
+def _keep_best(seen: Tensor, first: int, best: Tensor, partner: Tensor) -> None:
+    """Rows of `seen` (b, m, n) against their best so far (b, m); `first` is the index of the first column."""
+    top = seen.amax(-1)
+    better = top > best  # not ≥: of equal maxima the first stays
+    best[better] = top[better]
+    # An index costs ten times its maximum, and few rows improve once some tiles were seen.
+    partner[better] = seen[better].argmax(-1) + first
+
+
+def chamfer_fused(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+    """`chamfer` without S: all that is kept is each token's best partner. Arguments and errors as there.
+
+    1 product in place of 3, as G has M + N entries that are not 0: the gradients are gathers. In units of
+    M · N numbers read or written: the plain rung moves some 10 to and from memory, S and the gradients of its
+    maxima, mostly zeros; this one moves rows of y, D/512 in all, as its tiles stay in the cache. It can be
+    differentiated once.
+    """
+    _check(x, y, x_mask, y_mask)
+    return _Fused.apply(x, y, x_mask, y_mask)
+
+
+class _Fused(torch.autograd.Function):
+    """One walk finds the partners; backward pulls each token to its partner and to those that chose it."""
+
+    @staticmethod
+    def forward(ctx, x, y, x_mask, y_mask):
+        rows = [t.reshape(-1, *t.shape[-2:]) for t in (x, y)]  # (B, M, D), (B, N, D)
+        (x_best, a, x_veto, w), (y_best, b, y_veto, v) = _empty_state(x, x_mask), _empty_state(y, y_mask)
+        if stream.path(x)[0] == "kernels":
+            vetoes = (0.0 if veto is None else veto for veto in (x_veto, y_veto))
+            x_best, a, y_best, b = stream.load("kernels_losses.best_partners")(*rows, *vetoes)
+        else:
+            p, q = map(unit, stream.working(*rows))
+            stream.fold(partner_tile, p, q, x_best, a, x_veto, y_best, b, y_veto)
+        # Backward looks for partners in the flattened batch.
+        pair = torch.arange(len(a), device=x.device)[:, None]
+        a, b = a + pair * y.shape[-2], b + pair * x.shape[-2]
+        ctx.save_for_backward(x, y, a, b, w, v)
+        value = 0.5 * ((w * x_best).sum(-1) + (v * y_best).sum(-1))  # (B,)
+        return value.view(x.shape[:-2]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        stream.refuse_twice()
+        x, y, a, b, w, v = ctx.saved_tensors
+        x, y, half = *stream.working(x, y), 0.5 * upstream.reshape(-1, 1)
+        w, v = half * w, half * v  # (B, M), (B, N)
+        dx = _pulled(x, y, a, w, b, v) if ctx.needs_input_grad[0] else None
+        dy = _pulled(y, x, b, v, a, w) if ctx.needs_input_grad[1] else None
+        return dx, dy, None, None
+
+
+def _empty_state(tokens: Tensor, mask: Tensor | None) -> tuple:
+    """For tokens (…, M, D): best −inf, partner 0, veto, and the weights of the mean, all (B, M)."""
+    (one,) = stream.working(tokens.new_ones(()))
+    best = one.new_full(tokens.shape[:-1], -torch.inf).reshape(-1, tokens.shape[-2])
+    partner = torch.zeros_like(best, dtype=torch.int64)
+    if mask is None:
+        return best, partner, None, torch.full_like(best, 1 / best.shape[1])
+    real = mask.expand(tokens.shape[:-1]).reshape(best.shape)
+    veto = torch.zeros_like(best).masked_fill_(~real, -torch.inf)
+    return best, partner, veto, real / real.sum(1, keepdim=True, dtype=best.dtype)
+
+
+def _pulled(x: Tensor, y: Tensor, a: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    """dx of Σᵢ wᵢ cos(xᵢ, y_aᵢ) + Σⱼ vⱼ cos(x_bⱼ, yⱼ): x (…, M, D), y (…, N, D), a, w (B, M), b, v (B, N)."""
+    flat, q = x.reshape(-1, x.shape[-1]), unit(y).flatten(0, -2)  # (BM, D), (BN, D)
+    pull = q[a.flatten()].mul_(w.view(-1, 1))
+    pull.index_add_(0, b.flatten(), q.mul_(v.view(-1, 1)))
+    # As in unit_grad_np; in place, so that no more than two arrays of tokens are held.
+    length = flat.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
+    along = stream.row_dots(flat, pull)[:, None] * (length > SHORTEST) / length**2
+    return pull.addcmul_(flat, along, value=-1).div_(length).view(x.shape)
+
+
 def mismatched(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
     """The baseline to read `chamfer(x, y)` against: its mean over wrong pairs of equal size, a scalar.
 
@@ -119,4 +207,4 @@ def mismatched(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tenso
     return (total / partners.clamp_min(1))[partners > 0].mean()
 
 
-RUNGS = {"chamfer": {"np": chamfer_np, "torch": chamfer}}
+RUNGS = {"chamfer": {"np": chamfer_np, "torch": chamfer, "fused": chamfer_fused}}

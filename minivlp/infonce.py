@@ -14,6 +14,7 @@ dx = scale · G y, dy = scale · Gᵀ x, dscale = ⟨G, x yᵀ⟩.
 Rungs (S has B² entries):
     infonce_np         the formula and its gradients, a few arrays like S
     infonce            the same in PyTorch: one product makes S, autograd keeps it for the backward pass
+    infonce_fused      two walks over tiles of S, normalisers then gradients: two tiles, dx and dy
 Over R processes, each with b = B/R pairs:
     infonce_gathered   a strip of b rows of S on each rank: b·B entries
 
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minivlp import refuse
+from minivlp import refuse, stream
 
 
 def _check(x, y, scale) -> int:
@@ -79,6 +80,84 @@ def infonce(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     _check(x, y, scale)
     S = scale * x @ y.T  # (B, B)
     return (S.logsumexp(1) + S.logsumexp(0) - 2 * S.diagonal()).mean() / 2
+
+
+# The fused rung walks S in bits, S / ln 2, because exp2 costs half of exp.
+BITS = 1 / math.log(2)
+# Below this a sum of powers, of which the largest may be 1, has lost digits at the floor of float32.
+FAINT = 2.0**-100
+
+
+def normaliser_tile(S: Tensor, spare: Tensor, rows, columns, row_lse, column_lse, own) -> None:
+    """First walk: fold the tile into the normalisers of its rows and columns (B,), and keep the diagonal."""
+    diagonal = S.diagonal(rows[0].start - columns[0].start)  # empty off the diagonal of the whole S
+    own[max(rows[0].start, columns[0].start) :][: len(diagonal)] = diagonal
+    # One power serves rows and columns, shifted by the largest score of the tile.
+    top = S.amax()
+    powers = torch.sub(S, top, out=spare).exp2_()
+    along, down = powers.sum(1), powers.sum(0)
+    if min(along.min(), down.min()) > FAINT:
+        along, down = top + along.log2(), top + down.log2()
+    else:  # where all is far below the top it is lost: then a shift for each row and each column
+        along, down = _log2_sum(S, 1), _log2_sum(S, 0)
+    torch.logaddexp2(row_lse[rows], along, out=row_lse[rows])
+    torch.logaddexp2(column_lse[columns], down, out=column_lse[columns])
+
+
+def _log2_sum(S: Tensor, axis: int) -> Tensor:
+    """log₂ Σ 2^S along an axis."""
+    top = S.amax(axis, keepdim=True)
+    return top.squeeze(axis) + (S - top).exp2_().sum(axis).log2()
+
+
+def softmax_tile(S: Tensor, spare: Tensor, rows, columns, row_lse, column_lse) -> None:
+    """Second walk: S becomes 2B · G = P_row + P_col − 2I."""
+    r, c = row_lse[rows][:, None], column_lse[columns]  # (m, 1), (n,)
+    low, high = min(r.min(), c.min()), max(r.max(), c.max())
+    if high - low < -math.log2(FAINT):
+        # 2^(S − r) + 2^(S − c) = 2^(S − low) · (2^(low − r) + 2^(low − c)): again one power for both.
+        S.sub_(low).exp2_().mul_(torch.add((low - r).exp2(), (low - c).exp2(), out=spare))
+    else:
+        torch.sub(S, c, out=spare).exp2_()
+        S.sub_(r).exp2_().add_(spare)
+    S.diagonal(rows[0].start - columns[0].start).sub_(2)
+
+
+def infonce_fused(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+    """`infonce` without S, whose tiles are made twice: for the normalisers, then for the gradients.
+
+    4 products in place of 3, less traffic. In units of B² numbers read or written: the plain rung moves some
+    30 to and from memory, S, its two softmaxes and what autograd makes of them; this one moves rows of y and
+    dy, 5 D/512 in all, as its tiles stay in the cache. It can be differentiated once. Arguments and errors as
+    in `infonce`.
+    """
+    _check(x, y, scale)
+    return stream.run(_Fused, "kernels_losses.infonce", x, y, scale)
+
+
+class _Fused(stream.Ready):
+    """Two walks: P_row and P_col need their normalisers, so G is unknown until all of S was seen."""
+
+    @staticmethod
+    def forward(ctx, x, y, scale):
+        B, bits = len(x), float(scale) * BITS
+        p, q = stream.working(x, y)
+        row_lse, column_lse, own = p.new_full((3, B), -math.inf)
+        stream.fold(normaliser_tile, p, q, row_lse, column_lse, own, scale=bits)
+        if any(ctx.needs_input_grad):
+            # dL/dS / BITS is the gradient in bits.
+            dx, dy, dscale = stream.accumulate(
+                softmax_tile,
+                p,
+                q,
+                row_lse,
+                column_lse,
+                scale=bits,
+                weight=0.5 / (B * BITS),
+                wanted=ctx.needs_input_grad,
+            )
+            ctx.save_for_backward(dx, dy, None if dscale is None else dscale * BITS)
+        return ((row_lse + column_lse - 2 * own).sum() / (2 * B * BITS)).to(x.dtype)
 
 
 def infonce_gathered(
@@ -154,4 +233,4 @@ class InfoNCE(torch.nn.Module):
         return infonce(x, y, self.scale)
 
 
-RUNGS = {"infonce": {"np": infonce_np, "torch": infonce}}
+RUNGS = {"infonce": {"np": infonce_np, "torch": infonce, "fused": infonce_fused}}

@@ -15,9 +15,10 @@ tokens 80 % become [MASK], 10 % another id and 10 % stay: a model that cannot te
 asked for has to represent them all, and fine-tuning, where there is no [MASK], finds it prepared.
 
 Rungs (M tokens, K of them masked, K ≈ 0.15 M):
-    mask_tokens    random choices, no gradient
-    mlm_loss_np    selects the masked rows, then keeps their (K, V) logits
-    mlm_loss       the same in PyTorch; autograd keeps a (K, V) log-softmax
+    mask_tokens      random choices, no gradient
+    mlm_loss_np      selects the masked rows, then keeps their (K, V) logits
+    mlm_loss         the same in PyTorch; autograd keeps a (K, V) log-softmax
+    mlm_loss_fused   panels of 256 masked tokens, each with its gradients: (256, V) logits, and dh, dE, db
 
 Sources: Devlin et al. 2019 (BERT), section 3.1 and appendix A.1 (80/10/10); Kim, Son and Kim 2021 (ViLT),
 sections 3.2 and 3.3 (whole words, p = 0.15, the image left whole).
@@ -31,7 +32,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlp import refuse
+from minivlp import refuse, stream
 
 IGNORE = -100  # the label of a token that is not to be predicted, as in torch's cross-entropy
 
@@ -132,7 +133,62 @@ def mlm_loss(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -
     return F.cross_entropy(logits, targets[masked].long(), reduction="sum") / max(len(logits), 1)
 
 
+PANEL = 256  # tokens whose logits are made together
+
+
+def word_panel(S, spare, rows, columns, targets: Tensor, losses: Tensor, slopes: Tensor) -> None:
+    """Whole rows of logits become K · G = softmax − one-hot; fills losses (K,), adds to the slopes (V,)."""
+    target = targets[rows][:, None]
+    S.sub_(S.amax(1, keepdim=True))
+    true = S.gather(1, target)
+    normaliser = S.exp_().sum(1, keepdim=True)
+    losses[rows] = (normaliser.log() - true)[:, 0]
+    S.div_(normaliser)
+    S.scatter_add_(1, target, S.new_full((1, 1), -1.0).expand_as(target))
+    slopes += S.sum(0)
+
+
+def mlm_loss_fused(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """`mlm_loss` without its (K, V) logits: panel by panel, each with its gradients; arguments as there.
+
+    The same 3 products. In units of K · V numbers: the plain rung holds 3, logits, log-softmax and gradient,
+    and moves some 14 to and from memory; this one holds a panel, 256/K, and moves about as many, 10 for the
+    panels and 4 D/256 for E and dE. It can be differentiated once.
+    """
+    _check(hidden, embedding, bias, targets)
+    return _Fused.apply(hidden, embedding, bias, targets)
+
+
+class _Fused(stream.Ready):
+    """One walk: a panel holds whole rows, so that their normalisers and their part of G are known at once."""
+
+    @staticmethod
+    def forward(ctx, hidden, embedding, bias, targets):
+        masked = (targets != IGNORE).nonzero()[:, 0]  # (K,)
+        K, V = len(masked), len(embedding)
+        everything = len(hidden) == K
+        h, E, b = stream.working(hidden if everything else hidden[masked], embedding, bias)
+        losses, slopes = h.new_zeros(K), b.new_zeros(V)
+        dh, dE, _ = stream.accumulate(
+            word_panel,
+            h,
+            E,
+            targets[masked].long(),
+            losses,
+            slopes,
+            bias=b,
+            tile=(PANEL, V),
+            weight=1 / max(K, 1),
+            wanted=(*ctx.needs_input_grad[:2], False),
+        )
+        if dh is not None and not everything:
+            # Rows that are not masked took no part.
+            dh = dh.new_zeros(hidden.shape).index_copy_(0, masked, dh)
+        ctx.save_for_backward(dh, dE, slopes / max(K, 1))
+        return (losses.sum() / max(K, 1)).to(hidden.dtype)
+
+
 RUNGS = {
     "mask_tokens": {"plain": mask_tokens},
-    "mlm_loss": {"np": mlm_loss_np, "torch": mlm_loss},
+    "mlm_loss": {"np": mlm_loss_np, "torch": mlm_loss, "fused": mlm_loss_fused},
 }

@@ -8,8 +8,9 @@ Gradient, with G = dL/dout: dW = Σ_bn G_bn u_bnᵀ, dbias = Σ_bn G_bn, du_bn =
 back through the inverse of the cut. A stride-p convolution with a p × p kernel is the same map.
 
 Rungs:
-    patch_embed_np    reshape, one matrix product; keeps the (B, N, C·p·p) patches for the gradient
-    patch_embed       the same in PyTorch, differentiated by autograd
+    patch_embed_np      reshape, one matrix product; keeps the (B, N, C·p·p) patches for the gradient
+    patch_embed         the same in PyTorch, differentiated by autograd
+    patch_embed_fused   a convolution with stride p: the cut is never made, the images alone are kept
 
 Sources: Dosovitskiy et al. 2021 (ViT), eq. 1; Kim, Son and Kim 2021 (ViLT), section 3.1.
 Left out: overlapping patches and convolutional stems, which are other visual embedders, not this one.
@@ -17,6 +18,7 @@ Left out: overlapping patches and convolutional stems, which are other visual em
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minivlp import refuse
@@ -96,17 +98,27 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return to_patches(images, p) @ weight.reshape(len(weight), -1).T + bias  # (B, N, D)
 
 
-class PatchEmbed(torch.nn.Module):
-    """The learnable patch projection: `weight (dim, channels, patch, patch)` and `bias (dim,)`."""
+def patch_embed_fused(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`patch_embed` as a strided convolution: every pixel is read once, where it lies; arguments as there.
 
-    def __init__(self, dim: int, patch: int, channels: int = 3):
+    The plain rung first writes all pixels in the order of the patches, and keeps that copy for the gradient.
+    """
+    p = _check(images, weight, bias)
+    return F.conv2d(images, weight, bias, stride=p).flatten(2).mT  # (B, D, rows, columns) → (B, N, D)
+
+
+class PatchEmbed(torch.nn.Module):
+    """The learnable patch projection: `weight (dim, channels, patch, patch)` and a `bias (dim,)` or None."""
+
+    def __init__(self, dim: int, patch: int, channels: int = 3, bias: bool = True):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(dim, channels, patch, patch))
-        self.bias = torch.nn.Parameter(torch.zeros(dim))
+        self.bias = torch.nn.Parameter(torch.zeros(dim)) if bias else None
         torch.nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        return patch_embed(images, self.weight, self.bias)
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        return patch_embed(images, self.weight, bias)
 
 
-RUNGS = {"patch_embed": {"np": patch_embed_np, "torch": patch_embed}}
+RUNGS = {"patch_embed": {"np": patch_embed_np, "torch": patch_embed, "fused": patch_embed_fused}}

@@ -14,6 +14,7 @@ dx = scale · G y, dy = scale · Gᵀ x, dscale = ⟨G, x yᵀ⟩, dbias = Σ_ij
 Rungs (S has B² entries):
     sigmoid_loss_np     the formula and its gradients, a few arrays like S
     sigmoid_loss        the same in PyTorch: one product makes S, autograd keeps three arrays like it
+    sigmoid_loss_fused  one walk over tiles of S makes the loss and the gradients: two tiles, dx and dy
 Over R processes, each with b = B/R pairs:
     sigmoid_loss_ring   a block of S at a time on each rank: b² entries, however many ranks
 
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minivlp import refuse
+from minivlp import refuse, stream
 
 
 def _check(x, y, scale, bias) -> int:
@@ -79,6 +80,61 @@ def sigmoid_loss(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tens
     S = scale * x @ y.T + bias  # (B, B)
     z = 2 * torch.eye(B, dtype=S.dtype, device=S.device) - 1  # (B, B)
     return -F.logsigmoid(z * S).sum() / B
+
+
+# Above this softplus(s) = s to the last digit of float64, and e^s is still far from overflowing in float32.
+LARGE = 80.0
+
+
+def sigmoid_tile(S: Tensor, spare: Tensor, rows, columns, losses: Tensor, slopes: Tensor) -> None:
+    """S becomes B · G; its rows' shares of B · loss and B · ΣG are added to losses (B,) and slopes (B,)."""
+    positives = S.diagonal(rows[0].start - columns[0].start)  # a view, empty off the diagonal of the whole S
+    own = positives.clone()
+    positives.fill_(-math.inf)  # as a negative it costs nothing
+    # A negative costs softplus(s) = log(1 + e^s), with slope σ(s) = e^s / (1 + e^s): one exp for both. What
+    # exceeds LARGE is added as it is.
+    losses[rows] += torch.sub(S, LARGE, out=spare).clamp_(min=0).sum(1)
+    S.clamp_(max=LARGE).exp_()
+    torch.log1p(S, out=spare)
+    spare.diagonal(rows[0].start - columns[0].start).copy_(-F.logsigmoid(own))
+    losses[rows] += spare.sum(1)
+    S.div_(torch.add(S, 1, out=spare))
+    positives.copy_(-torch.sigmoid(-own))
+    slopes[rows] += S.sum(1)
+
+
+def sigmoid_loss_fused(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
+    """`sigmoid_loss` without S: a tile gives its part of the loss and of the gradients, and is forgotten.
+
+    The same 3 products, less traffic. In units of B² numbers read or written: the plain rung moves some 25 to
+    and from memory, S, z and what autograd makes of them; this one moves rows of y and dy, 4 D/512 in all, as
+    its tiles stay in the cache. It can be differentiated once. Arguments and errors as in `sigmoid_loss`.
+    """
+    _check(x, y, scale, bias)
+    return stream.run(_Fused, "kernels_losses.sigmoid_loss", x, y, scale, bias)
+
+
+class _Fused(stream.Ready):
+    """One walk: no score needs another, so its part of G is known as soon as it is."""
+
+    @staticmethod
+    def forward(ctx, x, y, scale, bias):
+        B, scale, bias = len(x), float(scale), float(bias)
+        p, q = stream.working(x, y)
+        losses, slopes = p.new_zeros(2, B)
+        dx, dy, dscale = stream.accumulate(
+            sigmoid_tile,
+            p,
+            q,
+            losses,
+            slopes,
+            scale=scale,
+            bias=bias,
+            weight=1 / B,
+            wanted=ctx.needs_input_grad,
+        )
+        ctx.save_for_backward(dx, dy, dscale, slopes.sum() / B)
+        return (losses.sum() / B).to(x.dtype)
 
 
 def sigmoid_loss_ring(
@@ -168,4 +224,4 @@ class SigmoidLoss(torch.nn.Module):
         return sigmoid_loss(x, y, self.scale, self.bias)
 
 
-RUNGS = {"sigmoid_loss": {"np": sigmoid_loss_np, "torch": sigmoid_loss}}
+RUNGS = {"sigmoid_loss": {"np": sigmoid_loss_np, "torch": sigmoid_loss, "fused": sigmoid_loss_fused}}

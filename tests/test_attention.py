@@ -93,7 +93,8 @@ test_refusals = refuses(
 
 @pytest.mark.parametrize("lengths", [(5, 5), (3, 5), (5, 3)])
 @pytest.mark.parametrize("how", ["plain", "mask", "causal"])
-def test_equals_torch(lengths, how):
+@pytest.mark.parametrize("f", [attention.attention, attention.attention_fused])
+def test_equals_torch(f, lengths, how):
     """Outside truth: torch's own, whose is_causal also counts from the first key when Lq ≠ Lk."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 4, generator=generator) for n in (lengths[0], lengths[1], lengths[1]))
@@ -102,7 +103,7 @@ def test_equals_torch(lengths, how):
     ours = {"plain": {}, "mask": {"mask": mask}, "causal": {"causal": True}}[how]
     theirs = {"plain": {}, "mask": {"attn_mask": mask}, "causal": {"is_causal": True}}[how]
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **theirs)
-    assert torch.allclose(attention.attention(q, k, v, **ours), expected, atol=1e-6)
+    assert torch.allclose(f(q, k, v, **ours), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
@@ -124,12 +125,13 @@ def test_low_precision_views_and_frozen_sides(rung, dtype, tolerance):
     assert low[1].grad is None
 
 
-def test_scores_of_ten_thousand_in_single_precision():
+@pytest.mark.parametrize("f", [attention.attention, attention.attention_fused])
+def test_scores_of_ten_thousand_in_single_precision(f):
     """Logits of ±1e4 pick one key and stay finite, forward and backward."""
     q = torch.full((1, 1, 2, 4), 100.0, requires_grad=True)
     k = torch.stack([torch.full((4,), 200.0), torch.full((4,), -200.0)])[None, None]
     v = torch.tensor([[[[1.0, 2, 3, 4], [5, 6, 7, 8]]]])
-    out = attention.attention(q, k, v)
+    out = f(q, k, v)
     assert torch.equal(out[0, 0, 0], v[0, 0, 0])
     out.sum().backward()
     assert torch.isfinite(q.grad).all()

@@ -50,7 +50,9 @@ def equals_the_double_loop(f, case):
 def gradients_are_the_slopes(f, case, seed):
     x, y, x_mask, y_mask = case
     S = 1 - cosine_cost(x, y)
-    gaps = [np.diff(np.sort(S[b], axis)).min(initial=1.0) for b in range(len(x)) for axis in (0, 1)]
+    gaps = [
+        np.diff(np.sort(S[b], axis), axis=axis).min(initial=1.0) for b in range(len(x)) for axis in (0, 1)
+    ]
     assume(
         min(gaps) > 1e-3
     )  # where two partners almost tie, a step of the difference could change the best one

@@ -128,6 +128,31 @@ def gradients_hold_the_plan_fixed(f, case, seed):
         close(gradient, slope, rtol=1e-5, atol=1e-6)
 
 
+@st.composite
+def captions(draw):
+    """text_mask (B, L), True for the real tokens, which need not begin at the first place."""
+    B, L = draw(sizes(3)), draw(sizes(7))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    first, length = rng.integers(0, L, B), rng.integers(0, L + 1, B)
+    places = np.arange(L)
+    return (places >= first[:, None]) & (places < (first + length)[:, None])
+
+
+@law(
+    "alignment_masks",
+    hint="The first real token is [CLS], the last real one [SEP]; what is between takes part.",
+)
+@given(text_mask=captions())
+def first_and_last_real_token_stay_out(f, text_mask):
+    wanted = text_mask.copy()
+    for row in wanted:
+        real = np.flatnonzero(row)
+        row[real[:1]] = row[real[-1:]] = False
+    found = np.asarray(f(torch.from_numpy(text_mask)))
+    assert found.dtype == bool, f"your result has dtype {found.dtype}, expected bool"
+    close(found.astype(int), wanted.astype(int))
+
+
 test_laws = obeys(ipot)
 
 
@@ -217,17 +242,18 @@ def test_float32_keeps_every_row_and_five_digits(beta, iters):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_low_precision_is_solved_in_float32(dtype, tolerance):
+@pytest.mark.parametrize("f", [ipot.wpa, ipot.wpa_fused])
+def test_low_precision_is_solved_in_float32(f, dtype, tolerance):
     """Compared on the same rounded tokens, so that all that is left is the rounding of the result."""
     tokens = [torch.tensor(z).to(dtype).requires_grad_() for z in clusters()]
-    value = ipot.wpa(*tokens)
+    value = f(*tokens)
     expected, _ = ipot.wpa_np(*(z.detach().double().numpy() for z in tokens))
     assert value.dtype == dtype
     assert np.abs(value.detach().double().numpy() / expected - 1).max() < tolerance
     value.sum().backward()
     assert all(z.grad.dtype == dtype and torch.isfinite(z.grad).all() for z in tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = ipot.wpa(*(z.detach().float() for z in tokens))
+        inside = f(*(z.detach().float() for z in tokens))
     assert np.abs(inside.numpy() / expected - 1).max() < 1e-5
 
 
@@ -250,12 +276,13 @@ def test_autograd_habits():
     words.requires_grad_()
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[1, 3:] = False
-    loss = ipot.wpa(words, patches, mask).sum()
-    (first,) = torch.autograd.grad(loss, words, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, words)
-    assert torch.equal(first, second)
-    assert torch.isfinite(first).all()
-    assert not first[1, 3:].any()
+    for f in (ipot.wpa, ipot.wpa_fused):
+        loss = f(words, patches, mask).sum()
+        (first,) = torch.autograd.grad(loss, words, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, words)
+        assert torch.equal(first, second)
+        assert torch.isfinite(first).all()
+        assert not first[1, 3:].any()
     assert ipot.ipot(torch.rand(2, 3, 4, 5), row_mask=torch.arange(4) > 0).shape == (2, 3, 4, 5)
     assert ipot.ipot(torch.rand(0, 4, 5)).shape == (0, 4, 5)
 

@@ -213,17 +213,19 @@ def test_a_sample_out_of_reach_costs_nothing():
     """Where the noise has no density data are certain, where the model has none noise is. No inf, no NaN."""
     inf = np.array([[np.inf]])
     args = (np.zeros(1), -inf, -inf[0], np.zeros((1, 1)))
-    tensors = [torch.from_numpy(a).requires_grad_() for a in args]
     loss, grads = nce.nce_np(*args)
     assert loss == 0 and all((g == 0).all() for g in grads)
-    out = nce.nce(*tensors)
-    assert out == 0 and all((g == 0).all() for g in torch.autograd.grad(out, tensors))
+    for f in (nce.nce, nce.nce_fused):
+        tensors = [torch.from_numpy(a).requires_grad_() for a in args]
+        out = f(*tensors)
+        assert out == 0 and all((g == 0).all() for g in torch.autograd.grad(out, tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision(dtype):
+@pytest.mark.parametrize("f", [nce.nce, nce.nce_fused])
+def test_low_precision(f, dtype):
     args = [t.requires_grad_() for t in some_scores(dtype)]
-    loss = nce.nce(*args)
+    loss = f(*args)
     assert loss.dtype == dtype
     exact, slopes = nce.nce_np(*(t.detach().double().numpy() for t in args))
     # |h| ≤ 4 is rounded twice, softplus and σ once, and the sum once more: about 16 eps.

@@ -47,6 +47,29 @@ def gradients_are_the_slopes(f, case, seed):
         close(gradient, central_differences(f, case, which, grad=upstream), rtol=1e-6, atol=1e-7)
 
 
+@law(
+    "to_patches", hint="Axes of the grid first: (B, rows, columns, C, p, p), then flatten rows with columns."
+)
+@given(case=cases())
+def cuts_squares_row_by_row(f, case):
+    images, p = case[0], case[1].shape[-1]
+    columns = images.shape[-1] // p
+    patches = f(images, p)
+    assert patches.shape[1] == images.shape[2] // p * columns, f"{patches.shape[1]} patches"
+    for b, n in np.ndindex(patches.shape[:2]):
+        r, c = divmod(n, columns)
+        close(patches[b, n], images[b, :, r * p : (r + 1) * p, c * p : (c + 1) * p].ravel())
+
+
+@law("to_patches", hint="A tensor has permute where an array has transpose with several axes.")
+@given(case=cases())
+def takes_tensors_too(f, case):
+    images, p = case[0], case[1].shape[-1]
+    patches = f(torch.from_numpy(images), p)
+    assert isinstance(patches, torch.Tensor), "a tensor came in, something else came out"
+    close(patches, f(images, p))
+
+
 test_laws = obeys(patch)
 
 x, w, b = np.ones((1, 3, 4, 6)), np.ones((5, 3, 2, 2)), np.ones(5)
@@ -71,18 +94,19 @@ def test_cutting_and_joining_are_inverse(kind):
 
 
 def test_equals_a_strided_convolution():
-    """Outside truth: torch's convolution with kernel and stride p."""
+    """Outside truth: torch's convolution with kernel and stride p, on which the fused rung stands."""
     images, weight, bias = torch.randn(2, 3, 8, 12), torch.randn(7, 3, 4, 4), torch.randn(7)
     expected = torch.nn.functional.conv2d(images, weight, bias, stride=4).flatten(2).transpose(1, 2)
     assert torch.allclose(patch.patch_embed(images, weight, bias), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_errs_by_one_rounding_of_its_own(dtype):
+@pytest.mark.parametrize("f", [patch.patch_embed, patch.patch_embed_fused])
+def test_low_precision_errs_by_one_rounding_of_its_own(f, dtype):
     exact = [torch.randn(2, 3, 8, 12, dtype=torch.float64), torch.randn(7, 3, 4, 4, dtype=torch.float64)]
     exact.append(torch.randn(7, dtype=torch.float64))
     reference = patch.patch_embed(*exact)
-    out = patch.patch_embed(*(t.to(dtype) for t in exact))
+    out = f(*(t.to(dtype) for t in exact))
     rounding = torch.finfo(dtype).eps
     most = patch.patch_embed(exact[0].abs(), exact[1].abs(), exact[2].abs())  # bounds the sum of all products
     assert out.dtype == dtype and bool(((out.double() - reference).abs() <= 4 * rounding * most).all())

@@ -7,6 +7,8 @@ from minivlp import (
     attention,
     boxes,
     chamfer,
+    filip,
+    hinge,
     infonce,
     ipot,
     itm,
@@ -35,6 +37,8 @@ CASES = {
     "infonce": (infonce.infonce, numbers(3, 4), numbers(4, 3).T, SCALE),
     "sigmoid_loss": (sigmoid.sigmoid_loss, numbers(3, 4), numbers(4, 3).T, SCALE, BIAS),
     "chamfer": (chamfer.chamfer, numbers(2, 3, 4), numbers(2, 5, 4)),
+    "filip": (filip.filip, numbers(3, 2, 4), numbers(3, 5, 4), SCALE),
+    "hinge": (hinge.hinge, numbers(3, 4), numbers(4, 3).T),
     "sinkhorn": (lambda cost: sinkhorn.sinkhorn(cost, eps=0.5, iters=5), numbers(3, 4)),
     "box_loss": (boxes.box_loss, numbers(3, 4).sigmoid(), numbers(3, 5)[:, 1:].sigmoid()),
 }

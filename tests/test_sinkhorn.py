@@ -135,6 +135,67 @@ def gradients_hold_the_plan_fixed(f, case):
         close(gradient, slope, rtol=1e-5, atol=1e-6)
 
 
+@st.composite
+def stacks(draw, scale=1.0):
+    """x (B, M, N)."""
+    return draw(arrays(draw(sizes(3)), draw(sizes()), draw(sizes()), scale=scale))
+
+
+@law(
+    "logsumexp_np",
+    hint="Sum the exponentials along the axis that is asked for; that axis is gone afterwards.",
+)
+@given(x=stacks(), axis=st.sampled_from([-1, -2]))
+def log_of_the_sum_of_exponentials(f, x, axis):
+    close(f(x, axis), np.log(np.exp(x).sum(axis)))
+
+
+@law(
+    "logsumexp_np", hint="Take the maximum of each row or column out before exp, not one for the whole array."
+)
+@given(x=stacks(), axis=st.sampled_from([-1, -2]), seed=st.integers(0, 99))
+def no_shift_matters(f, x, axis, seed):
+    shift = 1e4 * np.random.default_rng(seed).standard_normal(x.shape[:1])[:, None, None]
+    shift = np.broadcast_to(shift, x.shape).copy()
+    close(f(x + shift, axis), f(x, axis) + shift.max(axis), rtol=1e-10, atol=1e-8)
+
+
+@law(
+    "unit_np", hint="Divide each row by its own length and return the lengths too, with an axis of length 1."
+)
+@given(x=stacks())
+def rows_of_length_one(f, x):
+    rows, length = f(x)
+    close(length, np.sqrt((x**2).sum(-1))[..., None])
+    close(rows * length, x)
+
+
+@law("unit_np", hint="The divisor is max(length, 1e-5): a row of zeros stays zero, a short one stays short.")
+@given(x=stacks(), factor=st.sampled_from([0.0, 1e-9, 1e-7]))
+def short_rows_are_divided_by_the_smallest_divisor(f, x, factor):
+    short = factor * x / (1 + np.abs(x).max() * x.shape[-1])  # shorter than 1e-7
+    rows, length = f(short)
+    close(length, np.full((*x.shape[:-1], 1), 1e-5))
+    close(rows, short / 1e-5)
+
+
+@law("unit_grad_np", hint="dx = (g − û ⟨û, g⟩) / ‖x‖: a unit row can only turn, and a long one turns slowly.")
+@given(x=stacks(scale=3.0), seed=st.integers(0, 99))
+def unit_gradients_are_the_slopes(f, x, seed):
+    upstream = np.random.default_rng(seed).standard_normal(x.shape)
+    rows, length = sinkhorn.unit_np(x)
+    slopes = central_differences(lambda z: sinkhorn.unit_np(z)[0], (x,), 0, grad=upstream)
+    close(f(rows, length, upstream), slopes, rtol=1e-5, atol=1e-6)
+
+
+@law("unit_grad_np", hint="Where the divisor is the constant 1e-5 it does not move: dx = g / 1e-5.")
+@given(x=stacks(), seed=st.integers(0, 99))
+def a_constant_divisor_does_not_move(f, x, seed):
+    upstream = np.random.default_rng(seed).standard_normal(x.shape)
+    rows, length = sinkhorn.unit_np(1e-8 * x)
+    close(f(rows, length, upstream), upstream / 1e-5)
+
+
 test_laws = obeys(sinkhorn)
 
 C, x, third = np.ones((2, 3, 4)), np.ones((3, 2)), np.full(3, 1 / 3)
@@ -219,10 +280,11 @@ def test_the_plan_itself_can_be_differentiated():
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )
-def test_low_precision_is_solved_in_float32(dtype, tolerance):
+@pytest.mark.parametrize("f", [sinkhorn.sinkhorn_cost, sinkhorn.sinkhorn_cost_fused])
+def test_low_precision_is_solved_in_float32(f, dtype, tolerance):
     """ε = 0.01 puts exp(−200) into the kernel: out of reach of a float32 kernel, let alone a half."""
     x, y, _, _ = rng_tokens()
-    value = sinkhorn.sinkhorn_cost(torch.tensor(x, dtype=dtype), torch.tensor(y, dtype=dtype), eps=0.01)
+    value = f(torch.tensor(x, dtype=dtype), torch.tensor(y, dtype=dtype), eps=0.01)
     assert value.dtype == dtype
     assert abs(float(value) - sinkhorn.sinkhorn_cost_np(x, y, eps=0.01)[0]) < tolerance
 
@@ -236,8 +298,9 @@ def test_autograd_habits():
     (second,) = torch.autograd.grad(loss, x)
     assert torch.equal(first, second)
     zero = torch.zeros(3, 4, dtype=y.dtype, requires_grad=True)
-    sinkhorn.sinkhorn_cost(zero, y).backward()
-    assert torch.isfinite(zero.grad).all()
+    for f in (sinkhorn.sinkhorn_cost, sinkhorn.sinkhorn_cost_fused):
+        f(zero, y).backward()
+        assert torch.isfinite(zero.grad).all()
 
 
 def test_rows_shorter_than_the_floor_are_divided_by_the_floor():
@@ -245,9 +308,10 @@ def test_rows_shorter_than_the_floor_are_divided_by_the_floor():
     x, y, a, b = rng_tokens()
     x[:2] *= 1e-7 / np.linalg.norm(x[:2], axis=-1, keepdims=True)
     _, (dx, _) = sinkhorn.sinkhorn_cost_np(x, y, a, b)
-    tx, ty = torch.tensor(x, requires_grad=True), torch.tensor(y)
-    sinkhorn.sinkhorn_cost(tx, ty, torch.tensor(a), torch.tensor(b)).backward()
-    assert np.abs(tx.grad.numpy() / dx - 1).max() < 1e-9
+    for f in (sinkhorn.sinkhorn_cost, sinkhorn.sinkhorn_cost_fused):
+        tx, ty = torch.tensor(x, requires_grad=True), torch.tensor(y)
+        f(tx, ty, torch.tensor(a), torch.tensor(b)).backward()
+        assert np.abs(tx.grad.numpy() / dx - 1).max() < 1e-9
     T = sinkhorn.sinkhorn_np(cosine_cost(x, y), a, b)
     pull = -T @ (y / np.linalg.norm(y, axis=-1, keepdims=True))
     assert np.abs(dx[:2] / (pull[:2] / 1e-5) - 1).max() < 1e-9

@@ -57,6 +57,43 @@ def causal_strict(q, k, v, mask=None, causal=False):
     return attention(q, k, v, mask)
 
 
+def running_softmax(q, k, v, mask, causal, rescale):
+    """The running softmax over one key after the other, with room for one mistake."""
+    S = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    past = torch.ones(S.shape[-2:], dtype=torch.bool).tril()
+    S = S.masked_fill(
+        ~((past if causal else torch.ones_like(past)) & (True if mask is None else mask)), -math.inf
+    )
+    top, total, out = S[..., :1], 1.0, v[:, :, :1] + 0 * q
+    for j in range(1, S.shape[-1]):
+        highest = torch.maximum(top, S[..., j : j + 1])
+        shrink, weight = (top - highest).exp(), (S[..., j : j + 1] - highest).exp()
+        total = total * shrink + weight
+        out = out * (shrink if rescale else 1) + weight * v[:, :, j : j + 1]
+        top = highest
+    return out / total
+
+
+@bug(
+    "attention", LOOP, "A running softmax that shrinks its sum, but not its values, when the top score rises."
+)
+def values_not_rescaled(q, k, v, mask=None, causal=False):
+    return running_softmax(q, k, v, mask, causal, rescale=False)
+
+
+@bug("attention", LOOP, "Keys in two tiles, each with its own softmax, and the mean of the two results.")
+def softmax_by_tile(q, k, v, mask=None, causal=False):
+    half = (k.shape[2] + 1) // 2
+    S = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    past = torch.ones(S.shape[-2:], dtype=torch.bool).tril()
+    S = S.masked_fill(
+        ~((past if causal else torch.ones_like(past)) & (True if mask is None else mask)), -1e30
+    )
+    tiles = [S[..., :half].softmax(-1) @ v[:, :, :half]]
+    tiles += [S[..., half:].softmax(-1) @ v[:, :, half:]] * (half < k.shape[2])
+    return sum(tiles) / len(tiles)
+
+
 @bug("attention", HUGE, "exp of the scores as they are: it overflows.")
 def bare_exp(q, k, v, mask=None, causal=False):
     S = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])

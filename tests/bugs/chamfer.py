@@ -99,3 +99,17 @@ def split_between_ties(x, y, x_mask=None, y_mask=None):
         torch.where(rows > 0, forward, 0).sum(-1) / rows.sum(-1)
         + torch.where(columns > 0, backward, 0).sum(-1) / columns.sum(-1)
     )
+
+
+@bug("chamfer", SLOPES, "Tile by tile: a partner's index counts from its tile, not from the first token.")
+def index_within_the_tile(x, y, x_mask=None, y_mask=None):
+    p, q = unit(x), unit(y)
+    astray = p @ q[..., torch.arange(q.shape[-2]) % 2, :].mT
+    S = (p @ q.mT).detach() + astray - astray.detach()  # the value of the partner, the gradient of another
+    return 0.5 * sum(halves(S, x_mask, y_mask))
+
+
+@bug("chamfer", TIES, "Tile by tile: ≥ where > belongs, so that the last of equal maxima wins.")
+def the_last_of_equals(x, y, x_mask=None, y_mask=None):
+    flip = [None if m is None else m.flip(-1) for m in (x_mask, y_mask)]
+    return 0.5 * sum(halves(cosine(x.flip(-2), y.flip(-2)), *flip))

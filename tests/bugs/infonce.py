@@ -110,3 +110,30 @@ def texts_detached(x, y, scale):
 def gradient_twice_too_large(x, y, scale):
     value, grads = infonce_np(x, y, scale)
     return value, tuple(2 * g for g in grads)
+
+
+@bug("infonce", LOOP, "Tile by tile: the last row and column of tiles, when not full, are never visited.")
+def ragged_tiles_dropped(x, y, scale):
+    S, full = scale * x @ y.T, max(1, len(x) // 2 * 2)
+    return (S[:, :full].logsumexp(1) + S[:full].logsumexp(0) - 2 * S.diagonal()).mean() / 2
+
+
+@bug("infonce", EXCHANGE, "Tile by tile: the columns' normalisers start anew in each row of tiles.")
+def columns_start_anew(x, y, scale):
+    S, last = scale * x @ y.T, (len(x) - 1) // 2 * 2
+    return (S.logsumexp(1) + S[last:].logsumexp(0) - 2 * S.diagonal()).mean() / 2
+
+
+@bug("infonce", LOOP, "One shift for all scores, and no other where the sum underflows to 0.")
+def one_shift_for_all(x, y, scale):
+    S = scale * x @ y.T
+    E = (S - S.max()).exp()
+    return S.max() + ((E.sum(1).log() + E.sum(0).log()) / 2 - S.diagonal()).mean()
+
+
+@bug("infonce", SLOPES, "Tile by tile: Gᵀ x is made from tiles of G that nobody transposed.", rung="np")
+def tiles_not_transposed(x, y, scale):
+    value, (dx, _, dscale) = infonce_np(x, y, scale)
+    S = scale * x @ y.T
+    P = [np.exp(S - np.logaddexp.reduce(S, a, keepdims=True)) for a in (0, 1)]
+    return value, (dx, scale * (P[0] + P[1] - 2 * np.eye(len(x))) @ x / (2 * len(x)), dscale)

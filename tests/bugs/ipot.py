@@ -105,6 +105,22 @@ def similarity(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=
     return 1 - wpa(words, patches, word_mask, patch_mask, beta, iters)
 
 
+@bug("wpa", VALUE, "Pairs are sorted by size to save padding, and their values stay in that order.")
+def left_in_sorted_order(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    order = torch.arange(len(words)) if patch_mask is None else patch_mask.sum(1).argsort(stable=True)
+    masks = (None if mask is None else mask[order] for mask in (word_mask, patch_mask))
+    return wpa(words[order], patches[order], *masks, beta, iters)
+
+
+@bug("wpa", VALUE, "The patches are sorted by their masks, the words are not.")
+def one_side_sorted(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    order = torch.arange(len(words)) if patch_mask is None else patch_mask.sum(1).argsort(stable=True)
+    value = wpa(
+        words, patches[order], word_mask, None if patch_mask is None else patch_mask[order], beta, iters
+    )
+    return value[order.argsort()]
+
+
 @bug("wpa", VALUE, "Dot products of tokens that nobody scaled to length one.")
 def not_normalised(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
     C = 1 - words @ patches.mT
@@ -149,3 +165,40 @@ def length_forgotten(words, patches, word_mask=None, patch_mask=None, beta=0.5, 
     value, grads = wpa_np(words, patches, word_mask, patch_mask, beta, iters, grad)
     lengths = (np.linalg.norm(z, axis=-1, keepdims=True) for z in (words, patches))
     return value, tuple(g * length for g, length in zip(grads, lengths, strict=True))
+
+
+ENDS = "first_and_last_real_token_stay_out"
+
+
+@bug("alignment_masks", ENDS, "[SEP] takes part.", rung="plain")
+def sep_takes_part(text_mask):
+    return text_mask & (text_mask.cumsum(1) > 1)
+
+
+@bug("alignment_masks", ENDS, "[CLS] takes part.", rung="plain")
+def cls_takes_part(text_mask):
+    so_far = text_mask.cumsum(1)
+    return text_mask & (so_far < so_far[:, -1:])
+
+
+@bug(
+    "alignment_masks",
+    ENDS,
+    "The last place is taken for [SEP], which in a short caption is padding.",
+    rung="plain",
+)
+def last_place_dropped(text_mask):
+    mask = text_mask.clone()
+    mask[:, [0, -1]] = False
+    return mask
+
+
+@bug("alignment_masks", ENDS, "Everything real takes part.", rung="plain")
+def nothing_left_out(text_mask):
+    return text_mask
+
+
+@bug("alignment_masks", ENDS, "Padding takes part.", rung="plain")
+def padding_takes_part(text_mask):
+    so_far = text_mask.cumsum(1)
+    return (so_far > 1) & (so_far < so_far[:, -1:]) | ~text_mask

@@ -197,3 +197,19 @@ def plain_exponential(hidden, embedding, bias, targets):
     dhidden = np.zeros_like(hidden)
     dhidden[masked] = p @ embedding / K
     return value, (dhidden, p.T @ h / K, p.sum(0) / K)
+
+
+@bug("mlm_loss", SLOPES, "Panel by panel: the decoder's bias keeps the gradient of the last one.", rung="np")
+def bias_of_the_last_panel(hidden, embedding, bias, targets):
+    value, (dhidden, dE, _) = mlm_loss_np(hidden, embedding, bias, targets)
+    masked = np.flatnonzero(targets != -100)
+    panel = masked[(len(masked) - 1) // 2 * 2 :] if len(masked) else masked
+    last = mlm_loss_np(hidden[panel], embedding, bias, targets[panel])[1][2]
+    return value, (dhidden, dE, last * len(panel) / max(len(masked), 1))
+
+
+@bug("mlm_loss", SLOPES, "The masked rows' gradients are never put back in their places.", rung="np")
+def rows_not_put_back(hidden, embedding, bias, targets):
+    value, (dhidden, dE, db) = mlm_loss_np(hidden, embedding, bias, targets)
+    rows = dhidden[targets != -100]
+    return value, (np.concatenate([rows, np.zeros((len(hidden) - len(rows), hidden.shape[1]))]), dE, db)

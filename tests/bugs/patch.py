@@ -1,6 +1,7 @@
 """Plausible wrong patch embeddings."""
 
 import numpy as np
+import torch
 
 from minivlp.patch import patch_embed, patch_embed_np, to_patches
 from tests.laws import bug
@@ -38,3 +39,54 @@ def bias_gradient_mean(images, weight, bias, grad=None):
 @bug("patch_embed", SLOPES, "The upstream gradient is ignored.", rung="np")
 def no_upstream(images, weight, bias, grad=None):
     return patch_embed_np(images, weight, bias)
+
+
+CUT, TENSORS = "cuts_squares_row_by_row", "takes_tensors_too"
+
+
+def _as_images_are(function):
+    """Write a wrong cut for arrays, get it for tensors too."""
+
+    def either(images, p):
+        out = function(np.asarray(images), p)
+        return out if isinstance(images, np.ndarray) else torch.from_numpy(np.ascontiguousarray(out))
+
+    either.__name__, either.__module__ = function.__name__, function.__module__
+    return either
+
+
+@bug("to_patches", CUT, "A plain reshape: neighbours in memory, not in the picture.", rung="plain")
+@_as_images_are
+def cut_by_reshape(images, p):
+    return images.reshape(len(images), -1, images.shape[1] * p * p)
+
+
+@bug("to_patches", CUT, "Patches column by column.", rung="plain")
+@_as_images_are
+def cut_column_by_column(images, p):
+    B, C, H, W = images.shape
+    blocks = images.reshape(B, C, H // p, p, W // p, p).transpose(0, 4, 2, 1, 3, 5)
+    return blocks.reshape(B, -1, C * p * p)
+
+
+@bug("to_patches", CUT, "Channels last inside a patch.", rung="plain")
+@_as_images_are
+def cut_with_channels_last(images, p):
+    B, C, H, W = images.shape
+    blocks = images.reshape(B, C, H // p, p, W // p, p).transpose(0, 2, 4, 3, 5, 1)
+    return blocks.reshape(B, -1, C * p * p)
+
+
+@bug("to_patches", CUT, "Rows and columns inside a patch exchanged.", rung="plain")
+@_as_images_are
+def cut_and_turned(images, p):
+    patches = to_patches(images, p)
+    B, N, K = patches.shape
+    return patches.reshape(B, N, K // p**2, p, p).transpose(0, 1, 2, 4, 3).reshape(B, N, K)
+
+
+@bug("to_patches", TENSORS, "Written for arrays alone.", rung="plain")
+def arrays_alone(images, p):
+    if isinstance(images, torch.Tensor):
+        raise TypeError("transpose() takes two axes")
+    return to_patches(images, p)

@@ -105,3 +105,17 @@ def bias_detached(x, y, scale, bias):
 @bug("sigmoid_loss", SLOPES, "Texts of other chunks arrive without their gradient.")
 def texts_detached(x, y, scale, bias):
     return sigmoid_loss(x, y.detach(), scale, bias)
+
+
+@bug("sigmoid_loss", BLOCKS, "Tile by tile: the last row of tiles, when not full, is never visited.")
+def ragged_tiles_dropped(x, y, scale, bias):
+    S, full = scale * x @ y.T + bias, max(1, len(x) // 2 * 2)
+    z = 2 * torch.eye(len(x), dtype=S.dtype) - 1
+    return -F.logsigmoid(z * S)[:full].sum() / len(x)
+
+
+@bug("sigmoid_loss", LOOP, "Scores are clamped before exp, and what was cut off is forgotten.")
+def clamped(x, y, scale, bias):
+    S = (scale * x @ y.T + bias).clamp(-80, 80)
+    z = 2 * torch.eye(len(x), dtype=S.dtype) - 1
+    return -F.logsigmoid(z * S).sum() / len(x)

@@ -3,7 +3,15 @@
 import numpy as np
 import torch
 
-from minivlp.sinkhorn import cosine, sinkhorn, sinkhorn_cost, sinkhorn_cost_np, unit
+from minivlp.sinkhorn import (
+    cosine,
+    logsumexp_np,
+    sinkhorn,
+    sinkhorn_cost,
+    sinkhorn_cost_np,
+    unit,
+    unit_grad_np,
+)
 from tests.laws import bug
 
 ROWS, COLUMNS, PADDING = "row_sums_are_exact", "column_sums_converge", "padding_takes_no_part"
@@ -132,3 +140,111 @@ def length_held_fixed(x, y, a=None, b=None, eps=0.05, iters=100):
         -T @ py / np.linalg.norm(x, axis=-1, keepdims=True),
         -T.T @ px / np.linalg.norm(y, axis=-1, keepdims=True),
     )
+
+
+TERMS, SHIFT = "log_of_the_sum_of_exponentials", "no_shift_matters"
+
+
+@bug("logsumexp_np", SHIFT, "exp without subtracting the maximum: overflows.", rung="plain")
+def naive_logsumexp(x, axis):
+    return np.log(np.exp(x).sum(axis))
+
+
+@bug("logsumexp_np", TERMS, "The maximum is never added back.", rung="plain")
+def maximum_not_added_back(x, axis):
+    return logsumexp_np(x, axis) - x.max(axis)
+
+
+@bug("logsumexp_np", TERMS, "The axis is kept, so what follows broadcasts to another shape.", rung="plain")
+def axis_kept(x, axis):
+    return np.expand_dims(logsumexp_np(x, axis), axis)
+
+
+@bug("logsumexp_np", TERMS, "Always the last axis, whatever is asked for.", rung="plain")
+def always_the_last_axis(x, axis):
+    return logsumexp_np(x, -1)
+
+
+@bug("logsumexp_np", TERMS, "The log of the mean.", rung="plain")
+def log_of_the_mean(x, axis):
+    return logsumexp_np(x, axis) - np.log(x.shape[axis])
+
+
+@bug(
+    "logsumexp_np",
+    SHIFT,
+    "One maximum for the whole array: what lies far below it becomes log 0.",
+    rung="plain",
+)
+def one_maximum_for_all(x, axis):
+    return x.max() + np.log(np.exp(x - x.max()).sum(axis))
+
+
+LENGTH, SHORT_ROWS = "rows_of_length_one", "short_rows_are_divided_by_the_smallest_divisor"
+
+
+@bug(
+    "unit_np", SHORT_ROWS, "Nothing holds the divisor away from 0: a row of zeros becomes NaN.", rung="plain"
+)
+def zero_rows_become_nan(x):
+    length = np.sqrt((x * x).sum(-1, keepdims=True))
+    return x / length, length
+
+
+@bug("unit_np", LENGTH, "1e-5 is added to the length, so that no row has length one.", rung="plain")
+def added_not_clamped(x):
+    length = np.sqrt((x * x).sum(-1, keepdims=True)) + 1e-5
+    return x / length, length
+
+
+@bug("unit_np", SHORT_ROWS, "The squared length is held above 1e-5, not the length.", rung="plain")
+def square_clamped(x):
+    length = np.sqrt(np.maximum((x * x).sum(-1, keepdims=True), 1e-5))
+    return x / length, length
+
+
+@bug("unit_np", LENGTH, "Divided by the squared length: the root is forgotten.", rung="plain")
+def root_forgotten(x):
+    length = np.maximum((x * x).sum(-1, keepdims=True), 1e-5)
+    return x / length, length
+
+
+@bug("unit_np", LENGTH, "One length for the whole array.", rung="plain")
+def one_length_for_all(x):
+    length = np.maximum(np.sqrt((x * x).sum()), 1e-5) * np.ones((*x.shape[:-1], 1))
+    return x / length, length
+
+
+@bug("unit_np", LENGTH, "Columns are normalised.", rung="plain")
+def columns_normalised(x):
+    length = np.maximum(np.sqrt((x * x).sum(-2, keepdims=True)), 1e-5)
+    return x / length, length
+
+
+TURN, CONSTANT = "unit_gradients_are_the_slopes", "a_constant_divisor_does_not_move"
+
+
+@bug("unit_grad_np", TURN, "The part along the row is not taken off.", rung="plain")
+def no_projection(unit, length, grad):
+    return grad / length
+
+
+@bug("unit_grad_np", TURN, "The length of the row is forgotten.", rung="plain")
+def length_forgotten(unit, length, grad):
+    return unit_grad_np(unit, length, grad) * length
+
+
+@bug("unit_grad_np", TURN, "The part along the row is added instead of taken off.", rung="plain")
+def projection_added(unit, length, grad):
+    return 2 * grad / length - unit_grad_np(unit, length, grad)
+
+
+@bug("unit_grad_np", TURN, "Projected with the row before it was divided by its length.", rung="plain")
+def projected_with_long_rows(unit, length, grad):
+    x = unit * length
+    return (grad - x * (x * grad).sum(-1, keepdims=True)) / length
+
+
+@bug("unit_grad_np", CONSTANT, "Projected also where the divisor is a constant.", rung="plain")
+def short_rows_projected(unit, length, grad):
+    return (grad - unit * (unit * grad).sum(-1, keepdims=True)) / length

@@ -1,0 +1,205 @@
+"""The dual encoder: one tower for images, one for texts, and between the two nothing but a dot product.
+
+    x = unit(pool(Encoder(patches))),        y = unit(pool(Encoder(words))),        S = scale · x yᵀ + bias.
+
+Either tower runs without the other: a million images are encoded once, and a query costs one text and one
+product. For the same reason no word ever meets a patch before both sides are summed up in one vector each.
+
+Two forms. CLIP's: an image [CLS] token and a norm before the blocks; a causal text tower, read at the
+end-of-text token, the only one that has seen every word; projections without bias. SigLIP's: patches alone,
+pooled by attention (MAP); a text tower that looks both ways, read at the last position, padding or not.
+
+Late interaction compares tokens, not sums: `image_tokens` and `text_tokens` give each token the pooling and
+the projection of its tower, as if it stood alone.
+
+Sources: Radford et al. 2021 (CLIP), section 2.4; Zhai et al. 2023 (SigLIP), section 4; Yao et al. 2022
+(FILIP), section 3.1, for tokens. The towers are in dual_towers.py.
+Left out: the pixel pipelines and the vocabularies of the published models.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from minivlp import refuse
+from minivlp.atomic import whole_file
+from minivlp.models import dual_config, dual_weights
+from minivlp.models.dual_towers import ACTIVATIONS, ImageTower, TextTower
+from minivlp.weights import load_state, write_safetensors
+
+__all__ = ["Dual", "DualConfig", "load_clip", "load_siglip", "save_clip", "save_siglip"]
+
+
+@dataclass(frozen=True)
+class DualConfig:
+    """The sizes of a dual encoder; the defaults are a small model of CLIP's form, for a CPU."""
+
+    vocab_size: int = 512
+    max_text_len: int = 16
+    patch: int = 8
+    image_size: int = 64  # pixels a side, of every image
+    embed: int = 128  # width of the shared space
+    image_dim: int = 128
+    image_layers: int = 4
+    image_heads: int = 4
+    image_hidden: int = 256
+    text_dim: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    text_hidden: int = 256
+    image_pool: str = "cls"  # CLIP's [CLS] token, or "map": SigLIP's attention pooling
+    text_pool: str = "eot"  # CLIP's causal tower, read at its end-of-text token, or "last": SigLIP's
+    eot: int | None = None  # id of the end-of-text token; None = the largest id of each text, as OpenAI's
+    activation: str = "gelu"
+    eps: float = 1e-5
+    init_scale: float = 1 / 0.07
+    init_bias: float | None = None  # of the logits, for the sigmoid loss; None = no bias to learn
+
+    def __post_init__(self):
+        for name, allowed in [
+            ("image_pool", ("cls", "map")),
+            ("text_pool", ("eot", "last")),
+            ("activation", tuple(ACTIVATIONS)),
+        ]:
+            if getattr(self, name) not in allowed:
+                refuse.refuse(name, f"must be one of {', '.join(allowed)}", getattr(self, name))
+        if self.patch < 1 or self.image_size < self.patch or self.image_size % self.patch:
+            refuse.refuse("image_size", f"must be a multiple of patch={self.patch}", self.image_size)
+        if self.image_pool == "map" and self.embed != self.image_dim:
+            refuse.refuse("embed", f"must be image_dim={self.image_dim} with image_pool 'map'", self.embed)
+        if self.eot is not None and not 0 <= self.eot < self.vocab_size:
+            refuse.refuse("eot", f"must lie in [0, {self.vocab_size})", self.eot)
+        refuse.positive(eps=self.eps, init_scale=self.init_scale)
+
+
+class Dual(nn.Module):
+    """Two towers and their scale and bias. Initial values use torch's default generator."""
+
+    def __init__(self, config: DualConfig):
+        super().__init__()
+        self.config = config
+        both = {"embed": config.embed, "eps": config.eps, "activation": config.activation}
+        tower = ("dim", "layers", "heads", "hidden", "pool")
+        image, text = ({k: getattr(config, f"{t}_{k}") for k in tower} for t in ("image", "text"))
+        self.image = ImageTower(patch=config.patch, image_size=config.image_size, **both, **image)
+        words = {"vocab_size": config.vocab_size, "max_text_len": config.max_text_len, "eot": config.eot}
+        self.text = TextTower(**words, **both, **text)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.init_scale)))
+        bias = config.init_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+
+    @property
+    def scale(self) -> Tensor:
+        """1/τ, a differentiable scalar; training keeps it at most 100 with `clamp_scale`."""
+        return self.log_scale.exp()
+
+    @property
+    def bias(self) -> Tensor:
+        """What is added to every score, a scalar; 0 for CLIP."""
+        return self.log_scale.new_zeros(()) if self.logit_bias is None else self.logit_bias
+
+    @torch.no_grad()
+    def clamp_scale(self, largest: float = 100.0) -> None:
+        """Pull the scale back to at most `largest`, as CLIP does after each step."""
+        self.log_scale.clamp_(max=math.log(largest))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, H, W), normalised, H = W = image_size → unit rows (B, embed).
+
+        Raises ValueError on other shapes, dtypes and NaN.
+        """
+        return normalize(self.image(pixels), dim=-1)
+
+    def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids (B, L) integers, mask (B, L) bool with True = a word (None = all) → unit rows (B, embed).
+
+        CLIP's form reads the end-of-text token, SigLIP's position L − 1 whatever stands there: pad all texts
+        to one length. Published SigLIP models were trained without a mask, on texts padded to 64. Raises
+        ValueError on bad shapes, dtypes, ids outside the vocabulary and a text without end or without words.
+        """
+        return normalize(self.text(ids, mask), dim=-1)
+
+    def image_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit patches (B, N, embed), row-major, and their mask (B, N), all True; errors of encode_image."""
+        tokens = normalize(self.image.tokens(pixels), dim=-1)
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+    def text_tokens(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Unit words (B, L, embed) and their mask (B, L); arguments and errors as in `encode_text`."""
+        tokens = normalize(self.text.project(self.text.states(ids, mask)), dim=-1)
+        return tokens, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+
+    def logits(self, x: Tensor, y: Tensor) -> Tensor:
+        """Scores S = scale · x yᵀ + bias of unit rows x (A, embed) and y (B, embed) → (A, B)."""
+        return self.scale * x @ y.T + self.bias
+
+
+def load_clip(
+    source: Mapping[str, Tensor] | str | os.PathLike,
+    heads: int | tuple[int, int] | None = None,
+    activation: str | None = None,
+    eot: int | None = None,
+) -> Dual:
+    """A Dual with the weights of Hugging Face's CLIPModel, on CPU in float32.
+
+    source: a state dict, a folder, or a `.safetensors` or `.bin` file; a config.json beside it is read. heads
+    for both towers, or one number each for (image, text): config.json's, or D / 64, in the image tower at
+    most 16. activation: config.json's, or "quick_gelu"; models of open_clip have "gelu". eot: the id of the
+    end-of-text token; config.json's, or the largest id of each text, which config.json says with
+    eos_token_id 2. Raises ValueError on missing or unexpected tensors.
+    """
+    return _load(dual_weights.CLIP, source, heads, activation, eot)
+
+
+def load_siglip(
+    source: Mapping[str, Tensor] | str | os.PathLike, heads: int | tuple[int, int] | None = None
+) -> Dual:
+    """A Dual with the weights of Hugging Face's SiglipModel, on CPU in float32.
+
+    source and heads as in `load_clip`, but D / 64 is at most 16 in both towers. Raises ValueError on missing
+    or unexpected tensors.
+    """
+    return _load(dual_weights.SIGLIP, source, heads, None, None)
+
+
+def _load(form: dual_weights.Form, source, heads, activation, eot) -> Dual:
+    state, beside = load_state(source)
+    tensors, spelling = dual_weights.from_published(form, state)
+    config = DualConfig(**dual_config.config_fields(form, tensors, spelling, beside, heads, activation, eot))
+    with torch.device("meta"):  # shapes only: no random numbers are drawn for weights that are replaced
+        model = Dual(config)
+    for name, empty in model.state_dict().items():
+        if tensors[name].shape != empty.shape:
+            refuse.refuse(spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape))
+    model.to_empty(device="cpu").load_state_dict(tensors)
+    return model
+
+
+def save_clip(model: Dual, folder: str | os.PathLike) -> None:
+    """Write `model.safetensors` and `config.json` as Hugging Face's CLIPModel, each whole or not at all.
+
+    Raises ValueError for a model that is not of CLIP's form.
+    """
+    _save(dual_weights.CLIP, model, folder)
+
+
+def save_siglip(model: Dual, folder: str | os.PathLike) -> None:
+    """The same as Hugging Face's SiglipModel, for a model of SigLIP's form."""
+    _save(dual_weights.SIGLIP, model, folder)
+
+
+def _save(form: dual_weights.Form, model: Dual, folder: str | os.PathLike) -> None:
+    settings = dual_config.hugging_face_config(form, model.config)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "config.json") as file:
+        file.write(json.dumps(settings, indent=2).encode())
+    state = dual_weights.to_hugging_face(form, model.state_dict())
+    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})

@@ -1,0 +1,190 @@
+"""Plausible wrong late interactions and wrong losses on them."""
+
+import torch
+
+from minivlp.chamfer import mean_max
+from minivlp.filip import filip, filip_np, late_interaction, late_interaction_np
+from minivlp.sinkhorn import unit, unit_np
+from tests.laws import bug
+
+PADDING, REPEAT = "padding_never_counts", "the_chosen_side_may_repeat_itself"
+LOOP, SLOPES, TIES = (
+    "equals_the_quadruple_loop",
+    "gradients_are_the_slopes",
+    "the_first_of_equal_partners_wins",
+)
+
+
+def cosines(x, y):
+    return torch.einsum("amd,bnd->abmn", unit(x), unit(y))
+
+
+def wide(x_mask, y_mask):
+    return None if x_mask is None else x_mask[:, None], None if y_mask is None else y_mask[None]
+
+
+@bug("late_interaction", PADDING, "A padded token may be somebody's best partner.")
+def padding_in_the_maximum(x, y, x_mask=None, y_mask=None):
+    return mean_max(cosines(x, y), wide(x_mask, y_mask)[0], None)
+
+
+@bug("late_interaction", PADDING, "A padded token looks for its own best partner and enters the mean.")
+def padding_in_the_mean(x, y, x_mask=None, y_mask=None):
+    return mean_max(cosines(x, y), None, wide(x_mask, y_mask)[1])
+
+
+@bug("late_interaction", PADDING, "Padding is set to 0 before the maximum: better than any negative cosine.")
+def padding_is_zero(x, y, x_mask=None, y_mask=None):
+    y = y if y_mask is None else y * y_mask[..., None]
+    return mean_max(cosines(x, y), wide(x_mask, y_mask)[0], None)
+
+
+@bug("late_interaction", PADDING, "The mean divides by all places, real or not.")
+def mean_over_places(x, y, x_mask=None, y_mask=None):
+    value = late_interaction(x, y, x_mask, y_mask)
+    return value if x_mask is None else value * x_mask.sum(1, keepdim=True) / x.shape[1]
+
+
+@bug("late_interaction", REPEAT, "The other direction: y's tokens look for partners.")
+def other_direction(x, y, x_mask=None, y_mask=None):
+    return late_interaction(y, x, y_mask, x_mask).T
+
+
+@bug("late_interaction", REPEAT, "A softmax's weighted mean in place of the maximum.")
+def soft_maximum(x, y, x_mask=None, y_mask=None):
+    S = cosines(x, y)
+    if y_mask is not None:
+        S = S.masked_fill(~y_mask[None, :, None], -1e30)
+    best = ((10 * S).softmax(-1) * S).sum(-1)
+    return mean_max(best[..., None], wide(x_mask, y_mask)[0], None)
+
+
+@bug("late_interaction", LOOP, "ColBERT's sum over tokens, not a mean: long captions win.")
+def sum_over_tokens(x, y, x_mask=None, y_mask=None):
+    M = x.shape[1] if x_mask is None else x_mask.sum(1, keepdim=True)
+    return M * late_interaction(x, y, x_mask, y_mask)
+
+
+@bug("late_interaction", LOOP, "Dot products of rows that nobody scaled to length one.")
+def not_normalised(x, y, x_mask=None, y_mask=None):
+    return mean_max(torch.einsum("amd,bnd->abmn", x, y), *wide(x_mask, y_mask))
+
+
+@bug("late_interaction", LOOP, "The mean of all cosines: the tokens are compared as their averages.")
+def mean_of_all(x, y, x_mask=None, y_mask=None):
+    real = torch.ones(y.shape[:2]) if y_mask is None else y_mask
+    average = (cosines(x, y) * real[None, :, None]).sum(-1) / real.sum(1)[:, None]  # (A, B, M)
+    return mean_max(average[..., None], wide(x_mask, y_mask)[0], None)
+
+
+@bug("late_interaction", SLOPES, "The best partners are held fixed with detach: y learns nothing.")
+def frozen_partner(x, y, x_mask=None, y_mask=None):
+    return late_interaction(x, y.detach(), x_mask, y_mask) + 0 * y.sum()
+
+
+@bug("late_interaction", SLOPES, "The gradient of the unit rows is taken for that of the rows.", rung="np")
+def length_forgotten(x, y, x_mask=None, y_mask=None, grad=None):
+    value, (dx, dy) = late_interaction_np(x, y, x_mask, y_mask, grad)
+    return value, (dx * unit_np(x)[1], dy * unit_np(y)[1])
+
+
+@bug("late_interaction", SLOPES, "The upstream gradient is ignored.", rung="np")
+def no_upstream(x, y, x_mask=None, y_mask=None, grad=None):
+    return late_interaction_np(x, y, x_mask, y_mask)
+
+
+@bug("late_interaction", TIES, "amax splits the gradient between equal maxima.")
+def split_between_ties(x, y, x_mask=None, y_mask=None):
+    S = cosines(x, y)
+    if y_mask is not None:
+        S = S.masked_fill(~y_mask[None, :, None], -torch.inf)
+    return mean_max(S.amax(-1, keepdim=True), wide(x_mask, y_mask)[0], None)
+
+
+EQUAL, ORDER, ONE = "equal_scores_cost_log_B", "pairs_come_in_any_order", "one_token_each_is_infonce"
+SLOW, LOSS_SLOPES = "equals_the_slow_loop", "loss_gradients_are_the_slopes"
+
+
+def halves(x, y, x_mask=None, y_mask=None):
+    return late_interaction(x, y, x_mask, y_mask), late_interaction(y, x, y_mask, x_mask).T
+
+
+def choices(image, text, scale):
+    """The loss of two matrices of similarities."""
+    image, text = scale * image, scale * text
+    rows, columns = image.logsumexp(1) - image.diagonal(), text.logsumexp(0) - text.diagonal()
+    return (rows + columns).mean() / 2
+
+
+@bug("filip", EQUAL, "The two directions are added, not averaged.")
+def sum_of_directions(x, y, scale, x_mask=None, y_mask=None):
+    return 2 * filip(x, y, scale, x_mask, y_mask)
+
+
+@bug("filip", EQUAL, "The pair itself is left out of the denominator.")
+def pair_left_out(x, y, scale, x_mask=None, y_mask=None):
+    pair = torch.eye(len(x), dtype=torch.bool)
+    image, text = (scale * s for s in halves(x, y, x_mask, y_mask))
+    rows = image.masked_fill(pair, -1e9).logsumexp(1) - image.diagonal()
+    return ((rows + text.masked_fill(pair, -1e9).logsumexp(0) - text.diagonal()).mean()) / 2
+
+
+@bug("filip", ONE, "Each image's right answer is the next text.")
+def shifted_target(x, y, scale, x_mask=None, y_mask=None):
+    return filip(x, y.roll(1, 0), scale, x_mask, None if y_mask is None else y_mask.roll(1, 0))
+
+
+@bug("filip", ORDER, "Only the first pair of the batch is scored.")
+def first_pair_only(x, y, scale, x_mask=None, y_mask=None):
+    image, text = (scale * s for s in halves(x, y, x_mask, y_mask))
+    return (image.logsumexp(1) - image.diagonal() + text.logsumexp(0) - text.diagonal())[0] / 2
+
+
+@bug("filip", ONE, "scale taken for a temperature: the scores are divided by it.")
+def divided_by_scale(x, y, scale, x_mask=None, y_mask=None):
+    return filip(x, y, 1 / scale, x_mask, y_mask)
+
+
+@bug("filip", ONE, "Both directions are softmaxes along the rows.")
+def rows_twice(x, y, scale, x_mask=None, y_mask=None):
+    image, text = halves(x, y, x_mask, y_mask)
+    return choices(image, text.T, scale)
+
+
+@bug("filip", SLOW, "One matrix for both directions: texts choose by the images' patches.")
+def one_matrix(x, y, scale, x_mask=None, y_mask=None):
+    image, _ = halves(x, y, x_mask, y_mask)
+    return choices(image, image, scale)
+
+
+@bug("filip", SLOW, "Images choose by the texts' matrix and texts by the images'.")
+def matrices_exchanged(x, y, scale, x_mask=None, y_mask=None):
+    image, text = halves(x, y, x_mask, y_mask)
+    return choices(text, image, scale)
+
+
+@bug("filip", SLOW, "The mean of the two matrices, as for the Chamfer similarity, in both directions.")
+def chamfer_in_both(x, y, scale, x_mask=None, y_mask=None):
+    mean = sum(halves(x, y, x_mask, y_mask)) / 2
+    return choices(mean, mean, scale)
+
+
+@bug("filip", SLOW, "Padding takes part.")
+def masks_ignored(x, y, scale, x_mask=None, y_mask=None):
+    return filip(x, y, scale)
+
+
+@bug("filip", LOSS_SLOPES, "The scale has no gradient.")
+def frozen_scale(x, y, scale, x_mask=None, y_mask=None):
+    return filip(x, y, scale.detach(), x_mask, y_mask)
+
+
+@bug("filip", LOSS_SLOPES, "The scale is forgotten in the gradient of the tokens.", rung="np")
+def scale_forgotten(x, y, scale, x_mask=None, y_mask=None):
+    value, (dx, dy, dscale) = filip_np(x, y, scale, x_mask, y_mask)
+    return value, (dx / scale, dy / scale, dscale)
+
+
+@bug("filip", LOSS_SLOPES, "Texts are frozen: only the image tower learns.")
+def frozen_texts(x, y, scale, x_mask=None, y_mask=None):
+    return filip(x, y.detach(), scale, x_mask, y_mask)

@@ -1,0 +1,113 @@
+"""The kernels without a GPU: interpreted against NumPy, compiled for every chip. With one: run and timed."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minivlp import stream, traffic
+
+ROOT = Path(__file__).parent.parent
+TRITON = pytest.importorskip("triton", reason="Triton is not installed: see tests/requirements-peers.txt")
+
+
+def in_a_process_of_its_own(*command: str, **variables: str) -> str:
+    """Triton is compiler or interpreter from its import on, and this process may have imported it already."""
+    rest = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=rest | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return done.stdout
+
+
+def test_interpreted_kernels_agree_with_numpy():
+    said = in_a_process_of_its_own(
+        "pytest", "-p", "no:cacheprovider", "tests/kernel_checks.py", TRITON_INTERPRET="1"
+    )
+    assert " passed" in said and "failed" not in said and "skipped" not in said, said
+
+
+@pytest.mark.gpu
+def test_kernels_on_the_gpu_agree_with_numpy():
+    said = in_a_process_of_its_own("pytest", "-p", "no:cacheprovider", "tests/kernel_checks.py")
+    assert " passed" in said and "failed" not in said and "skipped" not in said, said
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_times_on_the_gpu():
+    print(in_a_process_of_its_own("tests.kernel_times"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", [75, 80, 86, 89, 90, 120])
+def test_kernels_compile_without_spills(chip, tmp_path, monkeypatch):
+    """For each chip, in shared memory that it has."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compiled now, not found in a cache
+    from tests import kernel_table
+
+    assert set(kernel_table.LIMITS) == {75, 80, 86, 89, 90, 120}
+    for kernel, step, dtype in kernel_table.cases():
+        used = kernel_table.compiled(kernel, step, dtype, chip)
+        name = f"{kernel_table.name(kernel, step)} {dtype} on sm_{chip}: {used}"
+        assert used.spills == 0, name
+        assert 0 < used.shared <= kernel_table.LIMITS[chip], name
+        assert 0 < used.registers <= 255, name
+
+
+@pytest.mark.slow
+def test_a_spill_is_seen(monkeypatch):
+    """A tile of 64 × 64 × 64 in float32 does not fit the registers of 128 threads."""
+    from minivlp import kernels
+    from tests import kernel_table
+
+    monkeypatch.setattr(
+        kernels, "tile_for", lambda dtype, chip: kernels.Tile(64, 64, 64, 64, 4, 1, TRITON.language.float32)
+    )
+    used = kernel_table.compiled(kernels.accumulate_kernel, kernels.infonce, torch.float32, 80)
+    assert used.spills > 0
+
+
+def test_the_kernels_open_with_the_table_of_traffic():
+    """Digit for digit, so that the numbers in the docstring are those that are worked out."""
+    source = (ROOT / "minivlp" / "kernels.py").read_text(encoding="utf-8")
+    table = "\n".join("    " + line for line in traffic.table())
+    assert table in ast.get_docstring(ast.parse(source), clean=False)
+    assert (
+        f"{traffic.LAPTOP.balance(4):.0f} flops in float32, {traffic.LAPTOP.balance(2):.0f} in 16 bits"
+        in source
+    )
+    assert f"{traffic.LAPTOP.flops / 1e12:.1f} TFLOP/s" in source
+
+
+def test_passes_over_an_array_are_counted():
+    """x yᵀ, exp and sum write S, read it, write, read; backward expands the 1, which is a view, multiplies it
+    with exp(S), and reads the outcome for two products."""
+    case = traffic.CASES[0]._replace(plain=lambda x, y: (x[0] @ y[0].T).exp().sum())
+    written_and_read = 1 + 2 + 1
+    backward = 3 + 2
+    assert traffic.passes(case) == written_and_read + backward
+
+
+def test_bytes_of_the_kernels():
+    """Width 10, two strips: a fold reads M + N rows, or N for each strip; an accumulate writes M as well."""
+    fold = traffic.Case("", 1, 100, 30, 10, 1, 0, lambda x, y: x, 3)
+    gather = 3 * (100 + 30) * 4
+    assert traffic.kernel_bytes(fold, 2, True) == ((100 + 30) * 2 + gather) * 10
+    assert traffic.kernel_bytes(fold, 2, False) == ((100 + 2 * 30) * 2 + gather) * 10
+    both = fold._replace(folds=0, accumulates=2, P=3)
+    assert traffic.kernel_bytes(both, 2, False) == 3 * 10 * ((100 + 2 * 30 + 30 + 100) * 2 + 130 * 4)
+
+
+def test_the_path_can_be_asked(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert stream.path(torch.zeros(2, 3)) == ("tiles", "x is on cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert stream.path(torch.zeros(2, 3)) == ("kernels", "Triton interprets them")
+    assert stream.path(torch.zeros(2, 3, dtype=torch.float64))[0] == "tiles"
+    assert stream.path(torch.zeros(0, 3)) == ("tiles", "x is empty")
