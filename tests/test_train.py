@@ -25,7 +25,7 @@ NOUNS = EMOJIVL.nouns(CONFIG.nouns)
 TOKENIZER = train.scene_tokenizer(NOUNS, CONFIG.vocab_size)
 STAGES_OF_PAIRS = (
     Stage(0.5, (Part("place", 1.0),)),
-    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7))),
+    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7, wrong=(0.3, 0.2, 0.3)))),
 )
 LOSS = partial(pretraining_loss, wpa_weight=CONFIG.wpa_weight)
 
