@@ -124,7 +124,7 @@ def chamfer_fused(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Te
     """`chamfer` without S: all that is kept is each token's best partner. Arguments and errors as there.
 
     1 product in place of 3, as G has M + N entries that are not 0: the gradients are gathers. In units of
-    M · N numbers read or written: the plain rung moves some 10 to and from memory, S and the gradients of its
+    M · N numbers read or written: the plain rung moves some 16 to and from memory, S and the gradients of its
     maxima, mostly zeros; this one moves rows of y, D/512 in all, as its tiles stay in the cache. It can be
     differentiated once.
     """

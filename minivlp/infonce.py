@@ -127,7 +127,7 @@ def infonce_fused(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     """`infonce` without S, whose tiles are made twice: for the normalisers, then for the gradients.
 
     4 products in place of 3, less traffic. In units of B² numbers read or written: the plain rung moves some
-    30 to and from memory, S, its two softmaxes and what autograd makes of them; this one moves rows of y and
+    24 to and from memory, S, its two softmaxes and what autograd makes of them; this one moves rows of y and
     dy, 5 D/512 in all, as its tiles stay in the cache. It can be differentiated once. Arguments and errors as
     in `infonce`.
     """

@@ -20,8 +20,8 @@ for masked words 4096 × 30522 of width 768, for word-patch alignment 64 times 4
 
 That chip makes 45 flops in float32, 91 in 16 bits, while one byte arrives; what makes fewer for each byte it
 moves waits for memory. A tile of 64 × 64 makes 16 or 32 for each byte of x and y that it reads: tiles must
-come from the cache (32 MB), as all do but those of the vocabulary, which outgrows it. There the kernels move
-more than they save, and `mlm_loss_fused` stays with panels and the vendor's products on every device.
+come from the cache (32 MB), as all do but those of the vocabulary, which outgrows it. There kernels would
+move more than they save: `mlm_loss_fused` has none, and keeps its panels and the vendor's products.
 
 A tile of S_ij = r_i c_j (x_i · y_j) itself never leaves the chip. One program owns a strip of rows and walks:
 
@@ -37,7 +37,7 @@ A step is a `@triton.jit` function that the kernel takes as a `tl.constexpr`, co
 
     logsumexp(state, S, own, first)    → (top, Σ_j exp(S_ij − top), Σ_j S_ij own_ij)
     best(state, S, own, first)         → (maximum, the first column that holds it, 0)
-    infonce, softmax, plan, sigmoid(S, u, v, own)    → (G, a tile to be summed along rows beside G)
+    infonce, plan, sigmoid(S, u, v, own)    → (G, a tile to be summed along rows beside G)
 
 Numbers: products of float16 or bfloat16 are added up in float32, and float32 is multiplied as such ("ieee":
 TF32 would keep 10 bits of it). Before sm_80 no chip multiplies bfloat16: there both half precisions are read
@@ -172,12 +172,6 @@ def best(state, S, own, first):
 def infonce(S, u, v, own):
     """G = P_row + P_col − 2 I, with u and v minus the logsumexp of row and column."""
     return tl.exp(S + u) + tl.exp(S + v) - tl.where(own, 2.0, 0.0), tl.zeros_like(S)
-
-
-@triton.jit
-def softmax(S, u, v, own):
-    """G = P − one-hot, with one of u and v minus the logsumexp and the other the bias."""
-    return tl.exp(S + u + v) - tl.where(own, 1.0, 0.0), tl.zeros_like(S)
 
 
 @triton.jit

@@ -7,7 +7,6 @@ for the value and 2 for its gradient):
 
     infonce         two folds and two accumulates, 6
     sigmoid_loss    two accumulates, the first of which sums the loss, 4
-    mlm_loss        a fold and two accumulates, 5
     best_partners   two folds, 2: the gradient of a maximum is a gather
 """
 
@@ -47,26 +46,6 @@ def sigmoid_loss(
     dx, (slopes, losses) = dx[0, :, : x.shape[1]] / B, sums[:, 0].sum(1) / B
     dy = _gradient(kernels.sigmoid, texts, images, y, 1 / B) if wanted[1] else None
     return losses, (dx, dy, _slope(x, dx, scale), slopes)
-
-
-def mlm_loss(
-    hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor, wanted: tuple = ALL
-) -> tuple[Tensor, Gradients]:
-    """hidden (K, D), targets (K,), masked tokens only; embedding (V, D), bias (V,): loss, (dh, dE, db)."""
-    K = len(hidden)
-    if not K:
-        zeros = (torch.zeros_like(t, dtype=torch.float32) for t in (hidden, embedding, bias))
-        return hidden.new_zeros((), dtype=torch.float32), tuple(zeros)
-    tokens, words = kernels.side(hidden, ids=targets), kernels.side(embedding, plus=bias)
-    top, total, own = kernels.fold(kernels.logsumexp, tokens, words)[:, 0]  # (K,) each
-    lse = top + total.log()
-    tokens = tokens._replace(plus=-lse)
-    dh = _gradient(kernels.softmax, tokens, words, hidden, 1 / K) if wanted[0] else None
-    dE = db = None
-    if wanted[1] or wanted[2]:
-        dE, sums = kernels.accumulate(kernels.softmax, words, tokens)
-        dE, db = dE[0, :, : hidden.shape[1]] / K, sums[0, 0] / K
-    return (lse - own).mean(), (dh, dE, db)
 
 
 def best_partners(

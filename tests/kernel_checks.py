@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: see tests/requirements-peers.txt")
 
-from minivlp import chamfer, infonce, ipot, kernels, kernels_losses, kernels_wpa, mlm, sigmoid, stream
+from minivlp import chamfer, infonce, ipot, kernels, kernels_losses, kernels_wpa, sigmoid, stream
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -81,15 +81,6 @@ def test_the_sigmoid_loss_keeps_the_digits_of_easy_negatives():
     )
     softplus = np.logaddexp(0, np.subtract(*exact(x @ y.T, torch.tensor(20.0)))).sum(1)
     near((only_negatives[1][1, 0], ()), (softplus, ()), torch.float32, floor=0)
-
-
-@every_dtype
-@pytest.mark.parametrize(("K", "V", "D"), [(1, 3, 5), (18, 21, 24)])
-def test_masked_words(K, V, D, dtype):
-    hidden, embedding, bias = (rows(*shape, dtype=dtype) for shape in ((K, D), (V, D), (V,)))
-    targets = torch.arange(K, device=DEVICE) * 5 % V  # a word can be the target of several tokens
-    wanted = mlm.mlm_loss_np(*exact(hidden, embedding, bias, targets))
-    near(kernels_losses.mlm_loss(hidden, embedding, bias, targets), wanted, dtype)
 
 
 @every_dtype

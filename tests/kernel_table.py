@@ -27,7 +27,7 @@ LIMITS = {chip: 1024 * size for chip, size in KB.items()}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEPS = {
     kernels.fold_kernel: (kernels.logsumexp, kernels.best),
-    kernels.accumulate_kernel: (kernels.infonce, kernels.softmax, kernels.plan, kernels.sigmoid),
+    kernels.accumulate_kernel: (kernels.infonce, kernels.plan, kernels.sigmoid),
     kernels_wpa.wpa_kernel: (None,),
 }
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
