@@ -47,7 +47,7 @@ CPU_STAGES = (
     Stage(0.09, (replace(SINGLE, matching=0.6),)),
     Stage(0.18, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4))),
     Stage(0.38, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8))),
-    Stage(1.0, (replace(SINGLE, share=0.1), Part("pick", 0.15), Part("pair", 0.75, wrong=(0.3, 0.1, 0.3)))),
+    Stage(1.0, (replace(SINGLE, share=0.1), Part("pick", 0.15), Part("pair", 0.75, wrong=(0.35, 0.2, 0.25)))),
 )
 # The same scenes at twice the size.
 GPU_STAGES = tuple(

@@ -14,23 +14,34 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minivlp.batches import Rows
-from minivlp.models.vilt import Vilt
 from minivlp.runs import Run, tensor_bytes
 from minivlp.text import WordPiece
-from minivlp.train import TrainConfig
 
-Loss = Callable[[Vilt, Sequence[Any]], dict[str, Tensor]]
+Loss = Callable[[nn.Module, Sequence[Any]], dict[str, Tensor]]
 
 
-def optimizers(model: Vilt, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest; biases and norms are not decayed."""
-    matrices = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
+class Rates(Protocol):
+    """What the loop needs of a run's configuration, train.py's or dual_train.py's."""
+
+    steps: int
+    batch: int
+    lr: float  # AdamW
+    matrix_lr: float  # Muon
+    weight_decay: float
+    warmup: int  # steps
+    cooldown: float  # the last share of the run, in which the rates fall to zero
+    save_every: int  # steps
+    report_every: int
+
+
+def optimizers(model: nn.Module, config: Rates) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of all blocks, AdamW for the rest; biases and norms are not decayed."""
+    matrices = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay}
@@ -43,27 +54,28 @@ def optimizers(model: Vilt, config: TrainConfig) -> list[torch.optim.Optimizer]:
     return [muon, adam]
 
 
-def rate(config: TrainConfig, step: int) -> float:
+def rate(config: Rates, step: int) -> float:
     """The share of the peak rate at a step: linear warm-up, flat, linear to zero."""
     left = (config.steps - step) / max(1, round(config.cooldown * config.steps))
     return min(1.0, (step + 1) / max(1, config.warmup)) * min(1.0, left)
 
 
 def fit(
-    model: Vilt,
-    source: Callable[[int], Sequence[Rows]],
+    model: nn.Module,
+    source: Callable[[int], Sequence[Any]],
     loss: Loss,
-    config: TrainConfig,
+    config: Rates,
     run: Run,
     tokenizer: WordPiece,
-    check: Callable[[Vilt], dict[str, float]] = lambda model: {},
+    check: Callable[[nn.Module], dict[str, float]] = lambda model: {},
     device: str = "cpu",
     tick: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Iterator[dict[str, Any]]:
     """Train `model` in place, on from the run's checkpoint if there is one; yield a record now and then.
 
-    `source(step)` gives a step's rows, `loss(model, rows)` its weighted terms, `check(model)` accuracies on
-    scenes that are not trained on, asked at most twenty times; `tick(step, steps)` is told of every step.
+    The model has a dataclass `config` of its sizes. `source(step)` gives a step's rows, which can move `.to`
+    a device, `loss(model, rows)` their weighted terms, `check(model)` accuracies on what is not trained on,
+    asked at most twenty times; `tick(step, steps)` is told of every step.
     Raises FloatingPointError at the first step whose loss or gradient is not finite, naming the term; the
     last checkpoint is then kept.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minivlp.batches import Rows
 from minivlp.data import CPU_NOUNS, Concept
-from minivlp.ipot import alignment_masks, wpa
+from minivlp.ipot import alignment_masks, wpa_fused
 from minivlp.itm import itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
 from minivlp.models.vilt import Vilt, ViltConfig
@@ -123,7 +123,7 @@ def pretraining_loss(model: Vilt, groups: Sequence[Rows], wpa_weight: float) -> 
             terms["itm"] += share * itm_loss(model.itm_logits(out["pooled"][pair]), g.match[pair])
         aligned = g.align != 0
         if wpa_weight and aligned.any():
-            distance = wpa(
+            distance = wpa_fused(
                 out["text"][aligned],
                 out["image"][aligned, 1:],
                 alignment_masks(g.text_mask[aligned]),

@@ -1,24 +1,20 @@
 """What several tests compare with, and the rows on which they do."""
 
-import importlib.util
 import math
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from minivlp.bench import peers as bench_peers
+
 
 def open_clip_loss() -> ModuleType:
-    """open_clip/loss.py, by its path: the file needs torch alone, the package torchvision and timm too."""
-    found = importlib.util.find_spec("open_clip")
-    if found is None:
-        pytest.skip("open_clip_torch is not installed: see tests/requirements-peers-nodeps.txt")
-    path = Path(found.submodule_search_locations[0]) / "loss.py"
-    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """open_clip's losses, or a skip."""
+    try:
+        return bench_peers.open_clip_loss()
+    except bench_peers.Absent as reason:
+        pytest.skip(f"{reason}: see tests/requirements-peers-nodeps.txt")
 
 
 def unit_rows(B: int, D: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
