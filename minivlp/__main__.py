@@ -1,4 +1,6 @@
-"""The command line: `python -m minivlp train | eval | demo | figures`. Exit code 0, or 2 with one sentence.
+"""The command line: `python -m minivlp train | eval | demo | figures | bench`.
+
+Exit code 0, or 2 with one sentence.
 
 torch is imported by the command that needs it, so that `--help` and a mistyped flag are answered at once.
 """
@@ -11,6 +13,7 @@ import sys
 from minivlp.screen import Screen
 
 PRESETS = ("cpu", "gpu", "captions")  # those of train.py, which imports torch
+MODELS = ("vilt", "clip", "siglip", "vse", "filip", "xvlm")  # clip to filip are those of dual_train.py
 RUN = "a run folder, checkpoint.pt or .safetensors (default: runs/vilt, else the shipped model)"
 
 
@@ -48,9 +51,9 @@ def positive(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
     top = Parser(prog="python -m minivlp", description="Vision-language pretraining, from scratch.")
-    commands = top.add_subparsers(dest="job", metavar="train | eval | demo | figures")
+    commands = top.add_subparsers(dest="job", metavar="train | eval | demo | figures | bench")
 
-    def command(name: str, what: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, what: str, example: str, device: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=what,
@@ -58,17 +61,17 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example: python -m minivlp {example}",
             allow_abbrev=False,
         )
-        sub.add_argument(
-            "--device",
-            default="auto",
-            choices=["auto", "cpu", "cuda", "mps"],
-            help="auto: cuda if there is one",
-        )
+        if device:
+            devices = ["auto", "cpu", "cuda", "mps"]
+            sub.add_argument("--device", default="auto", choices=devices, help="auto: cuda if there is one")
         sub.add_argument("--threads", type=whole(1), help="CPU threads (default: all cores, at most 4)")
         return sub
 
     train = command("train", "Train a model, evaluate it, draw pictures.", "train --captions my_pictures")
-    train.add_argument("--model", default="vilt", choices=["vilt"])
+    train.add_argument("--model", default="vilt", choices=MODELS)
+    train.add_argument(
+        "--language", choices=["en", "zh"], help="of the names, for dual encoders (default: en)"
+    )
     train.add_argument("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
     train.add_argument("--task", choices=["vqa", "nlvr2"], help="fine-tune a trained run on this task")
     train.add_argument("--start", metavar="RUN", help=f"where --task starts: {RUN}")
@@ -104,15 +107,33 @@ def parser() -> argparse.ArgumentParser:
 
     demo = command(
         "demo",
-        "Rank 64 pictures for a caption, draw the best and the alignment.",
+        "Rank pictures for a caption and draw the best: scenes, or with a dual encoder all drawings.",
         'demo "a dog left of a guitar"',
     )
     demo.add_argument("caption")
+    demo.add_argument(
+        "--model", default="vilt", choices=MODELS, help="whose run or shipped model, without --run"
+    )
     demo.add_argument("--out", metavar="DIR", default=".", help="where demo.png and demo_alignment.png go")
 
     figures = command("figures", "Draw the pictures of a run again.", "figures --run runs/vilt")
     for sub in (evaluation, demo, figures):
         sub.add_argument("--run", help=RUN)
+
+    bench = command(
+        "bench",
+        "Time and memory of the losses beside their peers, on the CPU.",
+        "bench --only infonce,sigmoid",
+        device=False,
+    )
+    bench.add_argument("--only", metavar="CASES", help="some of the cases, with commas (default: all)")
+    bench.add_argument(
+        "--sizes",
+        default="default",
+        choices=["default", "full"],
+        help="full: the sizes of published training runs, 10 GB of memory and many minutes",
+    )
+    bench.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else")
     return top
 
 

@@ -1,7 +1,7 @@
 """What each command does, from parsed arguments to files. Parsing, errors and exit codes: __main__.py."""
 
 import argparse
-import os
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 
+from minivlp.atomic import whole_file
 from minivlp.batches import SceneRows
+from minivlp.bench import bench, chosen
+from minivlp.bench.figure import bars
+from minivlp.bench.measure import cores
+from minivlp.bench.report import report as bench_report
 from minivlp.curriculum import STAGES
 from minivlp.data import EmojiVL, Scenes, load_emojivl
 from minivlp.demo import demo
+from minivlp.dual_demo import search
+from minivlp.dual_job import draw_dual, dual_settings, measure_dual, train_dual
+from minivlp.dual_train import dual_config
 from minivlp.evaluate import evaluate, report
 from minivlp.finetune import evaluate_task, report_task, task_settings, train_task
 from minivlp.fit import fit
@@ -26,7 +34,11 @@ from minivlp.screen import Screen, progress_line
 from minivlp.text import WordPiece
 from minivlp.train import PRESETS, new_model, pretraining_loss, scene_tokenizer, train_config
 from minivlp.trained import Trained, load_trained, ship
+from minivlp.xvlm_demo import ground
+from minivlp.xvlm_job import draw_xvlm, measure_xvlm, train_xvlm, xvlm_settings
+from minivlp.xvlm_train import xvlm_config
 
+BENCH_FILES = ("bench.json", "report.md", "bench.png")
 GLANCE = 128  # scenes asked about twenty times during training
 SEED = 1  # of the test scenes
 
@@ -34,14 +46,9 @@ SEED = 1  # of the test scenes
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command that was asked for."""
     jobs: dict[str, Callable] = {"train": train, "eval": evaluate_run, "demo": show, "figures": redraw}
-    torch.set_num_threads(args.threads or _cores())
+    jobs["bench"] = run_bench
+    torch.set_num_threads(args.threads or min(4, cores()))  # small models gain nothing from more
     jobs[args.job](args, screen)
-
-
-def _cores() -> int:
-    """The cores this process may use, at most 4: small models gain nothing from more."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, usable)
 
 
 def _device(name: str) -> str:
@@ -70,7 +77,9 @@ def train(args: argparse.Namespace, screen: Screen) -> None:
         settings = _settings(args) | {"device": device, "threads": torch.get_num_threads()}
         run = Run.begin(folder, settings)
     args.go_on = f"python -m minivlp train --resume --name {name}"
-    if run.settings.get("task"):
+    if run.settings["model"] != "vilt":
+        (train_xvlm if run.settings["model"] == "xvlm" else train_dual)(run, device, args.items, screen)
+    elif run.settings.get("task"):
         train_task(run, device, args.items, screen)
     elif run.settings.get("captions"):
         train_captions(run, device, screen)
@@ -92,6 +101,15 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         if args.task and getattr(args, flag):
             refuse("--task", "must come alone: it starts from a trained run, with its sizes", f"--{flag}")
     about = {"command": args.command_line, "model": args.model, "task": None, "captions": None}
+    if args.language and args.model in ("vilt", "xvlm"):
+        refuse("--language", "must come with a dual encoder, as in --model clip", args.model)
+    if args.model != "vilt":
+        for flag in ("task", "captions"):
+            if getattr(args, flag):
+                refuse(f"--{flag}", "must come with --model vilt", args.model)
+        if args.model == "xvlm":
+            return about | xvlm_settings(args.preset, _given(args))
+        return about | dual_settings(args.model, args.language, args.preset, _given(args))
     if args.task:
         return about | task_settings(args.task, args.start, _given(args))
     preset = args.preset or ("captions" if args.captions else "cpu")
@@ -114,8 +132,9 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
 
 def _check_resumed(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Refuse flags that ask for something else than the run began with."""
-    train_config(settings)
-    flags = {key: getattr(args, key) for key in ("preset", "task", "on_error") if getattr(args, key)}
+    {"vilt": train_config, "xvlm": xvlm_config}.get(settings["model"], dual_config)(settings)
+    asked = ("preset", "task", "on_error", "language", *(["model"] if args.model != "vilt" else []))
+    flags = {key: getattr(args, key) for key in asked if getattr(args, key)}
     for key, value in (flags | _paths(args) | _given(args)).items():
         began = settings["train"].get(key, settings.get(key))
         if value != began:
@@ -169,7 +188,11 @@ def evaluate_run(args: argparse.Namespace, screen: Screen) -> None:
     if args.out:
         need_writable(Path(args.out))
     device, trained = _device(args.device), load_trained(args.run)
-    if trained.settings.get("captions"):
+    if trained.kind != "vilt":
+        emojivl = load_emojivl(args.data)
+        measure = measure_xvlm if trained.kind == "xvlm" else measure_dual
+        results = measure(trained, emojivl, args.items, args.seed, device, screen)
+    elif trained.settings.get("captions"):
         if args.data:
             refuse("--data", "must be left out for a run on own captions", args.data)
         results = evaluate_captions(trained, read_captions(trained.settings, screen)[1], screen)
@@ -186,16 +209,37 @@ def evaluate_run(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def show(args: argparse.Namespace, screen: Screen) -> None:
-    """The demo."""
-    demo(args.caption, args.run, Path(args.out), _device(args.device), screen)
+    """The demo: scenes for a caption, with a dual encoder all drawings for a query, with X-VLM boxes."""
+    trained, where = load_trained(args.run, args.model), (Path(args.out), _device(args.device), screen)
+    {"vilt": demo, "xvlm": ground}.get(trained.kind, search)(args.caption, trained, *where)
 
 
 def redraw(args: argparse.Namespace, screen: Screen) -> None:
     """Draw the pictures of a run again."""
     run = Run.resume(existing(args.run or "runs/vilt"))
-    if run.settings.get("task") or run.settings.get("captions"):
+    if run.settings["model"] != "vilt":
+        draw = draw_xvlm if run.settings["model"] == "xvlm" else draw_dual
+        paths = draw(run.folder, run.records(), load_trained(run.folder), load_emojivl())
+    elif run.settings.get("task") or run.settings.get("captions"):
         paths = [draw_curves(run.folder, run.records())]
     else:
         paths = draw_run(run.folder, run.records(), load_trained(run.folder), load_emojivl())
     for path in paths:
         screen.say(f"wrote {path}")
+
+
+def run_bench(args: argparse.Namespace, screen: Screen) -> None:
+    """Measure the losses beside their peers; tell, and write bench.json, report.md and bench.png."""
+    names, folder = chosen(args.only), run_folder("bench")
+    for name in BENCH_FILES:
+        need_writable(folder / name, make_folder=True)
+    with screen.bar("measuring", lines=not args.json) as tick:
+        results = bench(names, args.sizes, torch.get_num_threads(), tick)
+    write_json(folder / "bench.json", results)
+    text = bench_report(results)
+    with whole_file(folder / "report.md") as file:
+        file.write(text.encode())
+    bars(folder / "bench.png", results)
+    screen.say(json.dumps(results, ensure_ascii=False) if args.json else text)
+    for name in () if args.json else BENCH_FILES:
+        screen.say(f"wrote {folder / name}")

@@ -24,9 +24,7 @@ class Part:
     matching: float = 0.5  # share of rows that serve matching; the others have masked words
     relations: float = 0.5  # probability that the relation phrase is what is hidden
     all_nouns: float = 0.5  # probability that every noun is hidden, not one
-    # Of the wrong pairs with two objects, the shares whose caption has the right nouns in the wrong places, the
-    # wrong relation, and one wrong noun (tasks.py); all others have the picture of another scene.
-    wrong: tuple[float, float, float] = (0.5, 0.0, 0.0)
+    swaps: float = 0.5  # probability that a wrong pair has the right objects in the wrong places
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ CPU_STAGES = (
     Stage(0.09, (replace(SINGLE, matching=0.6),)),
     Stage(0.18, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4))),
     Stage(0.38, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8))),
-    Stage(1.0, (replace(SINGLE, share=0.1), Part("pick", 0.15), Part("pair", 0.75, wrong=(0.35, 0.2, 0.25)))),
+    Stage(1.0, (replace(SINGLE, share=0.1), Part("pick", 0.15), Part("pair", 0.75))),
 )
 # The same scenes at twice the size.
 GPU_STAGES = tuple(

@@ -23,18 +23,18 @@ from minivlp.screen import Screen
 from minivlp.tasks import meaning
 from minivlp.text import split_words
 from minivlp.train import scene_texts
-from minivlp.trained import load_trained
+from minivlp.trained import Trained
 
 PICTURES, SHOWN, SEED = 64, 5, 11
 TRIES = 1000  # scenes looked through for one that the caption is true of
 
 
-def demo(caption: str, source: str | None, out: Path, device: str, screen: Screen) -> None:
+def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen) -> None:
     """Rank, print, and write demo.png and demo_alignment.png into the folder `out`.
 
     Raises ValueError for a word that the model has never read and for a model of own captions.
     """
-    trained, emojivl = load_trained(source), load_emojivl()
+    emojivl = load_emojivl()
     if trained.settings.get("captions"):
         refuse("--run", "must be a run on scenes, which the demo can draw", "one on own captions")
     nouns = trained.nouns(emojivl)

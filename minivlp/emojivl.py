@@ -52,6 +52,7 @@ class Concept:
     near: tuple[int, ...]
     artists: tuple[str, ...]
     keywords: tuple[str, ...]
+    keywords_zh: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +140,7 @@ def _concept(i: int, row: dict[str, str], artists: tuple[str, ...]) -> Concept:
         near=tuple(int(k) for k in row["near"].split(",") if k),
         artists=artists,
         keywords=tuple(row["kw_en"].split("|")),
+        keywords_zh=tuple(row["kw_zh"].split("|")),
     )
 
 

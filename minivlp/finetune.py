@@ -157,6 +157,8 @@ def with_head(start: Vilt, heads: Mapping[str, Any], seed: int) -> Vilt:
 def task_settings(task: str, start: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a new fine-tuning run: its sizes are those of the run it starts from."""
     trained = load_trained(start)
+    if trained.kind != "vilt":
+        refuse("--start", "must be a run of ViLT", trained.kind)
     config = train_config(trained.settings)
     names = config.nouns if config.nouns and len(config.nouns) <= MOST_NOUNS else CPU_NOUNS
     Task(task, load_emojivl().nouns(names), trained.tokenizer)  # can it ask about them?

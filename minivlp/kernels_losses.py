@@ -12,7 +12,6 @@ for the value and 2 for its gradient):
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minivlp import kernels

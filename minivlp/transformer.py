@@ -92,11 +92,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """x (B, L, D) → (B, L, D); mask (True = may look) broadcasts to (B, heads, L, L)."""
+        return self.transform(self.attend(x, mask, causal))
+
+    def attend(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """The first half: tokens look at one another."""
         B, L, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
         mixed = attention(q, k, v, mask, causal).transpose(1, 2).reshape(B, L, D)
-        x = x + self.proj(mixed)
+        return x + self.proj(mixed)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second half: the MLP, each token by itself."""
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 

@@ -1,25 +1,21 @@
-"""pytest settings: hypothesis profiles, the `--bugs` run, and skips that name their reason."""
+"""pytest settings: the hypothesis profile, the `--bugs` run, the map of the course, reasons for skips."""
 
 import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 
-PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
-QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors]
-settings.register_profile(
-    "learner", max_examples=25, derandomize=True, deadline=None, phases=PHASES, print_blob=False,
-    report_multiple_bugs=False, suppress_health_check=QUIET,
-)  # fmt: skip
-settings.register_profile(
-    "bugs", parent=settings.get_profile("learner"), phases=(Phase.explicit, Phase.generate)
-)
-settings.register_profile("long", parent=settings.get_profile("learner"), max_examples=300, derandomize=False)
+from tests import profiles  # noqa: F401, registers them
+from tests.course import course_map, exercises, fault, fingerprint, untouched
+
+VERDICTS = "course/verdicts"  # in pytest's cache: {exercise: [fingerprint, passed or failed]}
+PROOFS = ("test_bugs.py", "test_mutants.py")  # run by --bugs alone
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bugs", action="store_true", help="prove that every known bug is caught by its law")
+    parser.addoption("--strict-course", action="store_true", help="an exercise that is not written fails")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wants_slow = "slow" in (config.getoption("-m") or "")
     kept, dropped = [], []
     for item in items:
-        is_bug_test = item.path.name == "test_bugs.py"
+        is_bug_test = item.path.name in PROOFS
         is_slow = item.get_closest_marker("slow") is not None
         (kept if is_bug_test == bugs and (bugs or wants_slow or not is_slow) else dropped).append(item)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -45,7 +41,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=dropped)
 
 
+OUTCOMES: dict[str, str] = {}  # of the attempts of this run
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what became of an attempt."""
+    if report.nodeid.endswith("-attempt]") and (report.when == "call" or not report.passed):
+        OUTCOMES[report.nodeid.rsplit("[", 1)[1].removesuffix("-attempt]")] = report.outcome
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """After `--bugs`: the kill matrix, one row a bug, one column a law."""
+    """After `--bugs`: the kill matrix, one row a bug, one column a law, and the mutants."""
     for line in getattr(terminalreporter.config, "kill_matrix", []):
         terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session):
+    """The last lines of a run with attempts in it: the map of the course."""
+    result = yield
+    config, terminal = session.config, session.config.pluginmanager.get_plugin("terminalreporter")
+    if not OUTCOMES or terminal is None:
+        return result
+    cache = getattr(config, "cache", None)
+    known = cache.get(VERDICTS, {}) if cache else {}
+    for one in exercises():
+        if OUTCOMES.get(one.name) in ("passed", "failed") and not fault(one) and not untouched(one):
+            known[one.name] = [fingerprint(one), OUTCOMES[one.name]]
+    if cache:
+        cache.set(VERDICTS, known)
+    for line in ["", *course_map(known)]:
+        terminal.write_line(line)
+    return result

@@ -11,7 +11,8 @@ A law is a hypothesis property that takes the function under test as its first a
 
 `f` always speaks NumPy: `f(*arrays_and_scalars, **settings)` is the value, `f.grads(*same, grad=None)` the
 gradients over the float arguments in order. Positional floats are differentiated (learnable scalars too);
-keywords are settings and masks. So one law holds the NumPy rung and the torch rungs.
+keywords are settings and masks. So one law holds the NumPy rung and the torch rungs, and the learner's
+attempts at them (tests/attempts.py).
 """
 
 import importlib
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from tests.course import Exercise, Todo, exercises, fault, untouched
 
 LAWS: dict[str, dict[str, "Law"]] = {}
 BUGS: dict[str, dict[str, "Bug"]] = {}
@@ -150,27 +153,60 @@ def central_differences(
 
 
 def rungs(module: Any) -> list[tuple[str, str, Subject]]:
-    """(family, rung, subject) for everything in a concept's RUNGS."""
+    """(family, rung, subject) for everything in a concept's RUNGS and for the small steps of the course."""
+    plain = [one.name for one in _exercises(module) if one.rung == "plain"]
+    steps = {name: {"plain": getattr(module, name)} for name in plain}
     return [
         (family, rung, Subject(function, rung))
-        for family, ladder in module.RUNGS.items()
+        for family, ladder in (steps | module.RUNGS).items()
         for rung, function in ladder.items()
     ]
 
 
+def _exercises(module: Any) -> list[Exercise]:
+    return exercises(module.__name__.rsplit(".", 1)[-1])
+
+
 def obeys(module: Any) -> Callable:
-    """A pytest test that runs every law of every family in `module.RUNGS` on every rung."""
+    """A pytest test of every law of every family in `module.RUNGS` on every rung, then of every attempt.
+
+    An attempt is one test, which runs the laws in turn and stops at the first that is broken.
+    """
     cases = [
         pytest.param(subject, one, id=f"{family}-{rung}-{one.name}")
         for family, rung, subject in rungs(module)
         for one in LAWS.get(family, {}).values()
     ]
+    cases += [pytest.param(None, one, id=f"{one.name}-attempt") for one in _exercises(module)]
 
     @pytest.mark.parametrize("subject, one", cases)
-    def test(subject: Subject, one: Law) -> None:
-        one.check(subject)
+    def test(subject: Subject | None, one: Law | Exercise, pytestconfig: pytest.Config) -> None:
+        if subject is None:
+            attempt_obeys(one, pytestconfig.getoption("--strict-course"))
+        else:
+            one.check(subject)
 
     return test
+
+
+def attempt_obeys(one: Exercise, strict: bool = False) -> None:
+    """Skip what is not written; fail in a few lines at the first law that the learner's function breaks."""
+    from tests import attempts  # it needs the names above
+
+    to_do = f"to do: {one.where} {one.name}"
+    if wrong := fault(one):
+        pytest.fail(wrong, pytrace=False)
+    if not untouched(one):
+        if wrong := attempts.fault_at_import(one):
+            pytest.fail(wrong, pytrace=False)
+        try:
+            for _, found in attempts.verdicts(attempts.load(one), one):
+                if found:
+                    pytest.fail(f"{one.where} {one.name} " + "\n".join(found.lines()), pytrace=False)
+            return
+        except Todo:
+            to_do += ", which is not finished"
+    (pytest.fail(to_do, pytrace=False) if strict else pytest.skip(to_do))
 
 
 def refuses(module: Any, cases: list[tuple]) -> Callable:

@@ -55,7 +55,7 @@ def same_run(a: Path, b: Path) -> bool:
 # Help, and what is refused before any time is spent
 
 
-@pytest.mark.parametrize("job", ["", "train", "eval", "demo", "figures"])
+@pytest.mark.parametrize("job", ["", "train", "eval", "demo", "figures", "bench"])
 def test_help_answers_at_once_from_any_folder(job, tmp_path):
     code = "import sys; from minivlp.__main__ import main; main(sys.argv[1:])"
     started = time.perf_counter()

@@ -74,9 +74,9 @@ def test_artists_are_those_of_the_table(emojivl):
 @pytest.fixture
 def folder(tmp_path):
     """Five concepts in tiles of 4 pixels, two columns a sheet; `weaver` did not draw concept 3."""
-    header = "id\tchar\tname_en\tname_zh\ttier\tnoun_a\tnoun_pl\tcountable\tsplit\tnear\tkw_en"
+    header = "id\tchar\tname_en\tname_zh\ttier\tnoun_a\tnoun_pl\tcountable\tsplit\tnear\tkw_en\tkw_zh"
     rows = [
-        f"{i}\t{i}\tname {i}\t名\tobject\tan item{i}\titems{i}\t1\ttrain\t{'0,2' if i == 1 else ''}\ta|b"
+        f"{i}\t{i}\tname {i}\t名\tobject\tan item{i}\titems{i}\t1\ttrain\t{'0,2' if i == 1 else ''}\ta|b\t甲|乙"
         for i in range(5)
     ]
     (tmp_path / "concepts.tsv").write_text("\n".join([header, *rows, ""]), encoding="utf-8")

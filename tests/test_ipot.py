@@ -103,11 +103,14 @@ def padding_never_counts(f, case, seed):
 
 
 @law("wpa", hint="The value of a pair is Σ T·C over its real tokens, with C = 1 − cos.")
-@given(case=pairs(), iters=sizes(8))
-def is_the_plan_times_the_cost(f, case, iters):
+@given(case=pairs(), iters=sizes(8), padded=st.sampled_from([True, True, True, False]))
+def is_the_plan_times_the_cost(f, case, iters, padded):
     words, patches, word_mask, patch_mask = case
-    value = f(words, patches, word_mask=word_mask, patch_mask=patch_mask, iters=iters)
-    close(value, [(T * C).sum() for _, C, T in by_pair(*case, iters)])
+    masks = {"word_mask": word_mask, "patch_mask": patch_mask} if padded else {}
+    if not padded:
+        word_mask, patch_mask = (np.ones(z.shape[:2], dtype=bool) for z in (words, patches))
+    value = f(words, patches, **masks, iters=iters)
+    close(value, [(T * C).sum() for _, C, T in by_pair(words, patches, word_mask, patch_mask, iters)])
 
 
 @law("wpa", hint="Hold the plan fixed and differentiate the cost alone, through the cosine.")

@@ -15,14 +15,29 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from minivlp import commands, evaluate, finetune, gallery, runs
+from minivlp import commands, dual_evaluate, dual_job, emojivl, evaluate, finetune, gallery, runs, xvlm_job
 from minivlp.__main__ import main
-from minivlp.data import Scene
+from minivlp.data import EmojiVL, Scene, load_emojivl
 from minivlp.train import PRESETS
 
 SIZES = dict(dim=16, layers=1, heads=2, hidden=32, steps=12, batch=16, warmup=2, save_every=4, report_every=3)
+
+DUAL_SIZES = SIZES | {f"text_{name}": SIZES[name] for name in ("dim", "layers", "heads", "hidden")}
+DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
+XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
+XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
+
+
+@cache
+def few() -> EmojiVL:
+    """Every thirteenth concept, nouns and zero-shot ones among them, drawn by noto, twemoji and fluent."""
+    whole, artists = load_emojivl(), ("noto", "twemoji", "fluent")
+    concepts = tuple(replace(c, artists=() if c.id % 13 else artists) for c in whole.concepts)
+    blank = np.array([bool(c.id % 13) for c in concepts])[:, None, None, None]
+    return EmojiVL(concepts, {a: np.where(blank, np.uint8(0), whole.sheets[a]) for a in artists})
 
 
 def shrink(put=setattr) -> None:
@@ -30,6 +45,12 @@ def shrink(put=setattr) -> None:
     put(commands, "PRESETS", {name: replace(preset, **SIZES) for name, preset in PRESETS.items()})
     put(commands, "GLANCE", 16)
     put(evaluate, "CANDIDATES", 4)
+    put(dual_job, "PRESETS", {name: replace(p, **DUAL_SIZES) for name, p in dual_job.PRESETS.items()})
+    put(dual_job, "GLANCE", 16)
+    put(dual_job, "CANDIDATES", 4)
+    put(dual_evaluate, "CANDIDATES", 4)
+    put(xvlm_job, "PRESETS", {name: replace(p, **XVLM_SIZES) for name, p in xvlm_job.PRESETS.items()})
+    put(xvlm_job, "GLANCE", 16)
     put(finetune, "GLANCE", 16)
     put(finetune, "CHANGES", {"steps": 6, "batch": 16, "warmup": 2})
 
@@ -45,13 +66,24 @@ def commands_with(patch: pytest.MonkeyPatch, draw: bool = False) -> Callable[...
 
 
 @cache
-def trained() -> Path:
-    """A run folder of the main job, trained once a process."""
+def trained(model: str = "vilt", *flags: str) -> Path:
+    """A run folder of a model, trained once a process; a dual encoder on `few` drawings."""
     home = Path(tempfile.mkdtemp(prefix="minivlp-test-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
-        assert commands_with(patch, draw=True)("train", "--name", home / "vilt", "--items", 16) == 0
-    return home / "vilt"
+        command, flags = commands_with(patch, draw=True), ("--name", home / model, "--items", 16, *flags)
+        if model not in ("vilt", "xvlm"):
+            use_few(patch)
+        if model != "vilt":
+            flags = ("--model", model, *flags)
+        assert command("train", *flags) == 0
+    return home / model
+
+
+def use_few(patch: pytest.MonkeyPatch) -> None:
+    """Let every command find `few` drawings as its data."""
+    small = few()
+    patch.setattr(emojivl, "_default", lambda: small)
 
 
 def told(caption: str, scene: Scene) -> bool:

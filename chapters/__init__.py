@@ -1,0 +1,1 @@
+"""The course: chapters in percent format, their notebooks, and the learner's exercises."""

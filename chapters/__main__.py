@@ -1,0 +1,74 @@
+"""The course's command line: `python -m chapters list | next | hint | solution | reset | build | train`.
+
+Exit code 0, or 2 with one sentence.
+"""
+
+import argparse
+import sys
+
+from chapters import desk
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    top = argparse.ArgumentParser(
+        prog="python -m chapters", description="Exercises and notebooks of the course."
+    )
+    commands = top.add_subparsers(dest="job", metavar="list | next | hint | solution | reset | build | train")
+
+    def command(name: str, what: str, example: str) -> argparse.ArgumentParser:
+        epilog = f"example: python -m chapters {example}"
+        return commands.add_parser(name, help=what, description=what, epilog=epilog, allow_abbrev=False)
+
+    command("list", "All exercises, and where you stand.", "list")
+    command("next", "The next exercise: its file, its task, its first hint.", "next")
+    hint = command("hint", "A hint: 1 the idea, 2 the formula, 3 the lines.", "hint infonce 2")
+    hint.add_argument("name", help="the function to write")
+    hint.add_argument("level", nargs="?", type=int, choices=(1, 2, 3), default=1)
+    solution = command(
+        "solution", "The library's code, beside yours when yours obeys the laws.", "solution infonce"
+    )
+    solution.add_argument("name", help="the function to write")
+    solution.add_argument("--spoil", action="store_true", help="show it before yours is right")
+    reset = command("reset", "Restore a stub; what you wrote is kept aside.", "reset infonce")
+    reset.add_argument("name", nargs="?", help="the function to write")
+    reset.add_argument(
+        "--stubs", action="store_true", help="bring all untouched stubs up to date with the library"
+    )
+    build = command("build", "Run chapters and write their notebooks, with outputs.", "build 00")
+    build.add_argument("chapter", nargs="*", help="numbers or names (default: all)")
+    build.add_argument("--measure", action="store_true", help="also run the cells tagged `measured` again")
+    train = command(
+        "train", "Train a model with your functions in place of the library's.", "train --use ipot,mlm_loss"
+    )
+    train.add_argument("--use", required=True, metavar="NAMES", help="functions to use, with commas")
+    train.add_argument("--steps", type=int, default=60, help="a short run (default: 60)")
+    train.add_argument("--threads", type=int, help="CPU threads")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 2 after one sentence on stderr."""
+    args = parser().parse_args(arguments)
+    if args.job is None:
+        parser().print_help()
+        return 0
+    try:
+        if args.job == "build":
+            from chapters.build import build
+
+            build(args.chapter, args.measure)
+        elif args.job == "train":
+            from chapters.train import train
+
+            return train(args.use.split(","), args.steps, args.threads)
+        else:
+            getattr(desk, f"{args.job}_")(args)
+    except (ValueError, OSError) as error:
+        print(f"chapters: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

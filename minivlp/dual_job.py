@@ -1,0 +1,131 @@
+"""The dual encoder's job: from settings to a trained model, its evaluation and its pictures.
+
+Left out: own captions and fine-tuning, which ViLT has.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivlp.contact_sheet import contact_sheet
+from minivlp.data import TRAINING_ARTISTS, EmojiVL, load_emojivl
+from minivlp.dual_demo import Gallery
+from minivlp.dual_evaluate import evaluate_dual, report_dual
+from minivlp.dual_train import (
+    OF_MODEL,
+    PRESETS,
+    PairSource,
+    dual_config,
+    dual_loss,
+    new_dual,
+    trained_concepts,
+)
+from minivlp.evaluate import CANDIDATES
+from minivlp.fit import fit
+from minivlp.gallery import draw_curves
+from minivlp.matching import Matcher, ranks, similarities
+from minivlp.models.dual import Dual
+from minivlp.naming import name_tokenizer, named
+from minivlp.portraits import Portraits
+from minivlp.refuse import refuse
+from minivlp.runs import Run, write_json
+from minivlp.screen import Screen, progress_line
+from minivlp.text import WordPiece
+from minivlp.trained import Trained, load_trained, ship
+
+GLANCE = 256  # drawings named twenty times during training
+SEED = 1  # of the test scenes
+QUERIES = ("something to eat", "an animal with stripes", "music", "love", "cold weather", "a red fruit")
+
+
+def dual_settings(
+    kind: str, language: str | None, preset: str | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a new run of this model. Raises ValueError for a preset that there is not."""
+    if preset not in (None, *PRESETS):
+        refuse("--preset", f"must be {' or '.join(PRESETS)} for a dual encoder", preset)
+    load_emojivl()  # read once a process; refuses a damaged file before the run begins
+    given = OF_MODEL.get(kind, {}) | given | ({"language": language} if language else {})
+    return {"preset": preset or "cpu", "train": asdict(replace(PRESETS[preset or "cpu"], **given))}
+
+
+def train_dual(run: Run, device: str, items: int, screen: Screen) -> None:
+    """Train on drawings and scenes, measure, and write results, pictures and the model as one small file."""
+    kind, config, emojivl = run.settings["model"], dual_config(run.settings), load_emojivl()
+    concepts = trained_concepts(emojivl, TRAINING_ARTISTS)
+    if run.checkpoint.exists():
+        tokenizer = WordPiece(run.load()["tokens"])
+    else:
+        tokenizer = name_tokenizer(concepts, config.language)
+    model = new_dual(kind, config, tokenizer)
+    source = PairSource(emojivl, tokenizer, config, fixed=model.config.text_pool == "last")
+    check = _glance(emojivl, source.portraits, tokenizer, kind, config.language)
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(concepts)} concepts"
+    pairs = f"{config.batch} drawings and {config.scenes} scenes"
+    screen.say(f"{size}, {config.steps} steps of {pairs}, in {run.folder}")
+    loss = partial(dual_loss, objective=kind, config=config)
+    with screen.bar("training") as tick:
+        for record in fit(model, source, loss, config, run, tokenizer, check, device, tick):
+            screen.say(progress_line(record, config.steps))
+    trained = load_trained(run.folder)
+    results = measure_dual(trained, emojivl, items, SEED, device, screen)
+    write_json(run.folder / "eval.json", results)
+    (run.folder / "report.md").write_text(report_dual(results), encoding="utf-8")
+    ship(trained, run.folder / f"{kind}_tiny.safetensors", results)
+    for path in draw_dual(run.folder, run.records(), trained, emojivl):
+        screen.say(f"wrote {path}")
+
+
+def _glance(
+    emojivl: EmojiVL, portraits: Portraits, tokenizer: WordPiece, kind: str, language: str
+) -> Callable[[Dual], dict[str, float]]:
+    """A quick look: R@1 of names for some drawings of the training artists and of the unseen ones."""
+    concepts, rng = trained_concepts(emojivl, TRAINING_ARTISTS), np.random.default_rng(SEED)
+    groups = {"seen": [a for a in emojivl.sheets if a in TRAINING_ARTISTS], "unseen": emojivl.unseen_artists}
+    asked = {}
+    for split, artists in groups.items():
+        drawings = [(i, a) for i, c in enumerate(concepts) for a in artists if a in c.artists]
+        some = [drawings[k] for k in rng.permutation(len(drawings))[:GLANCE]]
+        if some:
+            right = np.array([i for i, _ in some])[:, None] == np.arange(len(concepts))
+            asked[split] = portraits.plain([concepts[i].id for i, _ in some], [a for _, a in some]), right
+    names = [named(concept, language) for concept in concepts]
+
+    def check(model: Dual) -> dict[str, float]:
+        matcher = Matcher(model, tokenizer, kind == "filip")
+        texts = matcher.texts(names)
+        found = {split: similarities(matcher.pictures(x), texts) for split, (x, _) in asked.items()}
+        return {f"name_{split}": float((ranks(s, asked[split][1]) < 1).mean()) for split, s in found.items()}
+
+    return check
+
+
+def measure_dual(
+    trained: Trained, emojivl: EmojiVL, items: int, seed: int, device: str, screen: Screen
+) -> dict[str, Any]:
+    """The results of `evaluate_dual`, told; items: of scenes, rounded up to a multiple of 64."""
+    matcher = Matcher(trained.model.to(device), trained.tokenizer, trained.kind == "filip")
+    language = trained.settings["train"]["language"]
+    with screen.bar("evaluating", lines=True) as tick:
+        results = evaluate_dual(matcher, emojivl, language, -(-items // CANDIDATES), seed, tick)
+    trained.model.to("cpu")
+    screen.say(report_dual(results))
+    return results
+
+
+def draw_dual(folder: Path, records: list[dict], trained: Trained, emojivl: EmojiVL) -> list[Path]:
+    """Write curves.png and search.png, the best drawings for some queries, into the folder."""
+    chance = 1 / len(trained_concepts(emojivl, TRAINING_ARTISTS))
+    paths = [draw_curves(folder, records, {"name_seen": chance, "name_unseen": chance})]
+    gallery = Gallery(trained, emojivl)
+    if gallery.language == "en":
+        sheets = [gallery.sheet(query, 6) for query in QUERIES]
+    else:  # names of concepts that training never showed
+        new = [c for c in gallery.concepts if c.split != "train"][: len(QUERIES)]
+        sheets = [gallery.sheet(named(c, gallery.language), 6, c.name_en) for c in new]
+    contact_sheet(folder / "search.png", sheets)
+    return [*paths, folder / "search.png"]

@@ -1,0 +1,75 @@
+"""The learner's files, made from the library's own source: signature, docstring, `raise Todo`."""
+
+import ast
+import re
+from pathlib import Path
+
+from tests.course import ROOT, Exercise, exercises
+
+HEADER = '''"""Yours to write: {names}.
+
+`pytest tests/test_{concept}.py` holds what you write here to the laws of minivlp/{concept}.py, which has the
+answers. The laws ask with good input only: leave out the refusals that the docstrings speak of. Everything
+else in the library may be imported.
+"""
+
+'''
+
+
+def library_source(concept: str) -> str:
+    return (ROOT / "minivlp" / f"{concept}.py").read_text(encoding="utf-8")
+
+
+def segment(source: str, node: ast.FunctionDef, last: int | None = None) -> str:
+    """The lines of a function with its decorators, up to line `last` (None = its end)."""
+    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    return "\n".join(source.splitlines()[first - 1 : last or node.end_lineno]) + "\n"
+
+
+def library_function(one: Exercise) -> tuple[str, ast.FunctionDef]:
+    """The library's source and the function in it."""
+    source = library_source(one.concept)
+    found = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == one.name]
+    if not found:
+        raise ValueError(f"minivlp/{one.concept}.py has no function {one.name}")
+    return source, found[0]
+
+
+def stub(one: Exercise) -> str:
+    """One function of the learner's file."""
+    source, node = library_function(one)
+    return segment(source, node, node.body[0].end_lineno) + "    raise Todo\n"
+
+
+def stub_file(concept: str) -> str:
+    """The whole file: what the signatures need is imported as the library does."""
+    ours = exercises(concept)
+    stubs = [stub(one) for one in ours]
+    words = set(re.findall(r"\w+", "\n".join(re.sub(r'""".*?"""', "", s, flags=re.DOTALL) for s in stubs)))
+    words |= {"np"} | ({"torch", "Tensor"} if any(one.rung in ("torch", "fused") for one in ours) else set())
+    lines, own = {"import torch"} if "torch" in words else set(), []
+    for node in ast.parse(library_source(concept)).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            own_module = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minivlp")
+            node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in words]
+            if node.names and not own_module:
+                lines.add(ast.unparse(node))
+        elif isinstance(node, ast.Assign):  # constants that signatures name
+            own += [t.id for t in node.targets if isinstance(t, ast.Name) and t.id in words]
+    standard = sorted(i for i in lines if i.split()[1].split(".")[0] not in ("numpy", "torch"))
+    third = sorted(lines - set(standard), key=lambda i: (i.startswith("from"), i))
+    home = ["from minivlp import stream"] if any(one.rung == "fused" for one in ours) else []
+    home += [f"from minivlp.{concept} import {', '.join(own)}"] if own else []
+    blocks = ["\n".join(block) for block in (standard, third, [*home, "from tests import Todo"]) if block]
+    header = HEADER.format(names=", ".join(one.name for one in ours), concept=concept)
+    return header + "\n\n".join([*blocks, *("\n" + text.rstrip() for text in stubs)]) + "\n"
+
+
+def write_missing(folder: Path) -> list[Path]:
+    """Write the files that are not there; returns them."""
+    missing = [folder / f"{c}.py" for c in dict.fromkeys(one.concept for one in exercises())]
+    missing = [path for path in missing if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        path.write_text(stub_file(path.stem), encoding="utf-8")
+    return missing

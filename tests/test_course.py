@@ -1,0 +1,207 @@
+"""The exercises: one table, stubs as the library has them, and what a learner is told."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minivlp.__main__ import MODELS
+from tests import check, course, stubs
+from tests.attempts import fault_at_import
+from tests.course import ROOT, exercises, find, functions, table, untouched
+from tests.laws import LAWS, attempt_obeys, load_bugs
+
+ALL = pytest.mark.parametrize("one", exercises(), ids=lambda one: one.name)
+
+ONE_DIRECTION = """
+B, S = len(x), scale * x @ y.T
+log_P = S - S.max(1, keepdims=True)
+log_P -= np.log(np.exp(log_P).sum(1, keepdims=True))
+G = (np.exp(log_P) - np.eye(B)) / B
+return -log_P.diagonal().mean(), (scale * G @ y, scale * G.T @ x, (G * (x @ y.T)).sum())
+"""
+RIGHT = """
+S = scale * x @ y.T
+return (S.logsumexp(1) + S.logsumexp(0) - 2 * S.diagonal()).mean() / 2
+"""
+NO_UPSTREAM = """
+class Ours(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, scale):
+        with torch.enable_grad():
+            x, y, scale = (t.detach().requires_grad_() for t in (x, y, scale))
+            S = scale * x @ y.T
+            loss = (S.logsumexp(1) + S.logsumexp(0) - 2 * S.diagonal()).mean() / 2
+        ctx.save_for_backward(*torch.autograd.grad(loss, (x, y, scale)))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors
+
+
+return Ours.apply(x, y, scale)
+"""
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A learner's folder with fresh stubs."""
+    monkeypatch.setattr(course, "FOLDER", tmp_path)
+    stubs.write_missing(tmp_path)
+    return tmp_path
+
+
+def write(name: str, body: str) -> None:
+    """Put a body in place of `raise Todo`."""
+    one = find(name)
+    source = one.path.read_text(encoding="utf-8")
+    lines, last = source.splitlines(), functions(source)[name].end_lineno
+    lines[last - 1 : last] = ["    " + line if line else "" for line in body.strip("\n").splitlines()]
+    one.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def told(name: str, folder=None) -> str:
+    """What pytest says of a wrong attempt, with the path that it has in a clone."""
+    with pytest.raises(pytest.fail.Exception) as failure:
+        attempt_obeys(find(name))
+    return str(failure.value).replace(str(folder or ROOT), "chapters/exercises")
+
+
+def test_the_course_has_at_least_36_exercises_from_easy_to_hard():
+    assert len(exercises()) >= 36
+    assert {one.difficulty for one in exercises()} == {1, 2, 3}
+    assert {"np", "torch", "fused", "plain"} == {one.rung for one in exercises()}
+
+
+@ALL
+def test_the_table_tells_the_truth(one):
+    load_bugs(one.concept)
+    library = importlib.import_module(f"minivlp.{one.concept}")
+    ladder = library.RUNGS.get(one.family, {"plain": getattr(library, one.name, None)})
+    assert ladder.get(one.rung) is getattr(library, one.name), f"{one.name} is not the {one.rung} rung"
+    assert LAWS.get(one.family), f"{one.family} has no law"
+    assert 0 <= one.chapter < len(table()[0]) and one.minutes >= 5 and one.trains in ("", *MODELS)
+    assert len(one.hints) == 3 and all(len(hint) > 15 for hint in one.hints)
+
+
+@ALL
+def test_an_untouched_stub_is_what_the_library_says(one):
+    """Signature and docstring; a stub that the learner has begun is the learner's."""
+    if one.path.exists() and untouched(one):
+        source = one.path.read_text(encoding="utf-8")
+        now = stubs.segment(source, functions(source)[one.name])
+        assert now == stubs.stub(one), "the library has changed: run python -m chapters reset --stubs"
+
+
+def test_stubs_can_be_run_and_do_nothing(desk):
+    for concept in {one.concept for one in exercises()}:
+        ours = exercises(concept)
+        assert fault_at_import(ours[0]) is None
+        assert all(untouched(one) for one in ours)
+
+
+def test_the_readme_shows_what_a_learner_is_told(desk):
+    """A wrong attempt: a line of counterexample, the hint, the known mistake; nothing of numpy's insides."""
+    write("infonce_np", ONE_DIRECTION)
+    message = told("infonce_np", desk)
+    lines = message.splitlines()
+    assert len(lines) == 4 and "images_and_texts_exchange" in lines[0] and "one_direction" in lines[3]
+    assert message in (ROOT / "README.md").read_text(encoding="utf-8"), f"the README must show:\n{message}"
+
+
+def test_a_right_attempt_passes(desk):
+    write("infonce", RIGHT)
+    attempt_obeys(find("infonce"))
+
+
+def test_what_is_not_written_is_skipped_with_its_path_or_fails_when_strict(desk):
+    one = find("infonce")
+    with pytest.raises(pytest.skip.Exception, match=r"infonce\.py:\d+ infonce"):
+        attempt_obeys(one)
+    with pytest.raises(pytest.fail.Exception, match="to do: "):
+        attempt_obeys(one, strict=True)
+    write("infonce", "if len(x) > 2:\n    raise Todo" + RIGHT)
+    with pytest.raises(pytest.skip.Exception, match="not finished"):
+        attempt_obeys(one)
+
+
+@pytest.mark.parametrize(
+    "name, body, message",
+    [
+        ("infonce", "x + y", "your function returned None: is the return missing?"),
+        ("infonce", "return 0.5", "your function returned float, expected a tensor"),
+        ("infonce_np", "return 0.5, (x, y)", "your function returned 2 gradients, expected 3"),
+        (
+            "infonce_np",
+            "return 0.5, x, y",
+            "your function returned a tuple of 3, expected (value, gradients)",
+        ),
+        ("infonce_np", "x += 1\nreturn 0.0, (x, y, scale)", "your function changed one of its inputs"),
+        ("infonce_np", "return x[9], (x, y, scale)", "raised IndexError in line "),
+        ("infonce_fused", NO_UPSTREAM, "multiply by it in backward"),
+    ],
+)
+def test_a_wrong_form_is_named(desk, name, body, message):
+    write(name, body)
+    found = told(name)
+    assert message in found and len(found.splitlines()) <= 4
+
+
+def test_one_syntax_error_stops_nothing_else(desk):
+    path = find("infonce").path
+    path.write_text(path.read_text(encoding="utf-8") + "\ndef (:\n", encoding="utf-8")
+    assert "cannot be read: invalid syntax" in told("infonce")
+    path.write_text("def other(): pass\n", encoding="utf-8")
+    assert "has no infonce; was it renamed?" in told("infonce")
+    path.write_text("import nowhere\n\ndef infonce(x, y, scale):\n    return x\n", encoding="utf-8")
+    assert ":1 raised ModuleNotFoundError" in told("infonce")
+    with pytest.raises(pytest.skip.Exception):
+        attempt_obeys(find("nce"))
+
+
+def test_check_tells_one_line_a_law_and_changes_nothing(desk, capsys, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    write("infonce", RIGHT)
+    write("infonce_np", ONE_DIRECTION)
+    before = {path: path.read_bytes() for path in desk.rglob("*")}
+    check("infonce", "infonce_np", "nce")
+    out = capsys.readouterr().out
+    assert out.count("infonce  ok  ") == len(LAWS["infonce"]) and "infonce_np  broken  images_and" in out
+    assert "looks like the known mistake one_direction" in out and "nce: not attempted yet" in out
+    assert {path: path.read_bytes() for path in desk.rglob("*")} == before
+    with pytest.raises(ValueError, match="no exercise 'infonse'; did you mean infonce"):
+        check("infonse")
+
+
+def test_a_verdict_holds_until_the_function_or_what_it_uses_changes(desk):
+    one = find("infonce")
+    write("infonce", RIGHT.replace("S = scale * x @ y.T", "S = helper(x, y, scale)"))
+    source = (
+        one.path.read_text(encoding="utf-8") + "\n\ndef helper(x, y, scale):\n    return scale * x @ y.T\n"
+    )
+    one.path.write_text(source, encoding="utf-8")
+    verdict = {"infonce": [course.fingerprint(one), "passed"]}
+    write("infonce_np", ONE_DIRECTION)
+    assert course.state(one, verdict) == "right"
+    one.path.write_text(source.replace("scale * x", "x"), encoding="utf-8")
+    assert course.state(one, verdict) == "unchecked"
+
+
+def test_pytest_ends_with_the_map(desk):
+    """A run in a process of its own: two attempts, one right; the map is the last thing that it says."""
+    write("nce_np", "return 0.0, (score_data, score_noise, logp_data, logp_noise)")
+    write("itm_loss", "return torch.nn.functional.cross_entropy(logits, labels.long())")
+    command = [sys.executable, "-m", "pytest", "tests/test_nce.py", "tests/test_itm.py", "-k", "attempt"]
+    home = os.environ | {"MINIVLP_EXERCISES": str(desk)}
+    done = subprocess.run(
+        [*command, "-o", f"cache_dir={desk}/cache"], cwd=ROOT, env=home, capture_output=True
+    )
+    lines = done.stdout.decode().splitlines()
+    assert done.returncode == 1, done.stdout.decode()[-2000:]
+    assert lines[-2] == f"1/{len(exercises())} exercises"
+    assert lines[-1].startswith(f"next: {desk}/nce.py:") and "hint nce_np" in lines[-1]
+    assert any("08 energy to NCE" in line and "x.." in line and "0/3" in line for line in lines)
+    assert "Traceback" not in done.stdout.decode()
