@@ -99,7 +99,9 @@ def _terms(model: Xvlm, rows: RegionRows, config: XvlmTrain) -> dict[str, Tensor
     words = model.text_words(rows.ids, rows.text_mask)  # (R, L, D)
     regions, real = region_tokens(patches[rows.picture], rows.inside), region_mask(rows.inside)
     x, y = model.image_vector(regions[:, 0]), model.text_vector(words)  # (R, embed)
-    terms = {"itc": infonce(x[rows.contrast], y[rows.contrast], model.scale)}
+    terms = {}
+    if rows.contrast.any():
+        terms["itc"] = infonce(x[rows.contrast], y[rows.contrast], model.scale)
     text, region, labels = matching_pairs(x, y, model.scale, rows, config.seed)
     if len(labels):
         fused = model.fuse(words[text], rows.text_mask[text], regions[region], real[region])

@@ -149,6 +149,13 @@ def test_a_batch_of_one_name_has_no_wrong_pair():
     assert "itm" not in xvlm_loss(new_xvlm(CONFIG, len(TOKENIZER)), [rows], CONFIG)
 
 
+def test_a_batch_without_names_has_no_contrast():
+    (rows,) = REGIONS(0)
+    nothing = torch.zeros_like(rows.contrast)
+    rows = replace(rows, contrast=nothing, match=nothing)
+    assert set(xvlm_loss(new_xvlm(CONFIG, len(TOKENIZER)), [rows], CONFIG)) == {"mlm", "box"}
+
+
 # The loss
 
 

@@ -161,10 +161,14 @@ def _growth(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparison(entry: dict[str, Any], measure: str, variant: str, against: str) -> float | None:
-    """The median ratio of a variant to another (or to "bare") in time or memory; None if not measured."""
+    """The median ratio of a variant to another (or to "bare") in time or memory.
+
+    None if one of them was not measured, or if the other's memory was less than a page.
+    """
     values = entry["seconds" if measure == "time" else "memory"]
     if variant not in values or against not in values:
         return None
     if measure == "time":
         return quartiles(ratios(values[variant], values[against]))["median"]
-    return quartiles(values[variant])["median"] / quartiles(values[against])["median"]
+    held = quartiles(values[against])["median"]
+    return quartiles(values[variant])["median"] / held if held else None

@@ -108,6 +108,7 @@ def _lines(results: Results) -> Iterator[str]:
         "Memory: the peak through backward beyond the inputs, gradients included, in a fresh process; "
         f"{results['memory_method']}; with glibc every array of 128 kB or more gets pages of its own."
     )
+    yield from ["", "## The fused rungs beside their peers", "", *summary(results)]
     for entry in results["cases"]:
         yield from ["", f"## {entry['case']}", described(entry), ""]
         yield from _table(entry)
@@ -125,6 +126,22 @@ def _lines(results: Results) -> Iterator[str]:
                 f"| {goal['case']} | {goal['rows']} | {goal['measure']} | {against} | {goal['limit']:.3f} | "
                 f"{_number(goal['measured'], '.3f')} | {verdict} |"
             )
+
+
+def summary(results: Results) -> Iterator[str]:
+    """One row for each fused rung, size and peer; medians."""
+    yield "| fused rung | size | time / bare products | memory, MB | peer | time / peer | memory / peer |"
+    yield "|---|---|---|---|---|---|---|"
+    for entry in results["cases"]:
+        size = ", ".join(f"{k} {v}" for k, v in entry["size"].items())
+        bare = _number(comparison(entry, "time", "fused", BARE), ".2f")
+        held = spread_of_memory(entry["memory"]["fused"]) if "fused" in entry["memory"] else "–"
+        variants = dict.fromkeys([*entry["seconds"], *entry["memory"]])
+        for peer in (v for v in variants if v not in (BARE, "np", "torch", "fused")):
+            time, memory = (
+                _number(comparison(entry, measure, "fused", peer), ".2f") for measure in ("time", "memory")
+            )
+            yield f"| {entry['case']} | {size} | {bare} | {held} | {peer} | {time} | {memory} |"
 
 
 def _table(entry: Results) -> Iterator[str]:
