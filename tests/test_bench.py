@@ -13,12 +13,11 @@ from minivlp import commands, runs
 from minivlp.__main__ import main
 from minivlp.bench import bench, chosen, comparison, fresh, measure
 from minivlp.bench import peers as bench_peers
-from minivlp.bench.cases import CASES
+from minivlp.bench.cases import BARE, CASES
 from minivlp.bench.figure import bars
 from minivlp.bench.measure import exponent, interleaved, peak_increase, quartiles, ratios
 from minivlp.bench.problems import bare_products
 from minivlp.bench.report import GOALS, goals, report
-from minivlp.bench.task import BARE
 from minivlp.bench.task import measure as measure_here
 from minivlp.ipot import wpa
 

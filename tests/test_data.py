@@ -76,7 +76,7 @@ def folder(tmp_path):
     """Five concepts in tiles of 4 pixels, two columns a sheet; `weaver` did not draw concept 3."""
     header = "id\tchar\tname_en\tname_zh\ttier\tnoun_a\tnoun_pl\tcountable\tsplit\tnear\tkw_en\tkw_zh"
     rows = [
-        f"{i}\t{i}\tname {i}\t名\tobject\tan item{i}\titems{i}\t1\ttrain\t{'0,2' if i == 1 else ''}\ta|b\t甲|乙"
+        f"{i}\t{i}\tname {i}\t名\tobject\tan it{i}\tits{i}\t1\ttrain\t{'0,2' if i == 1 else ''}\ta|b\t甲|乙"
         for i in range(5)
     ]
     (tmp_path / "concepts.tsv").write_text("\n".join([header, *rows, ""]), encoding="utf-8")
@@ -102,7 +102,7 @@ def test_a_folder_with_other_artists_is_read(folder):
             assert (sheet[i] == (10 * i, 100 * k, 0, 255)).all()
     assert [c.artists for c in e.concepts[2:4]] == [("noto", "weaver"), ("noto",)]
     first, second = e.concepts[:2]
-    assert (second.noun, second.article, second.plural, second.near) == ("item1", "an", "items1", (0, 2))
+    assert (second.noun, second.article, second.plural, second.near) == ("it1", "an", "its1", (0, 2))
     assert (first.keywords, first.near, first.name_zh, first.countable) == (("a", "b"), (), "名", True)
     assert Scenes(e, nouns=e.nouns(), pairs="all").artists == ("noto",)
     assert len(Scenes(e, nouns=e.nouns(), artists=["weaver"], pairs="all").nouns) == 4

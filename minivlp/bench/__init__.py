@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from minivlp import stream
-from minivlp.bench.cases import CASES, Case, Size
+from minivlp.bench.cases import BARE, CASES, Case, Size
 from minivlp.bench.measure import OWN_PAGES, cores, exponent, machine, quartiles, ratios
-from minivlp.bench.task import BARE
 from minivlp.refuse import refuse
 from minivlp.runs import HOME
 from minivlp.screen import Tick

@@ -16,6 +16,9 @@ Size = dict[str, int]
 RUNGS = ("torch", "fused")
 
 
+BARE = "bare"  # the products alone, beside the variants
+
+
 @dataclass(frozen=True)
 class Case:
     """One concept. `sizes` by the name of the set; `memory_only` sizes are too large to be timed often."""

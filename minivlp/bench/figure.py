@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from minivlp.bench.cases import BARE
 from minivlp.bench.measure import quartiles
 from minivlp.bench.report import described
-from minivlp.bench.task import BARE
 from minivlp.figures import BLUE, DPI, GREY, VERMILION, WIDTH, _save
 from minivlp.refuse import refuse
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minivlp.bench import comparison
+from minivlp.bench.cases import BARE
 from minivlp.bench.measure import quartiles
-from minivlp.bench.task import BARE
 
 Results = Mapping[str, Any]
 

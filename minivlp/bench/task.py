@@ -21,10 +21,8 @@ from typing import Any
 
 import torch
 
-from minivlp.bench.cases import CASES, Case, Loss
+from minivlp.bench.cases import BARE, CASES, Case, Loss
 from minivlp.bench.measure import interleaved, peak_increase
-
-BARE = "bare"  # the products alone, beside the variants
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
