@@ -175,12 +175,20 @@ def _empty_state(tokens: Tensor, mask: Tensor | None) -> tuple:
     return best, partner, veto, real / real.sum(1, keepdim=True, dtype=best.dtype)
 
 
+TOKENS = 1024  # whose pulls are added up together: a unit copy of them all would be another array like y
+
+
 def _pulled(x: Tensor, y: Tensor, a: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
     """dx of Σᵢ wᵢ cos(xᵢ, y_aᵢ) + Σⱼ vⱼ cos(x_bⱼ, yⱼ): x (…, M, D), y (…, N, D), a, w (B, M), b, v (B, N)."""
-    flat, q = x.reshape(-1, x.shape[-1]), unit(y).flatten(0, -2)  # (BM, D), (BN, D)
-    pull = q[a.flatten()].mul_(w.view(-1, 1))
-    pull.index_add_(0, b.flatten(), q.mul_(v.view(-1, 1)))
-    # As in unit_grad_np; in place, so that no more than two arrays of tokens are held.
+    flat, others = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])  # (BM, D), (BN, D)
+    per_y = 1 / others.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)  # (BN, 1)
+    a, w = a.flatten(), w.view(-1, 1)
+    pull = others[a].mul_(per_y[a].mul_(w))  # (BM, D)
+    for some, chosen, share in zip(
+        others.split(TOKENS), b.flatten().split(TOKENS), (per_y * v.view(-1, 1)).split(TOKENS), strict=True
+    ):
+        pull.index_add_(0, chosen, some * share)
+    # As in unit_grad_np; in place, so that beside x and y one array of tokens is held.
     length = flat.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
     along = stream.row_dots(flat, pull)[:, None] * (length > SHORTEST) / length**2
     return pull.addcmul_(flat, along, value=-1).div_(length).view(x.shape)

@@ -119,3 +119,10 @@ def test_readme_shows_the_shipped_numbers():
         assert " | ".join(cells) in readme, f"the README's row of {measure} must hold {cells}"
     for link in [part.split(")")[0] for part in readme.split("](")[1:]]:
         assert (ROOT / link).exists(), f"README links to {link}, which does not exist"
+
+
+def test_readme_shows_rows_of_the_committed_bench():
+    readme, bench = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "chapters/bench.md"))
+    rows = readme.split("## Fused rungs")[1].split("\n## ")[0].splitlines()
+    shown = [row for row in rows if row.startswith("|")]
+    assert len(shown) > 10 and set(shown) <= set(bench.splitlines())

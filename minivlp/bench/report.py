@@ -135,13 +135,13 @@ def summary(results: Results) -> Iterator[str]:
     for entry in results["cases"]:
         size = ", ".join(f"{k} {v}" for k, v in entry["size"].items())
         bare = _number(comparison(entry, "time", "fused", BARE), ".2f")
-        held = spread_of_memory(entry["memory"]["fused"]) if "fused" in entry["memory"] else "–"
+        memory = entry["memory"].get("fused")
+        held = _number(quartiles(memory)["median"] / 1e6 if memory else None, ".1f")
         variants = dict.fromkeys([*entry["seconds"], *entry["memory"]])
         for peer in (v for v in variants if v not in (BARE, "np", "torch", "fused")):
-            time, memory = (
-                _number(comparison(entry, measure, "fused", peer), ".2f") for measure in ("time", "memory")
-            )
-            yield f"| {entry['case']} | {size} | {bare} | {held} | {peer} | {time} | {memory} |"
+            ratios = [comparison(entry, measure, "fused", peer) for measure in ("time", "memory")]
+            cells = [entry["case"], size, bare, held, peer, *(_number(r, ".2f") for r in ratios)]
+            yield f"| {' | '.join(cells)} |"
 
 
 def _table(entry: Results) -> Iterator[str]:
