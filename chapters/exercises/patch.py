@@ -42,5 +42,7 @@ def patch_embed_fused(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`patch_embed` as a strided convolution: every pixel is read once, where it lies; arguments as there.
 
     The plain rung first writes all pixels in the order of the patches, and keeps that copy for the gradient.
+    On CPUs the convolution is the slower one all the same (`python -m minivlp bench --only patch`), so models
+    take the plain rung.
     """
     raise Todo
