@@ -123,6 +123,7 @@ def kill_at(place: str, times: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     shrink()
     if "MINIVLP_KILL" in os.environ:
         where, number = os.environ["MINIVLP_KILL"].split()
