@@ -70,7 +70,14 @@ def _memory(axes: Axes, entry: Mapping[str, Any], names: list[str]) -> None:
     """Megabytes, medians over processes."""
     held = {v: quartiles(entry["memory"][v])["median"] / 1e6 for v in names if v in entry["memory"]}
     for v, megabytes in held.items():
-        _bar(axes, names.index(v), v, megabytes, max(*held.values(), 1e-6), f"{megabytes:.3g} MB")
+        _bar(
+            axes,
+            names.index(v),
+            v,
+            megabytes,
+            max(*held.values(), 1e-6),
+            f"{megabytes:,.{1 if megabytes < 100 else 0}f} MB",
+        )
 
 
 def _bar(axes, row: int, variant: str, value: float, longest: float, label: str, spread=None) -> None:
