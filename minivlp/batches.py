@@ -48,6 +48,10 @@ class Rows:
         moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
         return replace(self, **moved)
 
+    def part(self, rank: int, size: int) -> "Rows":
+        """Every `size`-th row, beginning with `rank`: so each kind of row is shared evenly."""
+        return replace(self, **{k: v[rank::size] for k, v in vars(self).items() if v is not None})
+
 
 def scene_pixels(scenes: Sequence[Scene]) -> Tensor:
     """Scenes of one canvas → pixels (B, 3, H, W) float32 in [−1, 1]: mean 0.5, deviation 0.5, as in ViLT."""

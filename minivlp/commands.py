@@ -4,50 +4,44 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minivlp.atomic import whole_file
-from minivlp.batches import SceneRows
 from minivlp.bench import bench, chosen
 from minivlp.bench.figure import bars
 from minivlp.bench.measure import cores
 from minivlp.bench.report import report as bench_report
 from minivlp.curriculum import STAGES
-from minivlp.data import EmojiVL, Scenes, load_emojivl
+from minivlp.data import load_emojivl
 from minivlp.demo import demo
 from minivlp.dual_demo import search
 from minivlp.dual_job import draw_dual, dual_settings, measure_dual, train_dual
 from minivlp.dual_train import dual_config
-from minivlp.evaluate import evaluate, report
 from minivlp.finetune import evaluate_task, report_task, task_settings, train_task
-from minivlp.fit import fit
 from minivlp.gallery import draw_curves, draw_run
-from minivlp.glance import glance
 from minivlp.own_captions import check_captions, evaluate_captions, read_captions, train_captions
 from minivlp.refuse import refuse
-from minivlp.runs import Run, existing, need_writable, run_folder, write_json
-from minivlp.screen import Screen, progress_line
-from minivlp.text import WordPiece
-from minivlp.train import PRESETS, new_model, pretraining_loss, scene_tokenizer, train_config
-from minivlp.trained import Trained, load_trained, ship
+from minivlp.runs import Onlooker, Run, existing, need_writable, run_folder, write_json
+from minivlp.scene_job import measure_scenes, train_scenes
+from minivlp.screen import Screen
+from minivlp.train import PRESETS, train_config
+from minivlp.trained import load_trained
+from minivlp.workers import Workers, joined, threads
 from minivlp.xvlm_demo import ground
 from minivlp.xvlm_job import draw_xvlm, measure_xvlm, train_xvlm, xvlm_settings
 from minivlp.xvlm_train import xvlm_config
 
 BENCH_FILES = ("bench.json", "report.md", "bench.png")
-GLANCE = 128  # scenes asked about twenty times during training
-SEED = 1  # of the test scenes
 
 
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command that was asked for."""
     jobs: dict[str, Callable] = {"train": train, "eval": evaluate_run, "demo": show, "figures": redraw}
     jobs["bench"] = run_bench
-    torch.set_num_threads(args.threads or min(4, cores()))  # small models gain nothing from more
+    torch.set_num_threads(args.threads or threads(cores()))
     jobs[args.job](args, screen)
 
 
@@ -63,28 +57,48 @@ def _device(name: str) -> str:
 
 def train(args: argparse.Namespace, screen: Screen) -> None:
     """Train the main job, on own captions or on a task; then evaluate and draw."""
-    name = args.name or args.task or ("captions" if args.captions else args.model)
-    folder = run_folder(name)
-    if args.resume:
-        run = Run.resume(folder)
-        _check_resumed(args, run.settings)
-        device = _device(run.settings["device"] if args.device == "auto" else args.device)
-        # The number of threads decides the order of sums, and with it the last bits.
-        torch.set_num_threads(args.threads or run.settings["threads"])
-    else:
-        device = _device(args.device)
+    folder = run_folder(args.name or args.task or ("captions" if args.captions else args.model))
+    with joined(_device(args.device)) as workers:
+        if workers.rank:
+            screen = Screen(silent=True)
+        # Process 0 opens the run; when it is refused, the job ends.
+        run = Onlooker(folder, {}) if workers.rank else _run(args, folder, workers)
+        run.settings = workers.agree(run.settings)
+        start = "python" if workers.size == 1 else f"torchrun --nproc-per-node={workers.size}"
+        args.go_on = f"{start} -m minivlp train --resume --name {args.name or folder.name}"
+        _job(run.settings, workers)(run, run.settings["device"], args.items, screen, workers)
+
+
+def _run(args: argparse.Namespace, folder: Path, workers: Workers) -> Run:
+    """The run to train: the one in the folder with --resume, else a new one."""
+    if not args.resume:
         Run(folder, {}).need_new()  # before anything takes time
-        settings = _settings(args) | {"device": device, "threads": torch.get_num_threads()}
-        run = Run.begin(folder, settings)
-    args.go_on = f"python -m minivlp train --resume --name {name}"
-    if run.settings["model"] != "vilt":
-        (train_xvlm if run.settings["model"] == "xvlm" else train_dual)(run, device, args.items, screen)
-    elif run.settings.get("task"):
-        train_task(run, device, args.items, screen)
-    elif run.settings.get("captions"):
-        train_captions(run, device, screen)
+        settings = _settings(args) | {"device": _device(args.device), "threads": torch.get_num_threads()}
+        _job(settings, workers)  # refuses before anything is written
+        return Run.begin(folder, settings)
+    run = Run.resume(folder)
+    _check_resumed(args, run.settings)
+    if args.device != "auto":
+        run.settings["device"] = args.device
+    # The number of threads decides the order of sums, and with it the last bits.
+    torch.set_num_threads(args.threads or run.settings["threads"])
+    return run
+
+
+def _job(settings: dict[str, Any], workers: Workers) -> Callable:
+    """What trains a run of these settings. Raises ValueError for one that several processes cannot share."""
+    kind = settings["model"]
+    if settings.get("task"):
+        job = train_task
+    elif settings.get("captions"):
+        job = train_captions
     else:
-        train_scenes(run, device, args.items, screen)
+        job = {"vilt": train_scenes, "xvlm": train_xvlm}.get(kind, train_dual)
+    if workers.size > 1 and (
+        job not in (train_scenes, train_captions, train_dual) or kind in ("vse", "filip")
+    ):
+        refuse("--model", "must be vilt without --task, clip or siglip for several processes", kind)
+    return job
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -142,47 +156,6 @@ def _check_resumed(args: argparse.Namespace, settings: dict[str, Any]) -> None:
             refuse(f"--{key.replace('_', '-')}", rule, value)
 
 
-def train_scenes(run: Run, device: str, items: int, screen: Screen) -> None:
-    """The main job on EmojiVL scenes."""
-    config, emojivl = train_config(run.settings), load_emojivl()
-    nouns = emojivl.nouns(config.nouns)
-    if run.checkpoint.exists():
-        tokenizer = WordPiece(run.load()["tokens"])
-    else:
-        tokenizer = scene_tokenizer(nouns, config.vocab_size)
-    model = new_model(config, len(tokenizer))
-    stages = STAGES[run.settings["preset"]]
-    rows = SceneRows(emojivl, nouns, tokenizer, stages, config.steps, config.batch, config.seed)
-    fresh = Scenes(emojivl, nouns, canvas=config.canvas, pairs="held_out", seed=config.seed + 1)
-    check = partial(glance, tokenizer=tokenizer, scenes=fresh, items=GLANCE)
-    loss = partial(pretraining_loss, wpa_weight=config.wpa_weight)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(nouns)} nouns"
-    screen.say(f"{size}, {config.steps} steps of {config.batch} rows, in {run.folder}")
-    with screen.bar("training") as tick:
-        for record in fit(model, rows, loss, config, run, tokenizer, check, device, tick):
-            screen.say(progress_line(record, config.steps))
-    trained = load_trained(run.folder)
-    results = _measure(trained, emojivl, items, SEED, device, screen)
-    write_json(run.folder / "eval.json", results)
-    (run.folder / "report.md").write_text(report(results), encoding="utf-8")
-    ship(trained, run.folder / "vilt_tiny.safetensors", results)
-    for path in draw_run(run.folder, run.records(), trained, emojivl):
-        screen.say(f"wrote {path}")
-
-
-def _measure(
-    trained: Trained, emojivl: EmojiVL, items: int, seed: int, device: str, screen: Screen
-) -> dict[str, Any]:
-    """The results of `evaluate`, told."""
-    nouns, model = trained.nouns(emojivl), trained.model.to(device)
-    with screen.bar("evaluating", lines=True) as tick:
-        what = (model, trained.tokenizer, emojivl, nouns, trained.canvas, items, -(-items // 64), seed)
-        results = evaluate(*what, progress=tick)
-    model.to("cpu")
-    screen.say(report(results))
-    return results
-
-
 def evaluate_run(args: argparse.Namespace, screen: Screen) -> None:
     """Measure a trained model: on sheets, or, trained on own captions, on those kept back."""
     if args.out:
@@ -203,7 +176,7 @@ def evaluate_run(args: argparse.Namespace, screen: Screen) -> None:
         results = evaluate_task(folder, emojivl, args.items, args.seed, device, screen)
         screen.say(report_task(results))
     else:
-        results = _measure(trained, load_emojivl(args.data), args.items, args.seed, device, screen)
+        results = measure_scenes(trained, load_emojivl(args.data), args.items, args.seed, device, screen)
     if args.out:
         write_json(Path(args.out), results)
 

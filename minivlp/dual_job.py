@@ -25,17 +25,18 @@ from minivlp.dual_train import (
     trained_concepts,
 )
 from minivlp.evaluate import CANDIDATES
-from minivlp.fit import fit
 from minivlp.gallery import draw_curves
+from minivlp.job import Recipe, measure_and_draw, train_with
 from minivlp.matching import Matcher, ranks, similarities
 from minivlp.models.dual import Dual
 from minivlp.naming import name_tokenizer, named
 from minivlp.portraits import Portraits
 from minivlp.refuse import refuse
-from minivlp.runs import Run, write_json
-from minivlp.screen import Screen, progress_line
+from minivlp.runs import Run
+from minivlp.screen import Screen
 from minivlp.text import WordPiece
-from minivlp.trained import Trained, load_trained, ship
+from minivlp.trained import Trained
+from minivlp.workers import Workers
 
 GLANCE = 256  # drawings named twenty times during training
 SEED = 1  # of the test scenes
@@ -53,7 +54,7 @@ def dual_settings(
     return {"preset": preset or "cpu", "train": asdict(replace(PRESETS[preset or "cpu"], **given))}
 
 
-def train_dual(run: Run, device: str, items: int, screen: Screen) -> None:
+def train_dual(run: Run, device: str, items: int, screen: Screen, workers: Workers) -> None:
     """Train on drawings and scenes, measure, and write results, pictures and the model as one small file."""
     kind, config, emojivl = run.settings["model"], dual_config(run.settings), load_emojivl()
     concepts = trained_concepts(emojivl, TRAINING_ARTISTS)
@@ -63,21 +64,20 @@ def train_dual(run: Run, device: str, items: int, screen: Screen) -> None:
         tokenizer = name_tokenizer(concepts, config.language)
     model = new_dual(kind, config, tokenizer)
     source = PairSource(emojivl, tokenizer, config, fixed=model.config.text_pool == "last")
-    check = _glance(emojivl, source.portraits, tokenizer, kind, config.language)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(concepts)} concepts"
-    pairs = f"{config.batch} drawings and {config.scenes} scenes"
-    screen.say(f"{size}, {config.steps} steps of {pairs}, in {run.folder}")
-    loss = partial(dual_loss, objective=kind, config=config)
-    with screen.bar("training") as tick:
-        for record in fit(model, source, loss, config, run, tokenizer, check, device, tick):
-            screen.say(progress_line(record, config.steps))
-    trained = load_trained(run.folder)
-    results = measure_dual(trained, emojivl, items, SEED, device, screen)
-    write_json(run.folder / "eval.json", results)
-    (run.folder / "report.md").write_text(report_dual(results), encoding="utf-8")
-    ship(trained, run.folder / f"{kind}_tiny.safetensors", results)
-    for path in draw_dual(run.folder, run.records(), trained, emojivl):
-        screen.say(f"wrote {path}")
+    recipe = Recipe(
+        model,
+        source,
+        partial(dual_loss, objective=kind, config=config, workers=workers),
+        config,
+        tokenizer,
+        _glance(emojivl, source.portraits, tokenizer, kind, config.language),
+        f"{len(concepts)} concepts",
+    )
+    train_with(recipe, run, device, screen, workers)
+    if workers.rank == 0:
+        about = {"emojivl": emojivl, "items": items, "seed": SEED, "device": device, "screen": screen}
+        measure = partial(measure_dual, **about)
+        measure_and_draw(run, screen, measure, report_dual, partial(draw_dual, emojivl=emojivl))
 
 
 def _glance(

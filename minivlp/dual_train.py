@@ -10,7 +10,7 @@ a second batch in the same step. The sizes and rates of a run are a DualTrain; f
 Sources: Radford et al. 2021 (CLIP), section 2; Zhai et al. 2023 (SigLIP); Faghri et al. 2018 (VSE++), whose
 hardest negatives begin only after `settle` of the run, for from random values they collapse; Yao et al. 2022
 (FILIP).
-Left out: negatives gathered from several processes (infonce.py and sigmoid.py have the losses for it).
+Left out: late interaction and hinges over several processes; InfoNCE and the sigmoid loss have both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,14 +25,16 @@ from minivlp.batches import scene_pixels
 from minivlp.data import TRAINING_ARTISTS, Concept, EmojiVL, Scenes
 from minivlp.filip import filip
 from minivlp.hinge import hinge
-from minivlp.infonce import infonce
+from minivlp.infonce import infonce, infonce_gathered
 from minivlp.matching import padded
 from minivlp.models.dual import Dual, DualConfig
 from minivlp.models.dual_start import start_mean
 from minivlp.naming import caption
 from minivlp.portraits import Portraits, Variation
-from minivlp.sigmoid import sigmoid_loss
+from minivlp.refuse import refuse
+from minivlp.sigmoid import sigmoid_loss, sigmoid_loss_ring
 from minivlp.text import WordPiece
+from minivlp.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,14 @@ class Pairs:
         moved = {k: getattr(self, k).to(device) for k in ("ids", "mask", "pixels")}
         return replace(self, **moved)
 
+    def part(self, rank: int, size: int) -> "Pairs":
+        """The `rank`-th of `size` equal parts. Raises ValueError when the rows cannot be shared equally."""
+        b, rest = divmod(len(self.ids), size)
+        if rest:
+            refuse("the batch", f"must be a multiple of the {size} processes", len(self.ids))
+        own = slice(rank * b, (rank + 1) * b)
+        return replace(self, **{k: getattr(self, k)[own] for k in ("ids", "mask", "pixels")})
+
 
 class PairSource:
     """`source(step)` → the step's Pairs: single drawings, then scenes; it depends on (seed, step) alone."""
@@ -182,23 +192,30 @@ def trained_concepts(emojivl: EmojiVL, artists: Sequence[str]) -> list[Concept]:
     return [c for c in emojivl.concepts if c.split == "train" and set(c.artists) & set(artists)]
 
 
-def dual_loss(model: Dual, groups: Sequence[Pairs], objective: str, config: DualTrain) -> dict[str, Tensor]:
-    """The loss of one step: of single drawings and, weighted by their number, of scenes."""
+def dual_loss(
+    model: Dual, groups: Sequence[Pairs], objective: str, config: DualTrain, workers: Workers = ALONE
+) -> dict[str, Tensor]:
+    """The loss of one step: of single drawings and, weighted by their number, of scenes.
+
+    Of several workers, each with its part of the rows, all receive the loss of the whole batch.
+    """
     model.clamp_scale()  # left over from the last update: CLIP's limit of 100
     rows = sum(len(pairs.ids) for pairs in groups)
     terms = {}
     for name, pairs in zip(("names", "scenes"), groups, strict=False):
-        terms[name] = len(pairs.ids) / rows * _loss(model, pairs, objective, config)
+        terms[name] = len(pairs.ids) / rows * _loss(model, pairs, objective, config, workers)
     return terms
 
 
-def _loss(model: Dual, pairs: Pairs, objective: str, config: DualTrain) -> Tensor:
+def _loss(model: Dual, pairs: Pairs, objective: str, config: DualTrain, workers: Workers) -> Tensor:
     if objective == "filip":
         (x, x_mask), (y, y_mask) = model.image_tokens(pairs.pixels), model.text_tokens(pairs.ids, pairs.mask)
         return filip(x, y, model.scale, x_mask, y_mask)
     x, y = model.encode_image(pairs.pixels), model.encode_text(pairs.ids)  # (B, embed)
-    if objective == "siglip":
-        return sigmoid_loss(x, y, model.scale, model.bias)
     if objective == "vse":
         return hinge(x, y, config.margin, hardest=pairs.share >= config.settle) / len(x)
-    return infonce(x, y, model.scale)
+    numbers = (model.scale, model.bias) if objective == "siglip" else (model.scale,)
+    if workers.size > 1:  # the gradients of the numbers come already summed: their mean is right
+        spread = sigmoid_loss_ring if objective == "siglip" else infonce_gathered
+        return spread(workers.amplified(x), workers.amplified(y), *numbers)
+    return (sigmoid_loss if objective == "siglip" else infonce)(x, y, *numbers)

@@ -31,6 +31,7 @@ from minivlp.screen import Screen, progress_line
 from minivlp.text import WordPiece
 from minivlp.train import TrainConfig, train_config
 from minivlp.trained import load_trained, ship
+from minivlp.workers import Workers
 
 TASKS = ("vqa", "nlvr2")
 BLIND = {"image_blind": "image", "text_blind": "text"}  # folder of a baseline → what it does not get
@@ -167,8 +168,8 @@ def task_settings(task: str, start: str | None, given: Mapping[str, Any]) -> dic
     return {"task": task, "start": where, "train": asdict(changed)}
 
 
-def train_task(run: Run, device: str, items: int, screen: Screen) -> None:
-    """Train the model and its two blind baselines, evaluate, and draw the curves."""
+def train_task(run: Run, device: str, items: int, screen: Screen, workers: Workers) -> None:
+    """In one process: train the model and its two blind baselines, evaluate, and draw the curves."""
     copy = run.folder / "start.safetensors"  # so that the run can go on when the first one is gone
     if not copy.is_file():
         ship(load_trained(run.settings["start"]), copy, {})

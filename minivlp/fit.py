@@ -21,8 +21,20 @@ from torch import Tensor, nn
 
 from minivlp.runs import Run, tensor_bytes
 from minivlp.text import WordPiece
+from minivlp.workers import ALONE, Workers
 
 Loss = Callable[[nn.Module, Sequence[Any]], dict[str, Tensor]]
+
+
+class Step(nn.Module):
+    """A loss and its model as one module, for DDP must see the forward pass."""
+
+    def __init__(self, model: nn.Module, loss: Loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, groups: Sequence[Any]) -> dict[str, Tensor]:
+        return self.loss(self.model, groups)
 
 
 class Rates(Protocol):
@@ -70,26 +82,30 @@ def fit(
     check: Callable[[nn.Module], dict[str, float]] = lambda model: {},
     device: str = "cpu",
     tick: Callable[[int, int], None] = lambda step, steps: None,
+    workers: Workers = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Train `model` in place, on from the run's checkpoint if there is one; yield a record now and then.
 
     The model has a dataclass `config` of its sizes. `source(step)` gives a step's rows, which can move `.to`
     a device, `loss(model, rows)` their weighted terms, `check(model)` accuracies on what is not trained on,
-    asked at most twenty times; `tick(step, steps)` is told of every step.
+    asked at most twenty times; `tick(step, steps)` is told of every step. Each of several `workers` trains on
+    its part of the rows and must be given the same arguments; the terms in the records are its own part's.
     Raises FloatingPointError at the first step whose loss or gradient is not finite, naming the term; the
     last checkpoint is then kept.
     """
     model.to(device).train()
     tuned = optimizers(model, config)
     first, seconds, saved, means = 0, 0.0, None, {}
-    if run.checkpoint.exists():
-        state = run.load()
+    # Process 0 decides, before it writes a first checkpoint that another might take for an old one.
+    state = workers.agree(run.load() if workers.rank == 0 and run.checkpoint.exists() else None)
+    if state:
         model.load_state_dict(state["model"])
         for optimizer, its_state in zip(tuned, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
         first = saved = state["step"]
         seconds, means = state["seconds"], state["means"]
         run.forget_after(first)
+    compute = workers.wrap(Step(model, loss))
     run.need_space(4 * tensor_bytes(model.state_dict()))  # a weight and at most three numbers beside it
     started = time.perf_counter() - seconds
     check_every = max(config.report_every, config.steps // 20)
@@ -118,10 +134,10 @@ def fit(
     composing = 0.0  # seconds since the last record that went into making rows
     for step in range(first, config.steps):
         asked = time.perf_counter()
-        groups = [rows.to(device) for rows in source(step)]
+        groups = [rows.to(device) for rows in workers.parts(source(step))]
         composing += time.perf_counter() - asked
         try:
-            terms = loss(model, groups)
+            terms = compute(groups)
         except ValueError as error:
             if "NaN" not in str(error):
                 raise

@@ -12,16 +12,17 @@ from PIL import Image
 
 from minivlp.batches import CaptionRows
 from minivlp.captions import Captions, captions_folder, coco_captions, split
-from minivlp.fit import fit
 from minivlp.gallery import draw_curves
 from minivlp.glance import glance_at_captions
+from minivlp.job import Recipe, train_with
 from minivlp.models.vilt_pixels import resized
 from minivlp.refuse import refuse
 from minivlp.runs import Run, write_json
-from minivlp.screen import Screen, progress_line
+from minivlp.screen import Screen
 from minivlp.text import WordPiece
 from minivlp.train import TrainConfig, new_model, pretraining_loss, train_config
-from minivlp.trained import Trained
+from minivlp.trained import Trained, load_trained
+from minivlp.workers import Workers
 
 EVAL_BATCHES = 16
 
@@ -85,26 +86,28 @@ def rows_of(data: Captions, tokenizer: WordPiece, config: TrainConfig, augment: 
     )
 
 
-def train_captions(run: Run, device: str, screen: Screen) -> None:
-    """Train, and measure on the tenth of the pictures that is kept back."""
+def train_captions(run: Run, device: str, items: int, screen: Screen, workers: Workers) -> None:
+    """Train, and measure on the tenth of the pictures that is kept back, on all that can be made of it."""
     config = train_config(run.settings)
     training, held = read_captions(run.settings, screen)
     if run.checkpoint.exists():  # the pictures may have changed since; the vocabulary must not
         tokenizer = WordPiece(run.load()["tokens"])
     else:
         tokenizer = WordPiece.train(training.texts, config.vocab_size)
-    model = new_model(config, len(tokenizer))
-    sizes = f"{len(training)} captions to train on, {len(held)} kept back, {len(tokenizer)} tokens"
-    screen.say(f"{sizes}, {config.steps} steps of {config.batch} captions, in {run.folder}")
-    rows, checked = rows_of(training, tokenizer, config, True), rows_of(held, tokenizer, config, False)
-    loss = partial(pretraining_loss, wpa_weight=config.wpa_weight)
-    check = partial(glance_at_captions, rows=checked)
-    with screen.bar("training") as tick:
-        for record in fit(model, rows, loss, config, run, tokenizer, check, device, tick):
-            screen.say(progress_line(record, config.steps))
-    results = evaluate_captions(Trained(model, tokenizer, run.settings, config.steps), held, screen)
-    write_json(run.folder / "eval.json", results)
-    screen.say(f"wrote {draw_curves(run.folder, run.records())}")
+    recipe = Recipe(
+        new_model(config, len(tokenizer)),
+        rows_of(training, tokenizer, config, True),
+        partial(pretraining_loss, wpa_weight=config.wpa_weight, workers=workers),
+        config,
+        tokenizer,
+        partial(glance_at_captions, rows=rows_of(held, tokenizer, config, False)),
+        f"{len(training)} captions to train on, {len(held)} kept back, {len(tokenizer)} tokens",
+    )
+    train_with(recipe, run, device, screen, workers)
+    if workers.rank == 0:
+        results = evaluate_captions(load_trained(run.folder), held, screen)
+        write_json(run.folder / "eval.json", results)
+        screen.say(f"wrote {draw_curves(run.folder, run.records())}")
 
 
 def evaluate_captions(trained: Trained, held: Captions, screen: Screen) -> dict[str, Any]:

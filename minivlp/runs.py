@@ -122,6 +122,22 @@ class Run:
             file.write("".join(kept).encode())
 
 
+class Onlooker(Run):
+    """The run as a process sees it that must not write: another writes for it."""
+
+    def need_space(self, checkpoint_bytes: int) -> None:
+        pass
+
+    def save(self, state: dict[str, Any]) -> None:
+        pass
+
+    def log(self, record: dict[str, Any]) -> None:
+        pass
+
+    def forget_after(self, step: int) -> None:
+        pass
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint. Raises FileNotFoundError when absent, ValueError when it is not one of ours."""
     path = Path(path)

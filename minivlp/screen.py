@@ -11,11 +11,13 @@ Tick = Callable[[int, int], None]  # how much is done in all, of how much
 class Screen:
     """`say` prints a line; `bar` shows how far a task is."""
 
-    def __init__(self):
-        self._bar = None
+    def __init__(self, silent: bool = False):
+        self._bar, self._silent = None, silent
 
     def say(self, text: str) -> None:
-        """Print at once, above the bar where there is one."""
+        """Print at once, above the bar where there is one; a silent screen says nothing."""
+        if self._silent:
+            return
         if self._bar is None:
             print(text, flush=True)
         else:
@@ -27,7 +29,7 @@ class Screen:
 
         Where stderr is no terminal there is no bar, but, with `lines`, a line at each quarter.
         """
-        if not sys.stderr.isatty():
+        if self._silent or not sys.stderr.isatty():
             yield self._quarters(what) if lines else lambda done, total: None
             return
         from tqdm import tqdm

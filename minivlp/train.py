@@ -22,6 +22,7 @@ from minivlp.models.vilt import Vilt, ViltConfig
 from minivlp.models.vilt_start import start_small
 from minivlp.questions import WORDS as QUESTION_WORDS
 from minivlp.text import WordPiece
+from minivlp.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -106,21 +107,27 @@ def scene_tokenizer(nouns: Sequence[Concept], vocab_size: int) -> WordPiece:
     return WordPiece.train(scene_texts(nouns), vocab_size, min_count=1)
 
 
-def pretraining_loss(model: Vilt, groups: Sequence[Rows], wpa_weight: float) -> dict[str, Tensor]:
-    """The loss terms of one step, each the mean over its rows in all groups, already weighted."""
-    n_words = sum(int((g.labels != IGNORE).any(1).sum()) for g in groups)
-    n_match = sum(int((g.match >= 0).sum()) for g in groups)
+def pretraining_loss(
+    model: Vilt, groups: Sequence[Rows], wpa_weight: float, workers: Workers = ALONE
+) -> dict[str, Tensor]:
+    """The weighted loss terms of one step: means over the hidden words, or the rows that serve matching.
+
+    Of several workers each has its part of the rows, and the mean of what they return is the whole.
+    """
+    hidden_words = sum(int((g.labels != IGNORE).sum()) for g in groups)
+    matched = sum(int((g.match >= 0).sum()) for g in groups)
+    words, pairs = (max(n, 1) for n in workers.mean((hidden_words, matched), groups[0].ids.device))
     terms = {"mlm": 0.0, "itm": 0.0, "wpa": 0.0}
     for g in groups:
         out = model.encode(g.ids, g.text_mask, g.pixels, g.pixel_mask)
         hidden = g.labels != IGNORE  # (B, L)
-        states = model.mlm_hidden(out["text"][hidden])  # (masked words, D)
-        share = int(hidden.any(1).sum()) / max(n_words, 1)
-        terms["mlm"] += share * mlm_loss(states, model.mlm_weight, model.mlm_bias, g.labels[hidden])
+        states = model.mlm_hidden(out["text"][hidden])  # (hidden words, D)
+        loss = mlm_loss(states, model.mlm_weight, model.mlm_bias, g.labels[hidden])
+        terms["mlm"] += int(hidden.sum()) / words * loss
         pair = g.match >= 0  # (B,)
         if pair.any():
-            share = int(pair.sum()) / n_match
-            terms["itm"] += share * itm_loss(model.itm_logits(out["pooled"][pair]), g.match[pair])
+            loss = itm_loss(model.itm_logits(out["pooled"][pair]), g.match[pair])
+            terms["itm"] += int(pair.sum()) / pairs * loss
         aligned = g.align != 0
         if wpa_weight and aligned.any():
             distance = wpa_fused(
@@ -130,5 +137,5 @@ def pretraining_loss(model: Vilt, groups: Sequence[Rows], wpa_weight: float) -> 
                 out["image_mask"][aligned, 1:],
             )  # (B',)
             # As in ViLT: true pairs pulled together, wrong pairs pushed apart, over all matching rows.
-            terms["wpa"] += wpa_weight * (g.align[aligned] * distance).sum() / n_match
+            terms["wpa"] += wpa_weight * (g.align[aligned] * distance).sum() / pairs
     return {name: term for name, term in terms.items() if torch.is_tensor(term)}

@@ -14,16 +14,17 @@ import torch
 
 from minivlp.crowds import Crowds
 from minivlp.data import EmojiVL, load_emojivl
-from minivlp.fit import fit
 from minivlp.gallery import draw_curves
 from minivlp.grounding_sheet import grounding_sheet
+from minivlp.job import Recipe, measure_and_draw, train_with
 from minivlp.models.xvlm import Xvlm
 from minivlp.refuse import refuse
-from minivlp.runs import Run, write_json
-from minivlp.screen import Screen, progress_line
+from minivlp.runs import Run
+from minivlp.screen import Screen
 from minivlp.text import WordPiece
 from minivlp.train import scene_tokenizer
-from minivlp.trained import Trained, load_trained, ship
+from minivlp.trained import Trained
+from minivlp.workers import Workers
 from minivlp.xvlm_evaluate import answers, best_guess, evaluate_xvlm, iou, questions, report_xvlm
 from minivlp.xvlm_rows import RegionSource
 from minivlp.xvlm_train import PRESETS, new_xvlm, xvlm_config, xvlm_loss
@@ -40,7 +41,7 @@ def xvlm_settings(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any
     return {"preset": preset or "cpu", "train": asdict(replace(PRESETS[preset or "cpu"], **given))}
 
 
-def train_xvlm(run: Run, device: str, items: int, screen: Screen) -> None:
+def train_xvlm(run: Run, device: str, items: int, screen: Screen, workers: Workers) -> None:
     """Train on regions and pictures, measure, and write results, pictures and the model as one small file."""
     config, emojivl = xvlm_config(run.settings), load_emojivl()
     nouns = emojivl.nouns(config.nouns)
@@ -48,22 +49,20 @@ def train_xvlm(run: Run, device: str, items: int, screen: Screen) -> None:
         tokenizer = WordPiece(run.load()["tokens"])
     else:
         tokenizer = scene_tokenizer(nouns, config.vocab_size)
-    model = new_xvlm(config, len(tokenizer))
     sizes = {name: getattr(config, name) for name in ("canvas", "patch", "regions", "mask", "seed")}
-    source = RegionSource(emojivl, nouns, tokenizer, pictures=config.batch, **sizes)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(nouns)} nouns"
-    screen.say(f"{size}, {config.steps} steps of {config.batch} pictures, in {run.folder}")
-    loss, check = partial(xvlm_loss, config=config), _glance(emojivl, nouns, config.canvas, tokenizer)
-    with screen.bar("training") as tick:
-        for record in fit(model, source, loss, config, run, tokenizer, check, device, tick):
-            screen.say(progress_line(record, config.steps))
-    trained = load_trained(run.folder)
-    results = measure_xvlm(trained, emojivl, items, SEED, device, screen)
-    write_json(run.folder / "eval.json", results)
-    (run.folder / "report.md").write_text(report_xvlm(results), encoding="utf-8")
-    ship(trained, run.folder / "xvlm_tiny.safetensors", results)
-    for path in draw_xvlm(run.folder, run.records(), trained, emojivl):
-        screen.say(f"wrote {path}")
+    recipe = Recipe(
+        new_xvlm(config, len(tokenizer)),
+        RegionSource(emojivl, nouns, tokenizer, pictures=config.batch, **sizes),
+        partial(xvlm_loss, config=config),
+        config,
+        tokenizer,
+        _glance(emojivl, nouns, config.canvas, tokenizer),
+        f"{len(nouns)} nouns",
+    )
+    train_with(recipe, run, device, screen, workers)
+    about = {"emojivl": emojivl, "items": items, "seed": SEED, "device": device, "screen": screen}
+    measure = partial(measure_xvlm, **about)
+    measure_and_draw(run, screen, measure, report_xvlm, partial(draw_xvlm, emojivl=emojivl))
 
 
 def _glance(

@@ -12,7 +12,7 @@ import pytest
 
 from chapters import build, desk, train
 from chapters.__main__ import main
-from minivlp import commands
+from minivlp import scene_job
 from tests import tiny
 from tests.course import ROOT, exercises, find
 from tests.test_course import ONE_DIRECTION, RIGHT, write
@@ -176,7 +176,7 @@ return -log_p[rows, labels].mean(), (dlogits / len(rows),)
 def test_the_real_model_trains_with_the_learners_functions(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     """One in PyTorch, one with its gradient by hand; afterwards the library is as it was."""
     tiny.shrink(monkeypatch.setattr)
-    monkeypatch.setattr(commands, "draw_run", lambda *run: [])
+    monkeypatch.setattr(scene_job, "draw_run", lambda *run, **data: [])
     monkeypatch.setattr(train, "ITEMS", 16)
     monkeypatch.setattr(train, "NAME", tmp_path / "attempt")
     write("mlm_loss", MLM_LOSS)

@@ -406,10 +406,10 @@ def test_a_run_killed_again_and_again_at_any_time_resumes_to_the_same_weights(tm
     flags = ("--items", 4, "--threads", 2, "--steps", 120)
     code = (
         "import sys; from dataclasses import replace;"
-        "from minivlp import __main__, commands, evaluate, train;"
+        "from minivlp import __main__, commands, evaluate, scene_job, train;"
         "commands.PRESETS = {'cpu': replace(train.PRESETS['cpu'], batch=16, save_every=7, report_every=5)};"
-        "evaluate.CANDIDATES = 4; commands.GLANCE = 16;"
-        "commands.draw_run = lambda *run: []; sys.exit(__main__.main())"
+        "evaluate.CANDIDATES = 4; scene_job.GLANCE = 16;"
+        "scene_job.draw_run = lambda *run, **data: []; sys.exit(__main__.main())"
     )
 
     def start(folder: Path, *more) -> subprocess.Popen:

@@ -18,7 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minivlp import commands, dual_evaluate, dual_job, emojivl, evaluate, finetune, gallery, runs, xvlm_job
+from minivlp import (
+    commands,
+    dual_evaluate,
+    dual_job,
+    emojivl,
+    evaluate,
+    finetune,
+    gallery,
+    runs,
+    scene_job,
+    xvlm_job,
+)
 from minivlp.__main__ import main
 from minivlp.data import EmojiVL, Scene, load_emojivl
 from minivlp.train import PRESETS
@@ -43,7 +54,7 @@ def few() -> EmojiVL:
 def shrink(put=setattr) -> None:
     """Make every preset, the looks during training and the candidates of the evaluation small."""
     put(commands, "PRESETS", {name: replace(preset, **SIZES) for name, preset in PRESETS.items()})
-    put(commands, "GLANCE", 16)
+    put(scene_job, "GLANCE", 16)
     put(evaluate, "CANDIDATES", 4)
     put(dual_job, "PRESETS", {name: replace(p, **DUAL_SIZES) for name, p in dual_job.PRESETS.items()})
     put(dual_job, "GLANCE", 16)
@@ -61,7 +72,7 @@ def commands_with(patch: pytest.MonkeyPatch, draw: bool = False) -> Callable[...
     Without `draw` a training run draws no pictures, which takes longer than all the rest.
     """
     shrink(patch.setattr)
-    patch.setattr(commands, "draw_run", gallery.draw_run if draw else lambda *run: [])
+    patch.setattr(scene_job, "draw_run", gallery.draw_run if draw else lambda *run, **data: [])
     return lambda job, *flags: main([job, *map(str, flags), "--threads", "1"])
 
 
@@ -105,7 +116,7 @@ def kill_at(place: str, times: int) -> None:
         "rename": (os, "replace", False, lambda old, new: new.name == "checkpoint.pt"),
         "renamed": (os, "replace", True, lambda old, new: new.name == "checkpoint.pt"),
         "logged": (runs.Run, "log", True, lambda *a: True),
-        "step": (commands, "pretraining_loss", False, lambda *a: True),
+        "step": (scene_job, "pretraining_loss", False, lambda *a: True),
     }[place]
     real, seen = getattr(owner, name), 0
 
@@ -125,7 +136,7 @@ def kill_at(place: str, times: int) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     shrink()
-    if "MINIVLP_KILL" in os.environ:
+    if "MINIVLP_KILL" in os.environ and os.environ.get("RANK") != "0":  # of several processes, not the first
         where, number = os.environ["MINIVLP_KILL"].split()
         kill_at(where, int(number))
     sys.exit(main())

@@ -1,0 +1,161 @@
+"""Several processes train the model that one process trains, and a job that loses one can go on."""
+
+import datetime
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from minivlp.dual_train import dual_loss, new_dual
+from minivlp.fit import Step, fit
+from minivlp.runs import Onlooker, Run
+from minivlp.train import new_model, pretraining_loss
+from minivlp.workers import ALONE, Workers, threads
+from tests import test_dual_train, test_train
+from tests.course import ROOT
+
+STEPS = 6
+
+
+def job(model: str, workers: Workers):
+    """Model, source, loss and configuration of a small run."""
+    if model == "vilt":
+        config = replace(test_train.CONFIG, steps=STEPS)
+        made = new_model(config, len(test_train.TOKENIZER)), test_train.rows(config)
+        return *made, partial(pretraining_loss, wpa_weight=0.1, workers=workers), config
+    config = replace(test_dual_train.CONFIG, steps=STEPS)
+    made = (
+        new_dual(model, config, test_dual_train.TOKENIZER),
+        test_dual_train.source(config, model == "siglip"),
+    )
+    return *made, partial(dual_loss, objective=model, config=config, workers=workers), config
+
+
+def first_gradients(model, source, loss, workers: Workers) -> dict[str, torch.Tensor]:
+    step = workers.wrap(Step(model, loss))  # which must outlive its backward pass
+    sum(step(workers.parts(source(0))).values()).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def trained(name: str, workers: Workers, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The gradients of the first step, and the weights after STEPS steps from the same start."""
+    torch.set_num_threads(1)
+    gradients = first_gradients(*job(name, workers)[:3], workers)
+    model, source, loss, config = job(name, workers)
+    run = Onlooker(folder, {}) if workers.rank else Run.begin(folder, {})
+    list(fit(model, source, loss, config, run, test_train.TOKENIZER, workers=workers))
+    return {"gradients": gradients, "weights": model.state_dict()}
+
+
+def one_of(rank: int, size: int, folder: str) -> None:
+    patience = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{folder}/store", patience, size, rank)
+    found = {
+        name: trained(name, Workers(rank, size), Path(folder) / name) for name in ("vilt", "clip", "siglip")
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict]:
+    """What each of two processes ended with."""
+    folder = tmp_path_factory.mktemp("two")
+    methods = multiprocessing.get_all_start_methods()
+    method = "forkserver" if "forkserver" in methods else "spawn"
+    mp.start_processes(one_of, (2, str(folder)), nprocs=2, start_method=method)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def norm(tensors) -> float:
+    return float(sum(t.float().square().sum() for t in tensors).sqrt())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vilt", "clip", "siglip"])
+def test_two_processes_train_the_model_of_one(name, two, tmp_path):
+    """Gradients agree to 1e-5. After six updates the weights are apart by a tenth of their way at most.
+
+    Gradients must be compared too: neither optimizer feels it when all of them are twice as large. Muon works
+    in bfloat16, where the last bits of a gradient can become 1 % of an update.
+    """
+    start = job(name, ALONE)[0].state_dict()
+    alone = trained(name, ALONE, tmp_path / name)
+    for found in two:
+        assert found[name]["gradients"].keys() == alone["gradients"].keys()
+        for key, wanted in alone["gradients"].items():
+            assert norm([found[name]["gradients"][key] - wanted]) <= 1e-5 * norm([wanted]) + 1e-8, key
+        way = norm(weight - start[key] for key, weight in alone["weights"].items())
+        assert norm(found[name]["weights"][key] - w for key, w in alone["weights"].items()) <= 0.1 * way
+    for key, mine in two[0][name]["weights"].items():
+        assert torch.equal(mine, two[1][name]["weights"][key]), key
+
+
+def test_rows_are_dealt_once():
+    """ViLT's rows in turn, a dual encoder's in shards of one size; what cannot be shared is refused."""
+    groups = test_train.rows()(11)
+    for i, rows in enumerate(groups):
+        parts = [Workers(rank, 3).parts(groups)[i] for rank in range(3)]
+        assert sorted(torch.cat([p.ids for p in parts]).tolist()) == sorted(rows.ids.tolist())
+        assert all(len(p.pixels) == len(p.match) == len(p.ids) for p in parts)
+    (pairs, *_) = test_dual_train.source()(0)
+    parts = [pairs.part(rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([p.pixels for p in parts]), pairs.pixels)
+    with pytest.raises(
+        ValueError, match=f"the batch must be a multiple of the 5 processes, got {len(pairs.ids)}"
+    ):
+        pairs.part(0, 5)
+    with pytest.raises(ValueError, match="must have a row of every kind for each of 17 processes"):
+        Workers(0, 17).parts(groups)
+
+
+def test_threads_are_shared_by_the_processes_of_a_machine(monkeypatch):
+    assert [threads(n) for n in (1, 2, 16)] == [1, 2, 4]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [threads(n) for n in (2, 8, 64)] == [1, 2, 4]
+
+
+def torchrun(*flags, **env) -> subprocess.CompletedProcess:
+    """`torchrun --nproc-per-node=2 -m minivlp train …` with small sizes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "tests.tiny", "train"]
+    return subprocess.run(
+        [*start, *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_a_process_says_so_and_goes_on(tmp_path):
+    flags = ("--name", tmp_path / "run", "--items", 4, "--threads", 1)
+    killed = torchrun(*flags, MINIVLP_KILL="step 7")
+    assert killed.returncode and "Signal 9 (SIGKILL)" in killed.stderr
+    assert "minivlp: the processes of this job lost each other" in killed.stderr
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+    resumed = torchrun(*flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("step    12/12") == 1  # told once, not twice
+    whole = torchrun("--name", tmp_path / "whole", *flags[2:])
+    assert whole.returncode == 0, whole.stderr
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("run", "whole"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+def test_a_model_that_processes_cannot_share_is_refused(tmp_path):
+    refused = torchrun("--model", "vse", "--name", tmp_path / "run")
+    assert refused.returncode and "for several processes, got vse" in refused.stderr
+    assert not (tmp_path / "run").exists()
