@@ -20,7 +20,7 @@ from minivlp.data import Concept, EmojiVL, Scene, Scenes
 from minivlp.itm import derangement
 from minivlp.mlm import IGNORE, mask_tokens
 from minivlp.models.vilt_pixels import vilt_pixels
-from minivlp.tasks import hide_relation, hide_slots, misplaced
+from minivlp.tasks import hide_relation, hide_slots, misnamed, misplaced, misrelated
 from minivlp.text import WordPiece
 
 TRUE_PAIR, RANDOM_PAIR, OTHER = 1.0, -1.0, 0.0  # what the alignment does with a row: pull, push, leave alone
@@ -117,15 +117,27 @@ class SceneRows:
             if i >= matching:
                 text, hidden = self._masked(part, scene, rng)
             else:
-                fate = rng.random()
                 match[i], align[i] = 1, TRUE_PAIR
-                if fate < 0.5 and len(scene.objects) > 1 and rng.random() < part.swaps:
-                    text, match[i], align[i] = misplaced(scene), 0, OTHER
-                elif fate < 0.5 and scenes[other[i]].caption != scene.caption:
-                    picture[i], match[i], align[i] = other[i], 0, RANDOM_PAIR
+                if rng.random() < 0.5:
+                    if false := self._false_caption(part, scene, rng):
+                        text, match[i], align[i] = false, 0, OTHER
+                    elif scenes[other[i]].caption != scene.caption:
+                        picture[i], match[i], align[i] = other[i], 0, RANDOM_PAIR
             texts.append(text)
             answers.append(hidden)
         return scenes, texts, answers, match, align, picture
+
+    def _false_caption(self, part: Part, scene: Scene, rng: np.random.Generator) -> str | None:
+        """A caption that is false of a scene of two objects, or None for the picture of another scene."""
+        if len(scene.objects) < 2:
+            return None
+        places, relation, noun = np.cumsum(part.wrong)
+        draw = rng.random()
+        if draw < places:
+            return misplaced(scene)
+        if draw < relation:
+            return misrelated(scene, rng)
+        return misnamed(scene, self._scenes[part], rng) if draw < noun else None
 
     def _joined(self, drawn: list[tuple]) -> Rows:
         scenes, texts, answers, match, align, picture = zip(*drawn, strict=True)

@@ -4,9 +4,9 @@ Words attach to patches and to places long before they attach to pairs of patche
 first: single objects on a small canvas (few patches, many scenes a second; ViLT reads any size), then one
 object and where it lies ("a dog left of the middle"), then the same with another object in the picture,
 so that the word has to find its own, and only then pairs ("a dog left of a guitar"). Without the third
-stage the relation stays at one in two: the axis is learned and the order is not. Earlier kinds keep a
-share of every batch, because what is not seen is forgotten. The model and its losses stay the same
-throughout.
+stage the relation stays at one in two: the axis is learned and the order is not. Earlier kinds keep a share
+of every batch, because what is not seen is forgotten; single objects, whose canvas needs a forward pass of
+its own, leave when pairs come. The model and its losses stay the same throughout.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,9 @@ class Part:
     matching: float = 0.5  # share of rows that serve matching; the others have masked words
     relations: float = 0.5  # probability that the relation phrase is what is hidden
     all_nouns: float = 0.5  # probability that every noun is hidden, not one
-    swaps: float = 0.5  # probability that a wrong pair has the right objects in the wrong places
+    # Of the wrong pairs with two objects, the shares whose caption has the right nouns in the wrong places, the
+    # wrong relation, and one wrong noun (tasks.py); all others have the picture of another scene.
+    wrong: tuple[float, float, float] = (0.5, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ CPU_STAGES = (
     Stage(0.09, (replace(SINGLE, matching=0.6),)),
     Stage(0.18, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4))),
     Stage(0.38, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8))),
-    Stage(1.0, (replace(SINGLE, share=0.1), Part("pick", 0.15), Part("pair", 0.75))),
+    Stage(1.0, (Part("pick", 0.15), Part("pair", 0.85, wrong=(0.3, 0.1, 0.3)))),
 )
 # The same scenes at twice the size.
 GPU_STAGES = tuple(

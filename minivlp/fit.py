@@ -1,7 +1,7 @@
 """The training loop: rows → states → loss terms → gradients → one update, and checkpoints that lose nothing.
 
-The matrices of the blocks are updated by Muon (momentum made orthogonal, which needs clearly fewer scenes
-here), everything else by AdamW. Everything random depends on (seed, step), so a checkpoint needs no generator
+Matrices are updated by Muon (momentum made orthogonal, which needs clearly fewer scenes here), embeddings and
+everything else by AdamW. Everything random depends on (seed, step), so a checkpoint needs no generator
 state and a resumed run ends in the same weights.
 
 Sources: Kim, Son and Kim 2021 (ViLT), section 4.2, for AdamW's settings; Jordan et al. 2024 for Muon, which
@@ -23,6 +23,7 @@ from minivlp.runs import Run, tensor_bytes
 from minivlp.text import WordPiece
 from minivlp.workers import ALONE, Workers
 
+MATRICES = (".blocks.", "pooler.weight", "mlm.dense.weight")  # what Muon updates, by a part of its name
 Loss = Callable[[nn.Module, Sequence[Any]], dict[str, Tensor]]
 
 
@@ -52,8 +53,9 @@ class Rates(Protocol):
 
 
 def optimizers(model: nn.Module, config: Rates) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of all blocks, AdamW for the rest; biases and norms are not decayed."""
-    matrices = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
+    """Muon for the MATRICES, AdamW for the rest; biases and norms are not decayed."""
+    named = model.named_parameters()
+    matrices = [p for name, p in named if p.ndim == 2 and any(part in name for part in MATRICES)]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay}

@@ -130,6 +130,10 @@ class Scenes:
         kind = self.kinds[bisect(self._weights, rng.random() * self._weights[-1], hi=len(self.kinds) - 1)]
         return getattr(self, f"_{kind}")(rng)
 
+    def partners(self, concept_id: int) -> list[int]:
+        """The ids of the nouns that may meet this one in a scene, ascending."""
+        return sorted(self._partners[concept_id])
+
     def _meet(self, pairs: str) -> None:
         """List the pairs of nouns that may meet, and for each noun the set of its partners."""
         self._pairs = [

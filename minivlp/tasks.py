@@ -22,7 +22,7 @@ from itertools import islice
 
 import numpy as np
 
-from minivlp.data import RELATIONS, Scene
+from minivlp.data import RELATIONS, Scene, Scenes
 from minivlp.refuse import refuse
 from minivlp.text import WordPiece
 
@@ -35,8 +35,7 @@ def hide_relation(scene: Scene) -> tuple[str, str]:
 
     Raises ValueError for a scene without a relation.
     """
-    if not scene.relation:
-        refuse("scene", "must have a relation (a pair or a place)", f"kind {scene.kind!r}")
+    _check_relation(scene)
     return scene.frame.replace(scene.relation, MASK, 1).format(*scene.slots), scene.relation.split()[0]
 
 
@@ -79,6 +78,36 @@ def misplaced(scene: Scene) -> str:
     Raises ValueError for other kinds.
     """
     return scene.frame.format(*scene.unnamed) if scene.unnamed else swapped(scene)
+
+
+def misrelated(scene: Scene, rng: np.random.Generator) -> str:
+    """The caption with another relation, drawn from the three others.
+
+    Raises ValueError for a scene without a relation.
+    """
+    _check_relation(scene)
+    others = [relation for relation in RELATIONS if relation != scene.relation]
+    false = others[int(rng.integers(len(others)))]
+    return scene.frame.replace(scene.relation, false, 1).format(*scene.slots)
+
+
+def misnamed(scene: Scene, scenes: Scenes, rng: np.random.Generator) -> str:
+    """The caption of a scene of two objects with one noun that is not in the picture, all else being true.
+
+    The new noun is drawn from those that may meet the remaining object in `scenes`: training then reads no
+    pair of nouns that it is not to see. Raises ValueError for other scenes.
+    """
+    if len(scene.objects) != 2:
+        refuse("scene", "must have two objects", f"kind {scene.kind!r}")
+    slot = int(rng.integers(len(scene.slots)))
+    kept = scene.objects[1 - slot]
+    absent = [i for i in scenes.partners(kept) if i not in scene.objects]
+    if not absent:
+        refuse("scenes", f"must have another noun that may meet concept {kept}", "none")
+    noun = scenes.emojivl.concepts[absent[int(rng.integers(len(absent)))]]
+    slots = list(scene.slots)
+    slots[slot] = f"{noun.article} {noun.noun}"
+    return scene.frame.format(*slots)
 
 
 def noun_spans(scene: Scene, tokenizer: WordPiece) -> list[slice]:
@@ -152,6 +181,11 @@ def takes(scenes: Iterable[Scene], most: int, rule: str) -> Iterator[Scene]:
     """The scenes one by one; a consumer that goes on after `most` of them meets a ValueError, `rule`."""
     yield from islice(scenes, most)
     refuse("scenes", f"must {rule}", f"too few in {most} scenes or all there are")
+
+
+def _check_relation(scene: Scene) -> None:
+    if not scene.relation:
+        refuse("scene", "must have a relation (a pair or a place)", f"kind {scene.kind!r}")
 
 
 def _check_pair(scene: Scene) -> None:

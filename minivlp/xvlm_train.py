@@ -55,7 +55,7 @@ class XvlmTrain:
     box_weight: float = 1.0
     mask: float = 0.25  # probability of hiding a word
     lr: float = 2e-3  # AdamW: embeddings, norms, biases, heads
-    matrix_lr: float = 0.01  # Muon: the matrices of the blocks
+    matrix_lr: float = 0.01  # Muon: matrices
     weight_decay: float = 0.01
     warmup: int = 30  # steps
     cooldown: float = 0.4  # the last share of the run, in which the rates fall to zero

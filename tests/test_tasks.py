@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minivlp import tasks
-from minivlp.data import RELATIONS, Scene, Scenes, load_emojivl
+from minivlp.data import RELATIONS, Scene, Scenes, held_out, load_emojivl
 from minivlp.text import WordPiece
 
 EMOJIVL = load_emojivl()
@@ -102,6 +102,44 @@ def test_captions_are_true_and_swapped_captions_false(pairs):
         other = tasks.swapped(scene)
         assert holds(scene.caption, scene) and not holds(other, scene)
         assert sorted(other.split()) == sorted(scene.caption.split())
+
+
+def test_another_relation_is_false_and_each_of_the_three_is_drawn(pairs):
+    rng, drawn = np.random.default_rng(0), set()
+    for scene in pairs:
+        other = tasks.misrelated(scene, rng)
+        first, relation, second = re.fullmatch(f"(.+) ({'|'.join(RELATIONS)}) (.+)", other).groups()
+        assert (first, second) == scene.slots and not holds(other, scene)
+        drawn.add((scene.relation, relation))
+    assert len(drawn) == 4 * 3
+
+
+@pytest.mark.parametrize("kind", ["pair", "pick"])
+def test_another_noun_is_absent_and_makes_no_pair_that_is_held_out(kind):
+    scenes, rng, slots = Scenes(EMOJIVL, kinds={kind: 1}), np.random.default_rng(0), set()
+    named = {f"{noun.article} {noun.noun}": noun.id for noun in scenes.nouns}
+    for i in range(150):
+        scene = scenes[i]
+        other = tasks.misnamed(scene, scenes, rng)
+        parts = re.fullmatch(f"(.+) ({'|'.join(RELATIONS)}) (.+)", other).groups()
+        assert parts[1] == scene.relation
+        changed = [k for k, slot in enumerate(scene.slots) if parts[2 * k] != slot]
+        assert len(changed) == 1
+        new, kept = named[parts[2 * changed[0]]], scene.objects[1 - changed[0]]
+        assert new not in scene.objects and not held_out(new, kept)
+        slots.add(changed[0])
+    assert slots == set(range(len(scene.slots)))
+
+
+def test_a_false_noun_needs_two_objects_and_a_third_noun():
+    rng, single = np.random.default_rng(0), Scenes(EMOJIVL, FEW, kinds={"one": 1})
+    with pytest.raises(ValueError, match="scene must have two objects"):
+        tasks.misnamed(single[0], single, rng)
+    with pytest.raises(ValueError, match="scene must have a relation"):
+        tasks.misrelated(single[0], rng)
+    two = Scenes(EMOJIVL, FEW[:2], pairs="all")
+    with pytest.raises(ValueError, match="scenes must have another noun that may meet"):
+        tasks.misnamed(two[0], two, rng)
 
 
 def test_equal_meaning_is_mutual_truth(pairs):

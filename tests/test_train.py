@@ -1,17 +1,19 @@
 """The training loop: what a step is; it stops at the first NaN, and goes on as if it had not stopped."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from minivlp import train
 from minivlp.__main__ import PRESETS as PRESET_NAMES
-from minivlp.batches import Rows, SceneRows
+from minivlp.batches import SceneRows, scene_pixels
 from minivlp.curriculum import STAGES, Part, Stage, stage_at
-from minivlp.data import RELATIONS, load_emojivl
+from minivlp.data import RELATIONS, Scenes, load_emojivl
 from minivlp.fit import fit, optimizers, rate
 from minivlp.questions import COUNTS, WORDS
 from minivlp.runs import Run
@@ -25,7 +27,7 @@ NOUNS = EMOJIVL.nouns(CONFIG.nouns)
 TOKENIZER = train.scene_tokenizer(NOUNS, CONFIG.vocab_size)
 STAGES_OF_PAIRS = (
     Stage(0.5, (Part("place", 1.0),)),
-    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7))),
+    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7, wrong=(0.3, 0.2, 0.3)))),
 )
 LOSS = partial(pretraining_loss, wpa_weight=CONFIG.wpa_weight)
 
@@ -107,20 +109,40 @@ def test_a_small_batch_has_a_row_of_every_part():
     assert [len(r.ids) for r in rows(replace(CONFIG, batch=2))(11)] == [1, 1]
 
 
-def test_the_loss_is_the_mean_over_the_rows_of_all_groups():
-    (group,) = rows()(0)
+@pytest.mark.parametrize("wrong", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
+def test_a_wrong_pair_is_wrong_in_the_way_that_its_part_says(wrong):
+    """Read from the words of rows and the nouns of pictures, which alone tell what a wrong pair is."""
+    part = Part("pair", 1.0, matching=1.0, wrong=wrong)
+    source = SceneRows(EMOJIVL, NOUNS, TOKENIZER, (Stage(1.0, (part,)),), 1, 40, 0)
+    scenes = Scenes(EMOJIVL, NOUNS, canvas=48, seed=0)
+    (group,) = source(0)
+    assert 10 < int((group.match == 0).sum()) < 30
+    for i in np.flatnonzero(group.match.numpy() == 0):
+        said = TOKENIZER.decode(group.ids[i, 1 : int(group.text_mask[i].sum()) - 1].tolist())
+        own = scenes[int(i)]
+        first, relation, second = re.fullmatch(f"(.+) ({'|'.join(RELATIONS)}) (.+)", said).groups()
+        kept = sum(slot in own.slots for slot in (first, second))
+        found = (
+            (first, second) == own.slots[::-1] and relation == own.relation,
+            (first, second) == own.slots and relation != own.relation,
+            kept == 1 and relation == own.relation,
+        )
+        assert found == tuple(map(bool, wrong)), f"{own.caption} became {said}"
+        # Another scene's picture keeps the caption, and is the only kind that the alignment pushes apart.
+        same_picture = torch.equal(group.pixels[i], scene_pixels([own])[0])
+        assert same_picture == any(wrong) and group.align[i] == (0 if any(wrong) else -1)
+
+
+def test_the_loss_is_the_mean_over_all_groups():
+    """However rows are split into groups; some of these have one hidden word, some have two."""
+    group = max(rows()(11), key=lambda g: len(g.ids))
+    assert set((group.labels >= 0).sum(1).tolist()) == {0, 1, 2}
     model = new_model(CONFIG, len(TOKENIZER))
-    parts = [
-        Rows(**{k: v[a:b] for k, v in vars(group).items() if v is not None}) for a, b in ((0, 5), (5, 16))
-    ]
+    parts = [group.part(0, 3), group.part(1, 3), group.part(2, 3)]
     one, two = LOSS(model, [group]), LOSS(model, parts)
     assert set(one) == {"mlm", "itm", "wpa"}
-    for name in ("itm", "wpa"):
-        assert torch.allclose(one[name], two[name], atol=1e-6)
-    # Words are averaged within a group, and groups by the rows that have some.
-    shares = [int((part.labels >= 0).any(1).sum()) for part in parts]
-    mean = sum(n * LOSS(model, [part])["mlm"] for n, part in zip(shares, parts, strict=True)) / sum(shares)
-    assert torch.allclose(two["mlm"], mean, atol=1e-6)
+    for name, term in one.items():
+        assert torch.allclose(term, two[name], atol=1e-6), name
 
 
 def test_alignment_can_be_left_out():
@@ -138,9 +160,8 @@ def test_every_parameter_has_one_optimizer_and_small_ones_no_decay():
     assert sorted(taken) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     in_muon = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert in_muon == {
-        n for n, p in model.named_parameters() if n.startswith("encoder.blocks") and p.ndim == 2
-    }
+    blocks = {n for n, p in model.named_parameters() if n.startswith("encoder.blocks") and p.ndim == 2}
+    assert in_muon == blocks | {"pooler.weight", "mlm.dense.weight"}
     assert all(p.ndim >= 2 for g in groups if g["weight_decay"] for p in g["params"])
 
 
