@@ -1,4 +1,4 @@
-"""The command line: `python -m minivlp train | eval | demo | figures | bench`.
+"""The command line: `python -m minivlp train | eval | demo | figures | bench | claims`.
 
 Exit code 0, or 2 with one sentence.
 
@@ -51,7 +51,7 @@ def positive(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
     top = Parser(prog="python -m minivlp", description="Vision-language pretraining, from scratch.")
-    commands = top.add_subparsers(dest="job", metavar="train | eval | demo | figures | bench")
+    commands = top.add_subparsers(dest="job", metavar="train | eval | demo | figures | bench | claims")
 
     def command(name: str, what: str, example: str, device: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(
@@ -134,6 +134,11 @@ def parser() -> argparse.ArgumentParser:
         help="full: the sizes of published training runs, 10 GB of memory and many minutes",
     )
     bench.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else")
+
+    claims = command("claims", "Test the papers' claims again in miniature.", "claims --quick", device=False)
+    claims.add_argument("--quick", action="store_true", help="minutes; more claims cannot be told")
+    claims.add_argument("--only", metavar="NAME", nargs="+", help="some of the claims (default: all)")
+    claims.add_argument("--out", metavar="DIR", default="runs/claims", help="default: runs/claims")
     return top
 
 
@@ -154,7 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped" + (f"; go on with: {args.go_on}" if args.go_on else ""), file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"minivlp: {error}", file=sys.stderr)
+        lost = isinstance(error, ConnectionError) and args.go_on  # another process died, not this one
+        print(f"minivlp: {error}" + (f"; go on with: {args.go_on}" if lost else ""), file=sys.stderr)
         return 2
     return 0
 

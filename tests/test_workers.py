@@ -144,6 +144,7 @@ def test_a_job_that_loses_a_process_says_so_and_goes_on(tmp_path):
     killed = torchrun(*flags, MINIVLP_KILL="step 7")
     assert killed.returncode and "Signal 9 (SIGKILL)" in killed.stderr
     assert "minivlp: the processes of this job lost each other" in killed.stderr
+    assert "go on with: torchrun --nproc-per-node=2 -m minivlp train --resume --name" in killed.stderr
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 4
     resumed = torchrun(*flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
