@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 03 · Attention
 #
-# **The question.** A word of the caption has been hidden: "a [MASK] left of a guitar". The row that [MASK]
+# **The question.** A word of the caption has been hidden: "a [MASK] above a bear". The row that [MASK]
 # looks up in the word table is the same in every caption (chapter 02). What was hidden can be seen, but in
 # other rows of the sequence: in a few patches of the picture (chapter 01). How does one row learn what stands
 # in another, when in the next picture the answer stands somewhere else?
@@ -58,12 +58,12 @@ fig, ax = plt.subplots(figsize=(2.5, 2.7), constrained_layout=True)
 gridded(ax, text)
 plt.show()
 tokens = [tokenizer.tokens[i] for i in tokenizer.batch([text])[0][0]]
-print("tokens of the text:", tokens, "and then the 36 patches, row by row")
+print(f"tokens of the text: {tokens}\nand then the {(trained.canvas // patch) ** 2} patches, row by row")
 
 # %% [markdown]
 # What to see: two things, and only the words "above a bear" tell which of them was hidden. The patches that
-# hold it are not the first or the last ones, but the ones that *fit*. So a token must compare itself with
-# every other token, and take from those that fit: a matrix of scores again.
+# hold it are found not by their number but because they *fit*. So a token must compare itself with every
+# other token, and take from those that fit: a matrix of scores again.
 #
 # ## A mean whose weights are computed
 #
@@ -212,12 +212,12 @@ print("equal to autograd's:", [np.allclose(ours, one.grad[0, 0].numpy(), rtol=1e
 print("row sums of P ∘ dP, which should be zero:", (P * dP).sum(-1))
 
 # %% [markdown]
-# What to see: the wrong gradient has another size, and its rows of $dS$ do not sum to zero. Outputs and $dV$
-# are right all the same, so it is hard to notice. The law `gradients_are_the_slopes` finds it.
+# What to see: the wrong gradient has another size and even another sign, and rows of $dS$ that do not sum to
+# zero. Outputs and $dV$ are right, so it is hard to notice. The law `gradients_are_the_slopes` finds it.
 #
 # **Exercise 1** · `attention_np` · difficulty 3 of 3 · 45 minutes. Open `chapters/exercises/attention.py`,
 # replace `raise Todo`, and run the next cell. Arrays have two more axes there, (B, H, L, d), H for the heads
-# below; `@` works on the last two. (`attention_fused` in the same file belongs to chapter 14.)
+# below: `@` works on the last two, `swapaxes(-1, -2)` exchanges them. (`attention_fused` is chapter 14's.)
 
 # %%
 check("attention_np")
@@ -269,14 +269,13 @@ for name, factor in (("as trained", 1), ("without positions", 0)):
 model.text_position.weight.data = places
 
 # %% [markdown]
-# What to see: without positions a caption and its exchange get the same probability, as the proof demands,
-# and the model is right about only one of the two. No training could change that.
+# What to see: without positions a caption and its exchange get the same probability, as the proof demands, so
+# the model is right about one of the two and wrong about the other. No training could change that.
 #
 # ## Where the trained model looks
 #
-# Now the answer to the question. Each of the model's four blocks makes its queries, keys and values with one
-# linear map, `qkv`, from which we compute the weights once more. The picture shows those of [MASK] over the
-# 36 patches, the mean of the three heads.
+# Now the answer to the question. Each block makes its queries, keys and values with one linear map, `qkv`,
+# from which we compute the weights once more: those of [MASK] over the patches, the mean of the heads.
 
 
 # %%
@@ -294,11 +293,12 @@ def read_by_masks(texts, items):
     return torch.stack(shares, 1).numpy()
 
 
-fig, axes = plt.subplots(2, 5, figsize=(8, 3.2), constrained_layout=True)
+side = trained.canvas // patch  # patches in a row
+fig, axes = plt.subplots(2, 1 + model.config.layers, figsize=(8, 3.2), constrained_layout=True)
 for which, row in enumerate(axes):
     text, _ = hide_slots(scene, [which], tokenizer)
     gridded(row[0], text, 7)
-    share = read_by_masks([text], [scene])[0].mean(1).reshape(-1, 6, 6)  # (blocks, rows, columns)
+    share = read_by_masks([text], [scene])[0].mean(1).reshape(-1, side, side)  # (blocks, …)
     x1, y1, x2, y2 = scene.boxes[which] / patch - 0.5
     for number, (ax, heat) in enumerate(zip(row[1:], share, strict=True), 1):
         image = ax.imshow(heat, vmin=0, vmax=0.5, cmap="magma")
@@ -309,10 +309,9 @@ fig.colorbar(image, ax=axes, shrink=0.8, label="share of the patch")
 plt.show()
 
 # %% [markdown]
-# What to see: in block 1 both rows look at the upper animal, whichever is hidden. [MASK] cannot know better:
-# that it stands "above a bear" is written in other words, which it reads in the same moment. Later it looks
-# mostly into the hidden thing's box (dotted), though only the caption has changed. One scene proves little,
-# so here is the mean over a hundred:
+# What to see: only the caption has changed; which blocks follow the hidden thing into its box (dotted)? Block
+# 1 cannot: but for its position, [MASK] has the same row in every caption, and "above a bear" is written in
+# other words, which it reads in the same moment. One scene proves little, so here is the mean over a hundred:
 
 # %%
 texts = [hide_slots(s, [0], tokenizer)[0] for s in items]
@@ -320,9 +319,12 @@ inside = np.stack([patches_inside(s, patch) for s in items])  # (B, 2, N)
 own, others = np.einsum("bthn,bxn->xth", read_by_masks(texts, items), inside / len(items))  # (blocks, H) each
 print("patches in the hidden thing's box and in the other's, of all:", inside.mean((0, 2)))
 for number, shares in enumerate(zip(own, others, strict=True), 1):
-    print(f"block {number}, three heads: hidden thing's box", shares[0], "the other's", shares[1])
+    print(f"block {number}, by heads: hidden thing's box", shares[0], "the other's", shares[1])
 
 # %% [markdown]
+# What to see: even weights would give each box what the first line says. A block that knows which thing is
+# hidden gives its box more than that, and more than the other's.
+#
 # The weights say what a block mixes, not what the model concludes: a weight may carry a value that nothing
 # reads. A mask tells more, since it intervenes. Forbid [MASK] to look at some of the patches, in all blocks,
 # and see whether it still finds the word.
@@ -338,14 +340,14 @@ for name, closed in (("nothing", inside[:, 0] & False), ("other's", inside[:, 1]
     print(f"closed: {name:<8} {int((best == answers).sum())} of {len(answers)} found")
 
 # %% [markdown]
-# What to see: closing the hidden thing's own box costs most answers, closing the other's next to none. Those
-# left may come by a detour, through tokens that may look, or from patches that the thing only touches.
+# What to see: compare what it costs to close the hidden thing's own box with what it costs to close the
+# other's. Answers that are left may come by a detour, through tokens that may look.
 #
 # ## What it costs
 #
 # Queries, keys, values and a last map that joins the heads are four products with a $D \times D$ matrix,
-# $4 L D^2$ multiplications. $S$ and $O$ cost $L^2 D$ each, which is more than the maps once $L > 2D$. And $S$
-# has $H L^2$ numbers for each pair of the batch:
+# $4 L D^2$ multiplications for $L$ tokens. $S$ and $O$ cost $L^2 D$ each, together more than the maps once
+# $L > 2D$. And $S$ has $H L^2$ numbers for each pair of the batch:
 
 # %%
 D, H = 768, 12  # ViLT-B/32's width and heads
@@ -355,9 +357,9 @@ for L in (60, 240, 960, 3840):
 
 # %% [markdown]
 # What to see: at ViLT's 240 tokens $S$ and $O$ are the small part, for long texts and fine patches the large
-# one, and four times the tokens need sixteen times the memory. The NumPy rung holds $S$, $P$ and $dS$; the
-# PyTorch rung keeps $P$ for its backward pass; the fused rung, chapter 14's, walks over tiles of $S$ and
-# keeps one number a query instead. Forward and backward, three heads of width 32, on one thread:
+# one, and four times the tokens need sixteen times the memory for $S$. The NumPy rung holds $S$, $P$ and
+# $dS$; the PyTorch rung keeps $P$ for its backward pass; the fused rung, chapter 14's, walks over tiles of
+# $S$ and keeps one number a query instead. Forward and backward, three heads of width 32, on one thread:
 
 # %% tags=["measured"]
 from functools import partial
@@ -394,6 +396,5 @@ check("attention")
 # ## Sources
 #
 # Vaswani et al. 2017 (Attention is all you need), equation 1 for attention and its $\sqrt d$, section 3.2.2
-# for heads, section 3.5 for positions. The row sum of $dO \circ O$ in place of $dP \circ P$: Dao et al. 2022
-# (FlashAttention), appendix B.2. Words and patches in one sequence: Kim, Son and Kim 2021 (ViLT), equations 1
-# to 6.
+# for heads, 3.5 for positions. The row sum of $dO \circ O$ in place of $dP \circ P$: Dao et al. 2022
+# (FlashAttention), appendix B.2. Words and patches together: Kim, Son and Kim 2021 (ViLT), section 3.1.

@@ -61,20 +61,21 @@ fig, axes = plt.subplots(1, 2, figsize=(7, 2.5), width_ratios=(1, 2), constraine
 axes[0].imshow(items[1].image)
 axes[0].set_title(texts[1], fontsize=10)
 axes[0].set(xticks=[], yticks=[])
-right = torch.stack([p[range(100), answers] for p in spoken])  # (5, 100)
+right = torch.stack([p[range(100), answers] for p in spoken])  # (blocks + 1, 100)
 axes[1].plot(right[:, 1], "o:", color="tab:orange", label="this picture")
 axes[1].plot(right.mean(1), "o-", color="black", label="mean of 100 pictures")
-axes[1].set(xlabel="blocks passed", ylabel="probability", xticks=range(5), ylim=(0, 1))
+axes[1].set(xlabel="blocks passed", ylabel="probability", xticks=range(len(right)), ylim=(0, 1))
 axes[1].set_title("What the head gives the hidden word", fontsize=10)
 axes[1].legend()
 plt.show()
-print("likeliest word after 0 to 4 blocks:", [tokenizer.tokens[p[1].argmax()] for p in spoken])
+print("likeliest in this picture after 0, 1, … blocks:", [tokenizer.tokens[p[1].argmax()] for p in spoken])
 
 # %% [markdown]
 # What to see: the row of [MASK] was read after every block, with the head that was trained for the last one.
-# The answer grows in it, block by block, and no block starts anew. That is the design of this chapter: a
-# **stream** of rows, from the bottom to the top, to which every block *adds* something. This chapter builds
-# the block: what it reads from the stream, what it adds, and why it is built so.
+# Follow the black curve: after which blocks is the answer in the row? That the rows in between can be read at
+# all comes from the design of this chapter: a **stream** of rows, from the bottom to the top, to which every
+# block *adds* something, and no block starts anew. This chapter builds the block: what it reads from the
+# stream, what it adds, and why it is built so.
 #
 # ## One sequence of words and patches
 #
@@ -85,7 +86,7 @@ print("likeliest word after 0 to 4 blocks:", [tokenizer.tokens[p[1].argmax()] fo
 #
 # $$z^0 = [\,t_0 + \tau_0, \dots, t_{L-1} + \tau_0,\; v_0 + \tau_1, \dots, v_N + \tau_1\,].$$
 #
-# A type tells a query which kind of token it meets. With one picture it could be had without: a vector that
+# A type tells a query which kind of token it meets. With one picture it could be left out: a vector that
 # is added to all words could as well be part of the bias of their norm, and one for all patches part of the
 # bias of their projection. Types earn their place with a second picture (NLVR2), which has its own type.
 
@@ -163,8 +164,8 @@ print("x̂ =\n", x_hat, "\n\ny =\n", y)
 # $$dx = r\,\big(g - \operatorname{mean}(g) - \hat x \operatorname{mean}(g \circ \hat x)\big).$$
 #
 # Two directions are lost: the one that shifts the row and the one that stretches it, for LayerNorm does not
-# see either. With $D = 3$ only one is left. The usual mistake is to take mean and variance for constants,
-# $dx = r\, g$:
+# see either (the second apart from $\varepsilon$). With $D = 3$ only one direction is left. The usual mistake
+# is to take mean and variance for constants, $dx = r\, g$:
 
 # %%
 dy = np.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, -2.0]])
@@ -184,9 +185,10 @@ for name, one in (("ours", dx), ("slopes", slopes), ("autograd", theirs.grad.num
 # `gradients_are_the_slopes` catches it. Row 1, ten times as long as row 0, has a tenth of its gradient: a
 # long row turns slowly, as in chapter 00.
 #
-# A second mistake gives right answers for years. $\operatorname{mean}(x^2) - \operatorname{mean}(x)^2$ is the
-# variance too, and needs one pass instead of two. But it subtracts two large numbers, and in 32 bits a stream
-# that has drifted away from zero loses all its digits (the law is `ignores_a_common_shift`):
+# A second mistake stays hidden as long as means are small. The variance is also
+# $\operatorname{mean}(x^2) - \operatorname{mean}(x)^2$, which needs one pass instead of two.
+# But it subtracts two large numbers, and in 32 bits a stream that has drifted away from zero loses all its
+# digits (the law is `ignores_a_common_shift`):
 
 # %%
 row = np.array([-1.0, 0.0, 4.0], dtype=np.float32)
@@ -235,8 +237,9 @@ plt.show()
 #
 # ## The whole block, by hand
 #
-# All parts are there. Here are the four blocks of the trained model written out, with what they were given in
-# the first cell. On the way we look at $P$: how much do words read from patches, and patches from words?
+# All parts are there. Here are the blocks of the trained model written out, each with what it was given in
+# the first picture's cell, its entry in `stream`. On the way we look at $P$: how much do words read from the
+# picture, and patches from words?
 
 # %%
 L, D, H = ids.shape[1], stream[0].shape[2], model.config.heads
@@ -256,9 +259,9 @@ for number, block in enumerate(model.encoder.blocks):
     print(f"{number + 1:>5}{asked:>25.0%}{patches_asked:>27.0%}{same!s:>21}")
 
 # %% [markdown]
-# What to see: six lines are the whole block. From block 2 on words take most of what they read from the
-# picture, while patches ask the words in block 1 and hardly ever after. Nobody had decided who asks whom: in
-# one sequence with one softmax, training finds it.
+# What to see: the six lines from `z = stream[number]` on are the whole block. The two columns count traffic:
+# which blocks carry the picture to the words, which the words to the picture, and are the two alike? Nobody
+# decided who asks whom and when: in one sequence with one softmax, training finds it.
 #
 # ## Before or after?
 #
@@ -308,8 +311,8 @@ plt.show()
 # %% [markdown]
 # What to see, from right (the top) to left (the bottom). Without addition the direction is lost in one block,
 # under post-norm after some eight: two norms a block have shrunk the straight path. Under pre-norm a part of
-# the gradient at the very bottom is still the one from the top. Its norm grows on the way down in one steady
-# line, since the stream is small below and later norms divide by a larger one. Under post-norm the gradient
+# the gradient at the very bottom is still the one from the top. Its norm grows steadily on the way down,
+# since the stream is small below and later norms divide by a larger one. Under post-norm the gradient
 # does not vanish either, but what arrives has been through all the random maps. This is one stack with one
 # seed, before any training; with smaller weights the parts add less and the two orders come closer.
 #

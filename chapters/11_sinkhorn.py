@@ -110,8 +110,9 @@ print(f"exact {exact:.4f}; every row to its favourite {C.min(1).mean():.4f}, but
 #
 # ## A little entropy
 #
-# Trying permutations ends at about ten. And a corner is a nuisance: it does not move at all when costs change
-# a little, and then it jumps. Both troubles go away when plans are paid for being spread out. With a
+# Trying permutations ends at about ten, and solvers of linear programmes are slow when every pair of a batch
+# needs one in every step. Also, a corner is a nuisance: it does not move at all when costs change a little,
+# and then it jumps. Both troubles go away when plans are paid for being spread out. With a
 # **temperature** $\varepsilon > 0$, in units of cost, and the **entropy** $H(T) = -\sum_{ij} T_{ij}\log
 # T_{ij}$:
 #
@@ -147,14 +148,14 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# What to see: straight lines on a logarithmic axis, so each sweep takes off a fixed share of the error. The
-# colder, the smaller the share; at $\varepsilon = 0.03$ the line has hardly begun to fall. The rows are
-# solved last: their sums are exact after any number of sweeps.
+# What to see: after the first sweeps the lines are straight on a logarithmic axis, so each sweep takes off a
+# fixed share of the error. The colder, the smaller the share; at $\varepsilon = 0.03$ the line falls very
+# slowly. The rows are solved last: their sums are exact after any number of sweeps.
 #
 # ## Temperature
 #
 # As $\varepsilon \to \infty$ only the entropy counts and $T \to a\,b^\top$: everyone sends to everyone. As
-# $\varepsilon \to 0$ only the price counts and the plan becomes the corner.
+# $\varepsilon \to 0$ only the price counts and the plan becomes the cheapest corner, where there is one.
 
 # %%
 temperatures = (1.0, 0.1, 0.01)
@@ -186,14 +187,14 @@ axes[0, 0].set_ylabel("right, repainted")
 axes[1, 0].set_ylabel("from the ladybug")
 fig.colorbar(drawn, ax=axes[1], label="share of the patch")
 plt.show()
-print("patches moved, ladybug, pear, background to the same, ε = 0.01:")
+print("patches sent at ε = 0.01; rows: from ladybug, pear, background; columns: to the same")
 print(36 * parts(left) @ T @ parts(right).T)
 
 # %% [markdown]
 # What to see: at $\varepsilon = 1$ every patch is nearly the average of all. At 0.01 each arrives almost
 # whole, there are no holes, and the ladybug is where the ladybug is. The table agrees: nothing goes from the
-# ladybug to the pear or back. Its first column shows what exact marginals cost. The right ladybug covers more
-# patches than the left one has to send, so the rest must be filled with background.
+# ladybug to the pear or back. Its first column shows what exact marginals cost. The right ladybug's box
+# covers more patches than the left one has to send, so the rest must be filled with background.
 #
 # ## A trap: the kernel vanishes
 #
@@ -203,7 +204,7 @@ print(36 * parts(left) @ T @ parts(right).T)
 # $$v_j = \log b_j - \log\sum_i e^{u_i - C_{ij}/\varepsilon}, \qquad
 #   u_i = \log a_i - \log\sum_j e^{v_j - C_{ij}/\varepsilon},$$
 #
-# and every logsumexp can be shifted by its maximum.
+# and every logsumexp can be shifted by its maximum. Start from $u = 0$; a sweep is $v$, then $u$.
 
 # %%
 cost = torch.tensor(C)
@@ -215,10 +216,10 @@ for eps in (0.1, 1e-4):
 # %% [markdown]
 # ## A trap: potentials in two units
 #
-# Two conventions are in use. Ours are dimensionless, $u$ and $v$; others keep $f = \varepsilon u$ and
-# $g = \varepsilon v$, in units of cost. Both are right, and mixing them is a popular mistake: update
+# Two conventions are in use. Ours are dimensionless, $u$ and $v$; others keep $\varepsilon u$ and
+# $\varepsilon v$, in units of cost. Both are right, and mixing them is an easy mistake: update
 # $v \leftarrow \varepsilon\,(\log b - \mathrm{logsumexp}(u - C/\varepsilon))$ and add it undivided inside the
-# next logsumexp. At $\varepsilon = 1$ nothing is wrong, and 1 is what many people test with.
+# next logsumexp. At $\varepsilon = 1$ nothing is wrong, and 1 is a natural number to test with.
 
 # %%
 print("potentials in units of cost, added undivided:")
@@ -234,8 +235,9 @@ for eps in (1.0, 0.5, 0.1, 0.05):
 # ## Padding
 #
 # Captions and pictures of a batch differ in size and are padded. A padded token has weight 0. The library
-# writes its $\log 0$ as $-10^{30}$, which is finite, because $-\infty - (-\infty)$ is not a number. To make a
-# plan of everything and to erase the padding afterwards is not the same: what the padding took is gone.
+# writes its $\log 0$ as $-10^{30}$, which is finite, because $-\infty - (-\infty)$ is not a number; for a
+# padded row $u$ starts there too. To make a plan of everything and to erase the padding afterwards is not the
+# same: what the padding took is gone.
 
 # %%
 keep = torch.tensor([True, True, False])

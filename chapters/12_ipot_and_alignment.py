@@ -45,14 +45,15 @@ scenes = Scenes(emojivl, nouns, unseen, trained.canvas, pairs="held_out", seed=7
 
 def draw_plans(some, iters):
     fig = plt.figure(figsize=(7.5, 1.5 * len(some)), layout="constrained")
-    axes = fig.subplots(len(some), 6, squeeze=False)
+    axes = fig.subplots(len(some), 1 + max(len(s.caption.split()) for s in some), squeeze=False)
     for row, scene in zip(axes, some, strict=True):
-        words, heat = pointing.plan(model, tokenizer, scene, iters=iters)  # heat (words, 6, 6)
+        words, heat = pointing.plan(model, tokenizer, scene, iters=iters)  # heat (words, rows, columns)
+        edge = trained.canvas - 0.5
         row[0].imshow(scene.image)
         for ax, word, h in zip(row[1:], words, heat, strict=False):
             z = np.clip((h - h.mean()) / h.std(), 1, 3)  # as in ViLT: standard deviations above the mean
             ax.imshow(scene.image.mean(2), cmap="gray", vmin=-255, vmax=255)
-            ax.imshow(z, cmap="autumn_r", alpha=(z - 1) / 2, extent=(-0.5, 47.5, 47.5, -0.5))
+            ax.imshow(z, cmap="autumn_r", alpha=(z - 1) / 2, extent=(-0.5, edge, edge, -0.5))
             ax.set_title(word, fontsize=9)
         for ax in row:
             ax.set_axis_off()
@@ -62,8 +63,8 @@ def draw_plans(some, iters):
 draw_plans([scenes[0]], iters=50)
 
 # %% [markdown]
-# What to see: each small picture is one row of a transport plan between the words and the 36 patches, yellow
-# where the word sends more than usual and red where it sends most. Each word must send the same, so "a" and
+# What to see: each small picture is one row of a transport plan between the words and the patches, yellow
+# where the word sends more than usual and red where it sends most. Each token must send the same, so "a" and
 # "below" point somewhere too. This chapter makes that plan, trains with it, and asks how often it is right.
 #
 # ## A chain of easy problems
@@ -74,7 +75,7 @@ draw_plans([scenes[0]], iters=50)
 # distance and a weight $\beta > 0$, in units of cost,
 #
 # $$T_t = \arg\min_T \; \langle T, C\rangle + \beta\, \mathrm{KL}(T \,\|\, T_{t-1})
-#   \quad\text{over plans, } T_0 \text{ constant.}$$
+#   \quad\text{over plans, } t = 1, 2, \dots, \text{ all entries of } T_0 \text{ equal.}$$
 #
 # Setting the derivative to zero as in chapter 11, with multipliers $f_i$, $g_j$ for the marginals,
 #
@@ -92,7 +93,8 @@ draw_plans([scenes[0]], iters=50)
 # ## One sweep a step
 #
 # Solving each problem to the end would be wasteful. **IPOT** makes one sweep a step and carries the row
-# scaling $a$ to the next. With $\mu_i = 1/M$, $\nu_j = 1/N$ and $T_0 = 1$, $a_0 = 1$:
+# scaling $a$ to the next. With $\mu_i = 1/M$, $\nu_j = 1/N$ and $T_0 = 1$, $a_0 = 1$ (at padding, $\mu_i$,
+# $\nu_j$ and $a_0$ are 0):
 #
 # $$Q = T_{t-1} \odot e^{-C/\beta}, \qquad b = \nu / (Q^\top a_{t-1}), \qquad a_t = \mu / (Q\,b), \qquad
 #   T_t = \mathrm{diag}(a_t)\, Q\, \mathrm{diag}(b).$$
@@ -164,7 +166,7 @@ plt.show()
 # $$\log A_{t-1} + (\log A_{t-1} - \log A_{t-2}) = 2\log A_{t-1} - \log A_{t-2}.$$
 #
 # So a step is one Sinkhorn sweep at $\varepsilon = \beta/t$ from potentials continued in a straight line. The
-# right ones are about $t f_i/\beta$, a target that moves on at constant speed, and $a$ is the speed. The
+# right ones are about $t f_i/\beta$, a target that moves on at constant speed, and $\log a$ is the speed. The
 # reset version starts where the target was. And vectors suffice to run IPOT, which the fused rung will use.
 
 # %%
@@ -182,7 +184,7 @@ print(f"carried, from potentials continued in a straight line: the plan differs 
 # optimum, as only something that is no plan can. Rows alone do not show it, nor does a loss that goes down;
 # the law `more_steps_reach_the_exact_optimum` does.
 #
-# One more trap, for 32 bits: an entry of $T_t$ may be as small as $e^{-t\,(\max C - \min C)/\beta}$. With
+# One more trap, for 32 bits: entries of $T_t$ can become as small as $e^{-t\,(\max C - \min C)/\beta}$. With
 # costs between 0 and 2 and 50 steps that is $e^{-200}$, far below what float32 can hold. Carry $\log T$.
 #
 # **Exercise 1** · `ipot_np` · difficulty 3 of 3 · 40 minutes. Open `chapters/exercises/ipot.py`, replace
@@ -224,14 +226,15 @@ check("alignment_masks")
 # %%
 h, unit = 1e-5, np.eye(32).reshape(32, 4, 8)
 for n in (1, 10, 50, 200):
-    up, down = (((T := ipot.ipot_np(z, iters=n)) * z).sum((1, 2)) for z in (C + h * unit, C - h * unit))
+    up, down = ((ipot.ipot_np(z, iters=n) * z).sum((1, 2)) for z in (C + h * unit, C - h * unit))
     T = ipot.ipot_np(C, iters=n)
     off = abs((up - down).reshape(4, 8) / (2 * h) - T).max() / T.max()
     print(f"{n:>3} steps: slopes of the re-solved price differ by {off:.4f} of the plan's largest entry")
 
 # %% [markdown]
 # From $C$ to the tokens the way is that of chapters 00 and 11. With $p_i$, $q_j$ the unit rows and $\gamma$
-# the upstream gradient of the pair, $G = \partial L/\partial C = \gamma\,T$,
+# the upstream gradient of the pair, and now $G = \partial L/\partial C = \gamma\,T$ (the hints' $G$; chapter
+# 00's, the gradient in the cosines, is its negative),
 #
 # $$dp = -G\,q, \qquad dq = -G^\top p, \qquad
 #   dx_i = \frac{dp_i - p_i \langle p_i, dp_i\rangle}{\lVert x_i\rVert}, \qquad
@@ -318,12 +321,11 @@ for split in ("seen", "unseen"):
 print(f"a random patch: own box {own['chance']:.3f}; {own['items']} nouns each, pairs never trained on")
 
 # %% [markdown]
-# What to see: the sunflowers and the spider are found, the hammer half, the second hamburger not. In numbers,
-# the plan is right about three times as often as a random patch, and still wrong about every second time.
-# About a third of the peaks inside some box are in the *other* object's: the plan finds that something is
-# there better than it finds what. Exact marginals are one reason: "a" and "below" must send as much as the
-# nouns, and the background must be filled. The loss is another. Here are its distances on sixteen scenes, and
-# the contrast of their costs.
+# What to see: look at the two nouns of each row. Is the red on the thing, on the other thing, or on the
+# background? Three scenes prove little; the numbers count many. Compare "own box" with the random patch. Then
+# compare it with "the other object's": does the plan find *what* is there, or only *that something* is? Exact
+# marginals cost some peaks: "a" and "below" must send as much as the nouns, and every patch must be filled.
+# The loss can cost more. Here are its distances on sixteen scenes, and the contrast of their costs.
 
 
 # %%
@@ -343,13 +345,13 @@ for name, captions in kinds.items():
     print(f"{name}: mean distance {far:.2f}, mean contrast {seen:.3f}")
 
 # %% [markdown]
-# What to see: true and wrong pairs are far apart, and so are those with exchanged nouns, which this training
-# never pushed. The contrast, all that the plan can see, is about a hundredth of that gap. It is the
-# right-hand picture of the free tokens: a model that knows whether a pair matches serves this loss by moving
-# all its tokens together. Sixteen scenes and one small model prove little, but other weights of the loss, and
-# pulling alone, did not help either, while other kinds of wrong pairs did in single runs (README, "What was
-# tried"). It also says why pictures take 1,000 steps: after 50 the temperature $\beta/t$ is 0.01, about as
-# much as there is to see.
+# What to see: set the gap, by which the distance of another scene's caption exceeds that of its own, beside
+# the contrast. The gap is what the loss pays for. (Exchanged nouns are neither pulled nor pushed.) The
+# contrast is all that the plan can see. A model that knows whether a pair matches can widen the gap by moving
+# all its tokens together, like the free tokens on the right: then the gap is large, the contrast small, and
+# the words may point anywhere. Other weights of the loss, pulling alone, and other wrong pairs were tried in
+# single runs (README, "What was tried"). The contrast can also say why pictures take 1,000 steps: after 50
+# the temperature $\beta/t$ is 0.01, and costs that differ by much less are hardly told apart.
 #
 # ## The fused rung
 #

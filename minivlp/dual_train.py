@@ -57,8 +57,8 @@ class DualTrain:
     steps: int = 2400
     batch: int = 256  # pictures of single objects a step
     scenes: int = 32  # pictures of two objects a step, if the language is English
-    lr: float = 5e-3  # AdamW: embeddings, norms, biases, heads
-    matrix_lr: float = 0.05  # Muon: matrices
+    lr: float = 1.2e-3  # AdamW: embeddings, norms, biases, heads
+    matrix_lr: float = 0.01  # Muon: matrices
     weight_decay: float = 0.05
     warmup: int = 30  # steps
     cooldown: float = 0.6  # the last share of the run, in which the rates fall to zero
