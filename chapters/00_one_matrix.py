@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 here = Path(globals().get("__file__", "chapter")).resolve()  # a script knows its file, a notebook its folder
-root = next((folder for folder in here.parents if (folder / "minivlp").is_dir()), None)
+root = next((p for p in (*here.parents, *here.parent.glob("*/")) if (p / "minivlp/ipot.py").is_file()), None)
 if root is None:
-    raise RuntimeError("minivlp is not here: start Jupyter inside a copy of the project")
+    raise RuntimeError("minivlp is not here: clone it beside this notebook (Colab) or start in a clone")
 sys.path.insert(0, str(root))
 
 import matplotlib.pyplot as plt
@@ -128,7 +128,7 @@ print("P =\n", P, f"\n\nL = {loss:.4f}; guessing among three would cost log 3 = 
 
 # %%
 G = (P - np.eye(3)) / 3
-print("G =\n", G, "\n\nrow sums:", G.sum(1))
+print("G =\n", G, "\n\nrow sums:", G.sum(1).round(9) + 0)
 
 # %% [markdown]
 # $S$ was made from $X$, $Y$, $s$ and $b$, so the message has to travel on to them. This step is the same for
@@ -172,8 +172,8 @@ for index in np.ndindex(X.shape):
 
 x, y = torch.tensor(X, requires_grad=True), torch.tensor(Y)
 torch.nn.functional.cross_entropy(scale * x @ y.T, torch.arange(3)).backward()
-print(f"largest difference from the slopes:   {np.abs(dX - slopes).max():.1e}")
-print(f"largest difference from autograd:     {np.abs(dX - x.grad.numpy()).max():.1e}")
+print(f"dX is within 1e-8 of the slopes:   {np.abs(dX - slopes).max() < 1e-8}")
+print(f"dX is within 1e-12 of autograd:    {np.abs(dX - x.grad.numpy()).max() < 1e-12}")
 
 # %% [markdown]
 # ## One matrix, many objectives
@@ -224,8 +224,9 @@ print(f"chamfer       {scale * chamfer.chamfer_np(X, Y)[0]:.4f}, times the scale
 # ## A trap: exp overflows
 #
 # $\log\sum_k e^{S_k}$ is everywhere in this course. Written as it stands it fails: $e^{710}$ is more than the
-# largest number of 64 bits, and CLIP's scale of 100 needs only a few units of dot product to go there. For
-# every number $t$, pulling $e^t$ out of the sum changes nothing:
+# largest number of 64 bits, $e^{89}$ more than the largest of the 32 bits of training, and CLIP's scale,
+# which may grow to 100, goes there even with vectors of length one. For every number $t$, pulling $e^t$ out
+# of the sum changes nothing:
 #
 # $$\log\sum_k e^{S_k} = t + \log\sum_k e^{S_k - t}.$$
 #
@@ -241,8 +242,13 @@ for scores in (np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0]) * 300):
 
 # %% [markdown]
 # **Exercise 1** · `logsumexp_np` · difficulty 1 of 3 · 10 minutes. Open `chapters/exercises/sinkhorn.py`,
-# replace `raise Todo`, and run the next cell. (In a terminal: `pytest tests/test_sinkhorn.py -k
-# logsumexp_np-attempt`, and `python -m chapters hint logsumexp_np` when you are stuck.)
+# replace `raise Todo`, save, and run the next cell.
+#
+# The cell holds your function to its **laws**: properties that every right answer has, tried on random
+# inputs. Of a law that is broken it prints the smallest such input that it finds, what your function
+# answered, a hint, and, if your answers are those of a mistake that is known, its name. In a terminal, in the
+# folder of the project, `pytest tests/test_sinkhorn.py -k logsumexp_np-attempt` does the same and keeps the
+# result for `python -m chapters list`. When you are stuck: `python -m chapters hint logsumexp_np`.
 
 # %%
 check("logsumexp_np")
@@ -291,7 +297,7 @@ plt.show()
 u, g = np.array([3.0, 4.0]), np.array([1.0, 0.0])
 unit = u / np.sqrt(u @ u)
 du = (g - unit * (unit @ g)) / np.sqrt(u @ u)
-print("û =", unit, "  du =", du, f"  along û: {du @ unit:.1e}")
+print("û =", unit, "  du =", du, f"  along û: {abs(du @ unit):.3f}")
 fig, ax = plt.subplots(figsize=(3.6, 2.6), constrained_layout=True)
 for vector, start, name, colour in (
     (unit, (0, 0), "û", "black"),
@@ -308,7 +314,7 @@ ax.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# What to see: the blue arrow touches the circle, because a unit vector can only turn.
+# What to see: the blue arrow is tangent to the circle, because a unit vector can only turn.
 #
 # **Exercise 2** · `unit_np` · difficulty 1 · 5 minutes. **Exercise 3** · `unit_grad_np` · difficulty 2 · 20
 # minutes. Both in `chapters/exercises/sinkhorn.py`. Mind the rows whose divisor is the constant $10^{-5}$: it
@@ -333,10 +339,10 @@ for B in (256, 4096, 32768):
 # And a plain implementation keeps $S$, its two softmaxes and $G$ at the same time. But look again at what we
 # needed: the loss is a sum over rows, $dX = s\,GY$ is a sum over columns, and each entry of $G$ can be made
 # from a score and two numbers, the normalisers of its row and its column. Nobody ever needs *all* of $S$ at
-# once. Chapter 14 walks over it in **tiles** and throws each away. Every loss of this course climbs three
-# rungs: NumPy with the gradient by hand, plain PyTorch, and *fused*, the same value without $S$. Here are the
-# last two of InfoNCE; the time is that of the machine that made this page, forward and backward on one
-# thread.
+# once. Chapter 14 walks over it in **tiles** and throws each away. So the losses of this course climb up to
+# three rungs: NumPy with the gradient by hand, plain PyTorch, and, where $S$ is the cost, *fused*: the same
+# value without $S$. Here are the last two of InfoNCE; the time is that of the machine that made this page,
+# forward and backward on one thread.
 
 # %% tags=["measured"]
 from time import perf_counter

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 here = Path(globals().get("__file__", "chapter")).resolve()  # a script knows its file, a notebook its folder
-root = next((folder for folder in here.parents if (folder / "minivlp").is_dir()), None)
+root = next((p for p in (*here.parents, *here.parent.glob("*/")) if (p / "minivlp/ipot.py").is_file()), None)
 if root is None:
-    raise RuntimeError("minivlp is not here: start Jupyter inside a copy of the project")
+    raise RuntimeError("minivlp is not here: clone it beside this notebook (Colab) or start in a clone")
 sys.path.insert(0, str(root))
 
 import matplotlib.pyplot as plt
@@ -90,11 +90,11 @@ plt.show()
 
 # %% [markdown]
 # What to see: four answers of the same shape, with the same numbers in them, and one is right. The plain
-# reshape reads neighbours in memory, strips of a few pixel rows in one channel. A model can be trained on
-# each of the mistakes: nothing crashes, and the loss falls. With channels last it falls as well as it should,
-# since a linear layer does not mind the order of its inputs, until somebody loads weights that were trained
-# with the right one. So the law of this exercise, *cuts_squares_row_by_row*, compares each patch with the
-# square that it should be, on pictures that are not square.
+# reshape reads neighbours in memory, strips of a few pixel rows in one channel. Nothing crashes, so a model
+# can be trained on each of the mistakes. With channels last it will even learn as well as it should, since a
+# linear layer does not mind the order of its inputs, until somebody loads weights that were trained with the
+# right one. So the law of this exercise, *cuts_squares_row_by_row*, compares each patch with the square that
+# it should be, on pictures that are not square.
 #
 # **Exercise 1** · `to_patches` · difficulty 1 of 3 · 15 minutes. Open `chapters/exercises/patch.py`, replace
 # `raise Todo`, and run the next cell. It must take NumPy arrays and tensors.
@@ -124,9 +124,10 @@ print("z =\n", z[0])
 # %% [markdown]
 # ## The same map is a convolution
 #
-# A **convolution** slides a $p \times p$ window over the picture in steps of a **stride** $s$ and takes, at
-# each place, the product with the filter. Let $I_{iayx}$ be the pixel of channel $a$, row $y$, column $x$ of
-# picture $i$, and count the numbers of a filter by $(a, y, x)$ too. The value in row $r$ and column $c$ is
+# A **convolution** slides a $p \times p$ window over the picture in steps of a **stride**, here $s$, and
+# takes, at each place, the product with the filter. Let $I_{iayx}$ be the pixel of channel $a$, row $y$,
+# column $x$ of picture $i$, and count the numbers of a filter by $(a, y, x)$ too. The value in row $r$ and
+# column $c$ is
 #
 # $$\sum_{a,y,x} W_{d,(a,y,x)}\; I_{i,\,a,\,rs+y,\,cs+x} + b_d.$$
 #
@@ -280,8 +281,8 @@ plt.show()
 # Nothing in $z_n$ tells where patch $n$ was, and attention does not know the order of its tokens. So a table
 # of learned vectors, a **position** for each place of the grid, is added: $z_n + t_n$. It belongs to *one*
 # grid. Other pictures have other shapes, and for these ViLT resizes the grid of positions as one resizes a
-# picture, bilinearly, with the corners kept in place. In one dimension, from $g$ stored places to $m$: place
-# $r$ reads at $x_r = r\,(g-1)/(m-1)$ and mixes the two places beside it,
+# picture, bilinearly, with the corners kept in place. In one dimension, from $g$ stored places to $m > 1$:
+# place $r$ reads at $x_r = r\,(g-1)/(m-1)$ and mixes the two places beside it,
 #
 # $$t'_r = \sum_j A_{rj}\, t_j, \qquad A_{rj} = \max(0,\; 1 - |x_r - j|).$$
 #
@@ -362,7 +363,8 @@ with torch.no_grad():
 # a vector for each of some dozens of boxes. In experiments these were computed once and stored, so that their
 # price did not show, but every new picture pays it. ViLT's figure 1 gives, on the authors' machine, about
 # 75 ms for the network, 810 ms for the detector and 15 ms for the transformer. Taking the network's grid
-# without a detector (Pixel-BERT-R50) needs 45 + 15 ms, ViLT 0.4 + 15 ms. Some rows of its tables 2 and 6:
+# without a detector (Pixel-BERT-R50) needs 45 + 15 ms, ViLT 0.4 + 15 ms. Times of its table 6 and scores of
+# its table 2:
 
 # %%
 names = ["ViLBERT", "LXMERT", "UNITER-Base", "OSCAR-Base", "VinVL-Base", "Pixel-BERT-X152", "Pixel-BERT-R50"]
@@ -380,7 +382,8 @@ plt.show()
 
 # %% [markdown]
 # What to see: ViLT is far to the left, not at the top: about level with the first region models, below the
-# later ones. What a linear layer cannot know about pictures, its transformer has to learn.
+# later ones. What a linear layer cannot know about pictures, its transformer has to learn; ViLT's began with
+# the weights of a ViT that classified pictures.
 #
 # ## What we left out
 #
@@ -393,4 +396,5 @@ plt.show()
 # ## Sources
 #
 # Dosovitskiy et al. 2021 (ViT), equation 1, for patches and their projection. Kim, Son and Kim 2021 (ViLT),
-# sections 3.1 and 4.1, figure 1, tables 2 and 6; the resize of positions and the mask are in its code.
+# sections 1 (stored regions), 3.1, 4.2 and 4.6, figure 1, tables 2 and 6; how positions are resized and
+# padding is masked is in its code.

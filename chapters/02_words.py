@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 here = Path(globals().get("__file__", "chapter")).resolve()  # a script knows its file, a notebook its folder
-root = next((folder for folder in here.parents if (folder / "minivlp").is_dir()), None)
+root = next((p for p in (*here.parents, *here.parent.glob("*/")) if (p / "minivlp/ipot.py").is_file()), None)
 if root is None:
-    raise RuntimeError("minivlp is not here: start Jupyter inside a copy of the project")
+    raise RuntimeError("minivlp is not here: clone it beside this notebook (Colab) or start in a clone")
 sys.path.insert(0, str(root))
 
 from collections import Counter
@@ -142,7 +142,8 @@ check("wordpiece")
 # Write $n_x$ for the number of times that piece $x$ occurs and $n_{ab}$ for the pair. **Byte-pair encoding**
 # merges the most frequent pair, the largest $n_{ab}$. **WordPiece** merges the pair that a model of the
 # corpus gains from. Take the simplest model: each piece is drawn independently, $x$ with the probability
-# $n_x/N$, where $N$ is the number of all pieces. With $f(t) = t \log t$ the log-likelihood of the corpus is
+# $n_x/N$, where $N$ is the number of all pieces. With $f(t) = t \log t$ and $f(0) = 0$ the log-likelihood of
+# the corpus is
 #
 # $$\Lambda = \sum_x n_x \log\frac{n_x}{N} = \sum_x f(n_x) - f(N).$$
 #
@@ -188,9 +189,10 @@ print("byte pairs merge", most_frequent(small, 99)[singles:])
 # What to see: byte pairs begin with *do*, which is everywhere. The score begins in *cat*, the rarest word,
 # because its letters occur nowhere else. The exact gain for each place says the same at the top and differs
 # further down, where $n$ is not small beside $n_a$: *d* never comes without *##o*. The gain as a whole is the
-# largest for *do*, so "raises the likelihood most" and "has the largest score" are two rules. The code that
-# trained BERT's vocabulary was not published; the score is the usual reading of its description, and the
-# `tokenizers` library trains its WordPiece by counting pairs, as byte-pair encoding does.
+# largest for *do*, so "raises the likelihood most" and "has the largest score" are two rules. BERT's
+# published code cuts but does not learn; its authors left out the trainer, which used libraries of their
+# company. The score is a common reading of the description, and the `tokenizers` library trains its WordPiece
+# by counting pairs, as byte-pair encoding does.
 #
 # The preference for the rare needs a brake. Two letters that occur once, together, have the score 1, the
 # largest there is: hence `min_count`, the number of times that a pair must occur. Ties are broken by
@@ -234,8 +236,9 @@ print(f"{len(unseen)} nouns of EmojiVL that no caption here has, such as {', '.j
 for name, vocab in (vocabularies | {"all pieces": numbered(tokens)}).items():
     cut = [wordpiece(noun, vocab) for noun in unseen]
     unknown = np.mean([pieces == ["[UNK]"] for pieces in cut])
-    length = np.mean([len(pieces) for pieces in cut if pieces != ["[UNK]"]] or [0])
-    print(f"{name:<11} V = {len(vocab):>3}: unknown {unknown:>4.0%}, the others in {length:.1f} pieces")
+    lengths = [len(pieces) for pieces in cut if pieces != ["[UNK]"]]
+    rest = f", the others in {np.mean(lengths):.1f} pieces" if lengths else ""
+    print(f"{name:<11} V = {len(vocab):>3}: unknown {unknown:>4.0%}{rest}")
 
 # %% [markdown]
 # What to see: both curves fall from letters to words, and byte pairs fall faster. On these few hundred
@@ -361,7 +364,7 @@ print(f"half of all gradients go to {half} rows: {', '.join(tokens[i] for i in o
 # receive nothing: pieces that served as steps to longer ones and wait for other words. No caption here moves
 # their vectors.
 #
-# ViLT does not hand the row to the transformer as it is. Token $l$ enters as
+# ViLT does not hand the row to the transformer as it is. In its code token $l$ enters as
 #
 # $$\mathrm{LN}\big(E_{t_l} + P_l + s\big) + m,$$
 #
@@ -381,4 +384,5 @@ print(f"half of all gradients go to {half} rows: {', '.join(tokens[i] for i in o
 #
 # Schuster and Nakajima 2012 (WordPiece); Wu et al. 2016, section 4.1; Devlin et al. 2019 (BERT: basic
 # tokenisation, `##`, the special tokens). Kim, Son and Kim 2021 (ViLT), section 3.1 for the embedding and
-# section 4.2 for the vocabulary without the vectors. How the `tokenizers` library trains: its source code.
+# section 4.2 for the vocabulary without the vectors. The missing trainer: the README of
+# `google-research/bert`. How the `tokenizers` library trains: its source code.

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 here = Path(globals().get("__file__", "chapter")).resolve()  # a script knows its file, a notebook its folder
-root = next((folder for folder in here.parents if (folder / "minivlp").is_dir()), None)
+root = next((p for p in (*here.parents, *here.parent.glob("*/")) if (p / "minivlp/ipot.py").is_file()), None)
 if root is None:
-    raise RuntimeError("minivlp is not here: start Jupyter inside a copy of the project")
+    raise RuntimeError("minivlp is not here: clone it beside this notebook (Colab) or start in a clone")
 sys.path.insert(0, str(root))
 
 from collections import Counter
@@ -80,7 +80,7 @@ plt.show()
 pairs = [(a, b) for a, b in permutations(nouns, 2) if not held_out(a.id, b.id)]
 captions = [f"a {a.noun} {relation} a {b.noun}" for a, b in pairs for relation in RELATIONS]
 small, tokenizer = WordPiece.train(captions, vocab_size=150), trained.tokenizer
-for word in ("saxophone", "left", "of"):
+for word in ("saxophone", *RELATIONS):
     print(f"{word:<10}", [small.tokens[i] for i in small.encode(word)])
 kinds = {"a": "a", "of": "of"} | dict.fromkeys(("left", "right", "above", "below"), "left right above below")
 
@@ -112,7 +112,8 @@ for kind, piece in columns[0].items():
 # nobody looks at the picture for the middle.
 #
 # The relations show two more leaks. In the middle column they cost nothing, though they are hidden whole: the
-# four words have different numbers of pieces here, and masks can be counted. As single tokens they cost
+# number of their pieces and the *of* behind them tell the four words apart, as masks can be counted (here
+# *left* and *above* have three pieces each, but only one is followed by *of*). As single tokens they cost
 # $\log 2$, not $\log 4$, because of the *of*. So the course's own training hides the phrase under one [MASK]
 # (`hide_relation`), and only then all four are open.
 #
@@ -388,5 +389,5 @@ for name, function in (("all rows", torch_mean), ("mlm_loss", mlm_loss), ("mlm_l
 # ## Sources
 #
 # Masked words, 80/10/10 and the reasons: Devlin et al. 2019 (BERT), section 3.1 and appendix A.1. Whole
-# words, the giraffe, $p = 0.15$: Kim, Son and Kim 2021 (ViLT), sections 3.2 and 3.3. That no reader of the
-# text alone goes below the conditional entropy is Gibbs' inequality.
+# words, the giraffe, $p = 0.15$: Kim, Son and Kim 2021 (ViLT), sections 3.2 and 3.3; hidden patches, section
+# 4.5. That no reader of the text alone goes below the conditional entropy is Gibbs' inequality.

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 here = Path(globals().get("__file__", "chapter")).resolve()  # a script knows its file, a notebook its folder
-root = next((folder for folder in here.parents if (folder / "minivlp").is_dir()), None)
+root = next((p for p in (*here.parents, *here.parent.glob("*/")) if (p / "minivlp/ipot.py").is_file()), None)
 if root is None:
-    raise RuntimeError("minivlp is not here: start Jupyter inside a copy of the project")
+    raise RuntimeError("minivlp is not here: clone it beside this notebook (Colab) or start in a clone")
 sys.path.insert(0, str(root))
 
 import matplotlib.pyplot as plt
@@ -139,11 +139,11 @@ for function in (derangement, permutation, in_place, shift, one_cycle):
     print(f"{function.__name__:<28}{own[0]:>8.3f}{own[1]:>8.3f}{own[2]:>8.3f}{f'{legal} of 9':>22}")
 
 # %% [markdown]
-# What to see: in the lower row a caption was given back its own picture, and some pictures occur twice,
-# others not at all: the first is always lost. The table counts: a permutation leaves one in $n$, the loop
-# almost as many. It has a third fault that no index shows: the hidden words of chapter 05 are asked for in
-# front of the same array, and now see the wrong pictures. The last two lines draw no own picture, but few of
-# the possible assignments: a shift knows three of nine, and a single cycle (Sattolo's shuffle) never
+# What to see: in the lower row caption 4 was given back its own picture, which occurs three times there, and
+# pictures 0 and 1 not at all: the first is always lost. The table counts: a permutation leaves one in $n$,
+# the loop almost as many. It has a third fault that no index shows: the hidden words of chapter 05 are asked
+# for in front of the same array, and now see the wrong pictures. The last two lines draw no own picture, but
+# few of the possible assignments: a shift knows three of nine, and a single cycle (Sattolo's shuffle) never
 # exchanges two.
 #
 # **Exercise 3** · `derangement` · difficulty 1 of 3 · 10 minutes. Open `chapters/exercises/itm.py`.

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 here = Path(globals().get("__file__", "chapter")).resolve()  # a script knows its file, a notebook its folder
-root = next((folder for folder in here.parents if (folder / "minivlp").is_dir()), None)
+root = next((p for p in (*here.parents, *here.parent.glob("*/")) if (p / "minivlp/ipot.py").is_file()), None)
 if root is None:
-    raise RuntimeError("minivlp is not here: start Jupyter inside a copy of the project")
+    raise RuntimeError("minivlp is not here: clone it beside this notebook (Colab) or start in a clone")
 sys.path.insert(0, str(root))
 
 import math

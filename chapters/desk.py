@@ -46,13 +46,14 @@ def list_(args: argparse.Namespace) -> None:
 
 
 def next_(args: argparse.Namespace) -> None:
-    """The next exercise with its docstring and its first hint."""
-    one = next_exercise(verdicts())
+    """The next exercise, how far it is, its docstring and its first hint."""
+    found = verdicts()
+    one = next_exercise(found)
     if one is None:
         print("all exercises obey their laws")
         return
     about = f"chapter {one.chapter:02d}, {table()[0][one.chapter]}; difficulty {one.difficulty}"
-    print(f"{one.where}  {one.name}  ({about}, {one.minutes} minutes)")
+    print(f"{one.where}  {one.name}  ({about}, {one.minutes} minutes; {STATES[state(one, found)]})")
     if wrong := fault(one):
         print(wrong)
     print(f"\n{stub(one).rsplit('    raise Todo', 1)[0]}\nhint 1: {one.hints[0]}")

@@ -14,6 +14,7 @@ from minivlp.bench import bench, chosen
 from minivlp.bench.figure import bars
 from minivlp.bench.measure import cores
 from minivlp.bench.report import report as bench_report
+from minivlp.claims.command import run_claims
 from minivlp.curriculum import STAGES
 from minivlp.data import load_emojivl
 from minivlp.demo import demo
@@ -40,7 +41,7 @@ BENCH_FILES = ("bench.json", "report.md", "bench.png")
 def run(args: argparse.Namespace, screen: Screen) -> None:
     """Run the command that was asked for."""
     jobs: dict[str, Callable] = {"train": train, "eval": evaluate_run, "demo": show, "figures": redraw}
-    jobs["bench"] = run_bench
+    jobs |= {"bench": run_bench, "claims": run_claims}
     torch.set_num_threads(args.threads or threads(cores()))
     jobs[args.job](args, screen)
 

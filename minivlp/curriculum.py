@@ -24,8 +24,8 @@ class Part:
     matching: float = 0.5  # share of rows that serve matching; the others have masked words
     relations: float = 0.5  # probability that the relation phrase is what is hidden
     all_nouns: float = 0.5  # probability that every noun is hidden, not one
-    # Of the wrong pairs with two objects, the shares whose caption has the right nouns in the wrong places, the
-    # wrong relation, and one wrong noun (tasks.py); all others have the picture of another scene.
+    # Of the wrong pairs with two objects, the shares whose caption has the right nouns in the wrong places,
+    # the wrong relation, and one wrong noun (tasks.py); all others have the picture of another scene.
     wrong: tuple[float, float, float] = (0.5, 0.0, 0.0)
 
 

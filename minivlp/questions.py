@@ -126,6 +126,7 @@ def statements(
     artists: Sequence[str] | None = None,
     pairs: str = "held_out",
     seed: int = 1,
+    sizes: tuple[float, float] = (0.32, 0.48),
 ) -> list[Statement]:
     """n statements, a multiple of 16, in blocks of eight of alternating kind; the rest as in `Scenes`.
 
@@ -134,7 +135,7 @@ def statements(
     stay away.
     """
     _check_size(n)
-    scenes = Scenes(emojivl, nouns, artists, canvas, {"pair": 1}, pairs, seed=seed)
+    scenes = Scenes(emojivl, nouns, artists, canvas, {"pair": 1}, pairs, sizes, seed)
     once: dict[tuple, Scene] = {}
     twice: list[tuple[Scene, Scene]] = []
     found: list[Statement] = []

@@ -38,7 +38,7 @@ class TrainConfig:
     hidden: int = 192
     max_text_len: int = 24
     vocab_size: int = 512
-    steps: int = 5200
+    steps: int = 4300
     batch: int = 64
     lr: float = 2e-3  # AdamW: embeddings, norms, biases, heads
     matrix_lr: float = 0.01  # Muon: matrices

@@ -49,7 +49,7 @@ class XvlmTrain:
     embed: int = 96
     max_text_len: int = 24
     vocab_size: int = 512
-    steps: int = 5000
+    steps: int = 3000
     batch: int = 16  # pictures a step
     regions: float = 0.8  # share of the steps that show regions; the others show captions of whole pictures
     box_weight: float = 1.0

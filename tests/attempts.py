@@ -7,9 +7,12 @@ The report has the shrunk counterexample in one line, the hint of the law, and t
 import copy
 import importlib
 import inspect
+import linecache
+import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +27,8 @@ from minivlp import scaling, stream
 from tests.course import Exercise, Todo, shown
 from tests.laws import BUGS, LAWS, Bug, Law, Subject, load_bugs
 
-KEPT = 12  # calls of a law that are compared with the known mistakes
+KEPT = 12  # values and as many gradients of a law that are compared with the known mistakes
+TRIED = 40  # calls of one example among which the telling one is looked for
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Attempt(Subject):
         super().__init__(self._checked, rung)
         self.original, self.law = function, law
         self.calls: list[Call] = []
-        self.first: Call | None = None  # of the example that is being tried
+        self.example: list[Call] = []  # the calls of the example that is being tried
         self.frame: types.FrameType | None = None
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
@@ -92,7 +96,7 @@ class Attempt(Subject):
             assert _same(was, now), "your function changed one of its inputs"
         answers = call.answer if isinstance(call.answer, tuple) else (call.answer,)
         if all(map(_finite, call.args)) and not all(map(_finite, answers)):
-            nan = any(np.isnan(a).any() for a in answers if _is_float(a))
+            nan = any(np.isnan(a).any() for a in answers if is_float(a))
             overflow = "your result is infinite: does an exp overflow, or a log meet 0?"
             raise AssertionError("your result holds NaN" if nan else overflow)
         return call.answer
@@ -103,8 +107,10 @@ class Attempt(Subject):
         while frame.f_back and frame.f_code.co_name != self.law:
             frame = frame.f_back
         if frame is not self.frame:
-            self.frame, self.first = frame, call
-        if len(self.calls) < KEPT:
+            self.frame, self.example = frame, []
+        if len(self.example) < TRIED:
+            self.example.append(call)
+        if sum(kept.gradient is call.gradient for kept in self.calls) < KEPT:
             self.calls.append(call)
 
     def _checked(self, *args: Any, **settings: Any) -> Any:
@@ -115,18 +121,21 @@ class Attempt(Subject):
             assert isinstance(out, torch.Tensor), f"your function returned {_kind(out)}, expected a tensor"
         if self.rung == "np" and isinstance(out, tuple):
             good = len(out) == 2 and isinstance(out[1], tuple | list)
-            assert good, f"your function returned {_kind(out)}, expected (value, gradients)"
-            wanted = sum(_is_float(a) for a in args)
+            found = "(value, array)" if is_float(out[-1]) and len(out) == 2 else _kind(out)
+            wanted = "(value, (gradient, …))" if found == "(value, array)" else "(value, gradients)"
+            assert good, f"your function returned {found}, expected {wanted}"
+            wanted = sum(is_float(a) for a in args)
             assert len(out[1]) == wanted, f"your function returned {len(out[1])} gradients, expected {wanted}"
         return out
 
 
-def _is_float(a: Any) -> bool:
+def is_float(a: Any) -> bool:
     return isinstance(a, float) or (hasattr(a, "dtype") and "float" in str(a.dtype))
 
 
 def _finite(a: Any) -> bool:
-    return not _is_float(a) or bool(np.isfinite(a).all())
+    a = a.detach().numpy() if isinstance(a, torch.Tensor) else a
+    return not is_float(a) or bool(np.isfinite(a).all())
 
 
 def _kind(out: Any) -> str:
@@ -142,6 +151,14 @@ def _same(was: Any, now: Any) -> bool:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings about the numbers in a wrong answer: the law says what is wrong with it."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+@contextmanager
 def small_tiles() -> Iterator[None]:
     """Tiles smaller than the laws' arrays, so that a fused rung has to cross from one to the next."""
     with pytest.MonkeyPatch.context() as patch:
@@ -154,14 +171,15 @@ def broken(function: Callable, one: Exercise, law: Law, diagnose: bool = True) -
     """Hold a function to one law: None when it obeys. Raises Todo when the function is not finished."""
     attempt = Attempt(function, one.rung, law.name)
     try:
-        with np.errstate(all="ignore"), small_tiles():
+        with quiet(), small_tiles():
             law.check(attempt)
         return None
     except Todo:
         raise
     except Exception as error:  # whatever a learner's function raises is an answer to be told
         mistake = next(iter(mistakes(function, one, law)), None) if diagnose else None
-        return Broken(law, _example(one, attempt.first), _message(error, function), mistake, attempt.first)
+        call = _telling(attempt.example, one)
+        return Broken(law, _example(one, call), _message(error, function, one, call), mistake, call)
 
 
 def verdicts(function: Callable, one: Exercise) -> Iterable[tuple[Law, Broken | None]]:
@@ -198,10 +216,17 @@ def battery(one: Exercise) -> list[Call]:
 def _answer(call: Call, subject: Subject) -> Any:
     """The subject's answer, None when it raises."""
     try:
-        with np.errstate(all="ignore"):
+        with quiet():
             return call.ask(subject)
     except Exception:  # what crashes gives no answer
         return None
+
+
+def _telling(calls: list[Call], one: Exercise) -> Call | None:
+    """The first call that the library answers in another way, else the first."""
+    library = Subject(solution(one), one.rung)
+    differing = (call for call in calls if not _agree(_answer(call, library), call.answer))
+    return next(differing, calls[0] if calls else None)
 
 
 def _agree(one: Any, other: Any) -> bool:
@@ -241,11 +266,17 @@ def _brief(value: Any) -> str:
     if isinstance(value, np.ndarray):
         if value.size > 12:
             return f"an array of shape {value.shape}"
-        return np.array2string(value, precision=3, separator=", ", suppress_small=True).replace("\n", "")
+        tiny = value.dtype.kind == "f" and ((value != 0) & (abs(value) < 5e-4)).any()  # not to be told as 0
+        form = {"float_kind": lambda number: f"{number:.3g}"} if tiny else None
+        text = np.array2string(value, precision=3, separator=", ", suppress_small=True, formatter=form)
+        return re.sub(r"\s*\n\s*", " ", text)
     if isinstance(value, np.random.Generator):
         return "rng"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):  # a vocabulary: its special tokens are always there
+        rest = {key: entry for key, entry in value.items() if not re.fullmatch(r"\[[A-Z]+\]", str(key))}
+        return _cut("{" + "…, " * (len(rest) < len(value)) + repr(rest)[1:], 100)
     return _cut(repr(value), 60)
 
 
@@ -253,20 +284,41 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _message(error: Exception, function: Callable) -> str:
-    """The first line of an assertion; of another exception its name too, and the learner's own line."""
+def _message(error: Exception, function: Callable, one: Exercise, call: Call | None) -> str:
+    """The first line of an assertion; of another exception its name too, and the learner's own line.
+
+    When the law itself stumbled over the answer, and the answer has another shape than the library's, the
+    shapes are told.
+    """
     if isinstance(error, Flaky):
         return "the same input gave two different answers: does it use global random numbers or keep a state?"
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, AssertionError):
-        return _cut(text, 160)
+    text = (str(error).strip().splitlines() or [""])[0]
+    text = re.sub(r"\bnp\.(?:u?int|float|bool)\w*\(([^()]*)\)", r"\1", text)  # np.int64(3) is 3
     file = getattr(getattr(function, "__code__", None), "co_filename", "")
-    where, trace = "", error.__traceback__
+    where, trace, last = "", error.__traceback__, ("", 0)
     while trace:
-        if trace.tb_frame.f_code.co_filename == file:
+        last = trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        if last[0] == file:
             where = f" in line {trace.tb_lineno}"
         trace = trace.tb_next
+    if isinstance(error, AssertionError):
+        if not text or text.startswith("assert "):  # the law gave no words to it
+            text = "not so: " + linecache.getline(*last).strip().removeprefix("assert ")
+        return _cut(text, 160)
+    if not where and (shapes := _misshapen(one, call)):
+        return shapes
     return f"raised {type(error).__name__}{where}: {_cut(text, 160)}"
+
+
+def _misshapen(one: Exercise, call: Call | None) -> str | None:
+    """How the shapes of an answer differ from those of the library's."""
+    if call is None or call.answer is None:
+        return None
+    answers = call.answer, _answer(call, Subject(solution(one), one.rung))
+    for yours, wanted in zip(*(a if isinstance(a, tuple) else (a,) for a in answers), strict=False):
+        if np.shape(yours) != np.shape(wanted):
+            return f"your result has shape {np.shape(yours)}, expected {np.shape(wanted)}"
+    return None
 
 
 def fault_at_import(one: Exercise) -> str | None:

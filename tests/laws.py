@@ -130,7 +130,9 @@ def close(got: Any, wanted: Any, rtol: float = 1e-9, atol: float = 1e-11) -> boo
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
         place = f" at {where}" if where else ""
-        raise AssertionError(f"got {got[where]:.6g}, expected {wanted[where]:.6g}{place}")
+        a, b = float(got[where]), float(wanted[where])
+        digits = next((d for d in (6, 9, 12) if f"{a:.{d}g}" != f"{b:.{d}g}"), 17)  # enough to differ
+        raise AssertionError(f"got {a:.{digits}g}, expected {b:.{digits}g}{place}")
     return True
 
 

@@ -1,13 +1,17 @@
-"""`check("infonce")` in a chapter or notebook: the laws on your function, one line each, and a picture."""
+"""`check("infonce")` in a chapter or notebook: the laws on your function, one line each, and a picture.
 
-from collections.abc import Iterator, Sequence
+`hold(function, "infonce")` asks the same laws about any function, one that stands in a cell for instance.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import settings
 
 from tests import profiles  # noqa: F401, registers them
-from tests.attempts import Broken, Call, broken, fault_at_import, load, solution
+from tests.attempts import Broken, Call, broken, fault_at_import, is_float, load, quiet, solution
 from tests.course import Exercise, Todo, fault, find, untouched
 from tests.laws import LAWS, Law, Subject, load_bugs
 
@@ -30,6 +34,18 @@ def check(*names: str) -> None:
             _report(one)
 
 
+def hold(function: Callable, name: str, diagnose: bool = False) -> None:
+    """Print what the laws of exercise `name` say of a function, as far as the first that it breaks.
+
+    With `diagnose`, also whose known mistake it looks like. Raises ValueError for a name that is no exercise.
+    """
+    for law, found in _verdicts(find(name), function, diagnose):
+        if isinstance(found, Broken):
+            print("\n".join([f"broken  {law.name}", *found.lines()[1:]]))
+            return
+        print(f"{found or 'ok':<7} {law.name}")
+
+
 def obeys(one: Exercise) -> bool:
     """Does the learner's function obey all its laws? Prints nothing."""
     if fault(one) or untouched(one) or fault_at_import(one):
@@ -49,15 +65,20 @@ def _report(one: Exercise) -> None:
             drawn = drawn or _draw(one, load(one), found)
 
 
-def _verdicts(one: Exercise) -> Iterator[tuple[Law, Broken | str | None]]:
-    """Each law with what was found, under the learner's profile; a function that raises Todo ends it."""
+def _verdicts(
+    one: Exercise, function: Callable | None = None, diagnose: bool = True
+) -> Iterator[tuple[Law, Broken | str | None]]:
+    """Each law with what was found, under the learner's profile; a function that raises Todo ends it.
+
+    None is the learner's own function.
+    """
     before = settings.get_current_profile_name()
     settings.load_profile("learner")  # before the laws are read, which copy it
     try:
         load_bugs(one.concept)
         for law in LAWS[one.family].values():
             try:
-                yield law, broken(load(one), one, law)
+                yield law, broken(function or load(one), one, law, diagnose)
             except Todo:
                 yield law, "unfinished"
                 return
@@ -66,26 +87,42 @@ def _verdicts(one: Exercise) -> Iterator[tuple[Law, Broken | str | None]]:
 
 
 def _draw(one: Exercise, function: Any, found: Broken) -> bool:
-    """The library's answer beside the learner's, when both are arrays that can be drawn."""
+    """The library's answer beside the learner's, when both are arrays that can be drawn.
+
+    Two random draws are not: both may be right.
+    """
     call = found.call
+    if call is None or any(isinstance(a, np.random.Generator) for a in (*call.args, *call.settings.values())):
+        return False
     target, attempt = (_answer(call, Subject(f, one.rung)) for f in (solution(one), function))
-    if call is None or target is None or attempt is None:
+    if target is None or attempt is None:
         return False
     # The array that differs the most: the value, or one of the gradients.
-    pairs = [(t, a) for t, a in zip(target, attempt, strict=False) if t.shape == a.shape and t.size > 1]
-    if not pairs:
+    triples = zip(_titles(one, call, len(target)), target, attempt, strict=False)
+    triples = [(title, t, a) for title, t, a in triples if t.shape == a.shape and t.size > 1]
+    if not triples:
         return False
-    t, a = (_flat(z) for z in max(pairs, key=lambda p: np.abs(p[0] - p[1]).max()))
+    what, t, a = max(triples, key=lambda triple: np.abs(triple[1] - triple[2]).max())
+    t, a = _flat(t), _flat(a)
     import matplotlib.pyplot as plt  # here, because pytest has no use for it
 
-    fig, axes = plt.subplots(1, 3, figsize=(7.5, 2.4), constrained_layout=True)
+    fig, axes = plt.subplots(1, 3, figsize=(7.5, 2.7), constrained_layout=True)
     most = max(np.abs(t).max(), np.abs(a).max(), 1e-12)
     for ax, (title, z) in zip(axes, (("target", t), ("yours", a), ("difference", a - t)), strict=True):
         image = ax.imshow(z, cmap="coolwarm", vmin=-most, vmax=most)
         ax.set(title=title, xlabel="column", ylabel="row")
+    fig.suptitle(what)
     fig.colorbar(image, ax=axes, shrink=0.8)
     plt.show()
     return True
+
+
+def _titles(one: Exercise, call: Call, count: int) -> list[str]:
+    """What each array of an answer is: "the gradient of x", "result 1 of 2"."""
+    if call.gradient:
+        given = zip(inspect.signature(solution(one)).parameters, call.args, strict=False)
+        return [f"the gradient of {name}" for name, value in given if is_float(value)]
+    return ["the result"] if count == 1 else [f"result {i + 1} of {count}" for i in range(count)]
 
 
 def _answer(call: Call | None, subject: Subject) -> list[np.ndarray] | None:
@@ -93,7 +130,7 @@ def _answer(call: Call | None, subject: Subject) -> list[np.ndarray] | None:
     if call is None:
         return None
     try:
-        with np.errstate(all="ignore"):
+        with quiet():
             answer = call.ask(subject)
         parts: Sequence = answer if isinstance(answer, tuple) else (answer,)
         arrays = [np.asarray(part, dtype=float) for part in parts]

@@ -2,16 +2,21 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
+from minivlp import infonce
 from minivlp.__main__ import MODELS
 from tests import check, course, stubs
-from tests.attempts import fault_at_import
+from tests.attempts import broken, fault_at_import, load
 from tests.course import ROOT, exercises, find, functions, table, untouched
-from tests.laws import LAWS, attempt_obeys, load_bugs
+from tests.laws import BUGS, LAWS, Law, attempt_obeys, load_bugs
+from tests.notebook import hold
 
 ALL = pytest.mark.parametrize("one", exercises(), ids=lambda one: one.name)
 
@@ -142,12 +147,90 @@ def test_what_is_not_written_is_skipped_with_its_path_or_fails_when_strict(desk)
         ("infonce_np", "x += 1\nreturn 0.0, (x, y, scale)", "your function changed one of its inputs"),
         ("infonce_np", "return x[9], (x, y, scale)", "raised IndexError in line "),
         ("infonce_fused", NO_UPSTREAM, "multiply by it in backward"),
+        ("itm_loss_np", "return 0.5, logits", "(value, array), expected (value, (gradient, …))"),
+        (
+            "patch_embed_fused",
+            "return torch.nn.functional.conv2d(images, weight, bias, stride=weight.shape[-1]).flatten(2)",
+            "your result has shape (1, 1, 2), expected (1, 2, 1)",
+        ),
     ],
 )
 def test_a_wrong_form_is_named(desk, name, body, message):
     write(name, body)
     found = told(name)
     assert message in found and len(found.splitlines()) <= 4
+
+
+NO_UPSTREAM_NP = """
+from minivlp.patch import patch_embed_np
+return patch_embed_np(images, weight, bias)
+"""
+MEAN_OVER_NOTHING = """
+from minivlp import mlm
+asked = targets != -100
+value, gradients = mlm.mlm_loss_np(hidden, embedding, bias, targets)
+return value + 0 * np.ones(len(hidden))[asked].mean(), gradients
+"""
+SUM_OF_GRADIENTS = """
+log_p = logits - np.logaddexp(logits[:, :1], logits[:, 1:])
+one_hot = np.eye(2)[labels]
+return -(log_p * one_hot).sum(1).mean(), (np.exp(log_p) - one_hot,)
+"""
+MINUS_ONE = """
+from minivlp import mlm
+value, (dhidden, dembedding, dbias) = mlm.mlm_loss_np(hidden, embedding, bias, targets)
+return value, (dhidden, -dembedding, dbias)
+"""
+ONE_DOT = "return (grad - unit * (unit * grad).sum()) / length"
+
+
+@pytest.mark.parametrize(
+    "name, body, messages",
+    [
+        # The call that went wrong, not the first of its example.
+        ("patch_embed_np", NO_UPSTREAM_NP, ["the gradients of patch_embed_np(", "grad=[", " no_upstream:"]),
+        ("wordpiece", "return [word]", ["vocab={…, 'a': 5}"]),  # what matters in a vocabulary
+        ("mlm_loss_np", MEAN_OVER_NOTHING, ["your result holds NaN"]),  # and no RuntimeWarning
+        ("derangement", "return np.roll(np.arange(n), 1)", [" came 900 times, expected about 100 each"]),
+        ("to_patches", "return images.reshape(len(images), -1, images.shape[1] * p * p)", ["105], [-0.536"]),
+        ("itm_loss_np", SUM_OF_GRADIENTS, ["the gradients of itm_loss_np(", " gradient_of_the_sum:"]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_counterexample_can_be_read(desk, name, body, messages):
+    write(name, body)
+    found = told(name)
+    assert all(message in found for message in messages), found
+    assert not any(inside in found for inside in ("np.", "Warning", "]]]],   ["))
+
+
+def test_numbers_that_differ_look_different(desk):
+    one = find("unit_grad_np")
+    write("unit_grad_np", ONE_DOT)
+    load_bugs(one.concept)
+    text = broken(load(one), one, LAWS["unit_grad_np"]["a_constant_divisor_does_not_move"]).lines()[1]
+    got, expected = re.search(r"got (\S+), expected (\S+) at", text).groups()
+    assert got != expected and "length=[[[1e-05]]]" in text
+
+
+def test_a_law_without_words_shows_what_it_asks():
+    def silent(f):
+        assert f(np.ones((1, 1)), np.ones((1, 1)), 1.0) == 2
+
+    found = broken(lambda x, y, scale: (x * y).sum(), find("infonce"), Law("infonce", "silent", silent, ""))
+    assert found.message == "not so: f(np.ones((1, 1)), np.ones((1, 1)), 1.0) == 2"
+
+
+def test_a_picture_says_what_it_shows_and_random_draws_have_none(desk, capsys, monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    plt.close("all")
+    write("derangement", "return np.roll(np.arange(n), 1)")
+    check("derangement")
+    assert "broken" in capsys.readouterr().out and not plt.get_fignums()
+    write("mlm_loss_np", MINUS_ONE)
+    check("mlm_loss_np")
+    assert plt.gcf().get_suptitle() == "the gradient of embedding"
+    plt.close("all")
 
 
 def test_one_syntax_error_stops_nothing_else(desk):
@@ -174,6 +257,22 @@ def test_check_tells_one_line_a_law_and_changes_nothing(desk, capsys, monkeypatc
     assert {path: path.read_bytes() for path in desk.rglob("*")} == before
     with pytest.raises(ValueError, match="no exercise 'infonse'; did you mean infonce"):
         check("infonse")
+
+
+def test_hold_asks_the_same_laws_of_a_function_that_stands_in_a_cell(capsys):
+    load_bugs("infonce")
+    wrong = BUGS["infonce"]["one_direction"].function
+    hold(infonce.infonce, "infonce")
+    assert capsys.readouterr().out.split()[::2] == ["ok"] * len(LAWS["infonce"])
+    hold(wrong, "infonce")
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[-3] == "broken  images_and_texts_exchange" and "expected" in lines[-2] and "hint" in lines[-1]
+    )
+    hold(wrong, "infonce", diagnose=True)
+    assert "looks like the known mistake one_direction" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(ValueError, match="no exercise 'infonse'; did you mean infonce"):
+        hold(wrong, "infonse")
 
 
 def test_a_verdict_holds_until_the_function_or_what_it_uses_changes(desk):

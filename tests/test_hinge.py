@@ -24,8 +24,10 @@ def cases(draw):
 def separated_pairs_cost_nothing(f, B, seed, hardest):
     margin = 0.5
     x = np.eye(B)[np.random.default_rng(seed).permutation(B)]  # 1 with their own text, 0 with the others
-    assert f(x, x, margin=margin, hardest=hardest) == 0
-    assert all((g == 0).all() for g in f.grads(x, x, margin=margin, hardest=hardest))
+    loss = f(x, x, margin=margin, hardest=hardest)
+    assert loss == 0, f"got a loss of {float(loss):.6g}, expected 0"
+    grads = f.grads(x, x, margin=margin, hardest=hardest)
+    assert all((g == 0).all() for g in grads), "the loss is 0, a gradient is not"
 
 
 @law("hinge", hint="Images look for texts and texts for images: exchanging the two must not matter.")

@@ -1,0 +1,50 @@
+"""`python -m minivlp claims`: do what is not done, then write the table and the pictures."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from minivlp.atomic import whole_file
+from minivlp.claims.pictures import draw
+from minivlp.claims.report import report
+from minivlp.claims.settings import FULL, QUICK, Settings
+from minivlp.claims.table import CLAIMS, chosen
+from minivlp.claims.work import do_all, results, spent
+from minivlp.data import load_emojivl
+from minivlp.runs import HOME, need_writable
+from minivlp.screen import Screen
+
+OF_MODE = {True: QUICK, False: FULL}  # by --quick
+
+
+def run_claims(args: argparse.Namespace, screen: Screen) -> None:
+    """The command; as many experiments at once as there are threads, one thread each."""
+    names, folder = chosen(args.only), Path(HOME / args.out)
+    need_writable(folder / "claims.md", make_folder=True)
+    load_emojivl()  # refuses a damaged file before anything takes time
+    args.go_on = args.command_line  # what is done is not done again
+    write_claims(names, OF_MODE[args.quick], folder, torch.get_num_threads(), args.command_line, screen)
+
+
+def write_claims(
+    names: Sequence[str], settings: Settings, folder: Path, workers: int, command: str, screen: Screen
+) -> None:
+    """Do the experiments of the named claims, then write claims.md and a picture a claim into the folder."""
+    needed = list(dict.fromkeys(e for name in names for e in CLAIMS[name].experiments(settings)))
+    screen.say(f"{len(names)} claims, {len(needed)} experiments, {settings.seeds} seeds, in {folder}")
+    with screen.bar("experiments") as tick:
+        for line in do_all(needed, settings, folder, workers):
+            tick(line.over, line.jobs)
+            screen.say(line.told())
+    found = results(needed, settings, folder)
+    text = report(names, found, settings, command, spent(needed, settings, folder))
+    for name in names:
+        path = folder / "pictures" / f"claim_{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        draw(path, CLAIMS[name], found, settings)
+        screen.say(f"{CLAIMS[name].says} {CLAIMS[name].verdict(found, settings)}")
+    with whole_file(folder / "claims.md") as file:
+        file.write(text.encode())
+    screen.say(f"wrote {folder / 'claims.md'} and a picture a claim")

@@ -1,0 +1,121 @@
+"""Every size of every experiment, in one place: FULL, and QUICK for a first look in minutes.
+
+An experiment is done again when its part of these settings is not the one that its stored result was made
+with, so a number changed here costs the experiments that it belongs to and no others.
+"""
+
+from dataclasses import dataclass, replace
+
+from minivlp.curriculum import Part, Stage
+from minivlp.dual_train import DualTrain
+from minivlp.train import TrainConfig
+from minivlp.xvlm_train import XvlmTrain
+
+# Eight things of different colour and shape.
+NOUNS = ("dog", "guitar", "tomato", "key", "sunflower", "candle", "cloud", "trophy")
+SIZES = (0.42, 0.5)  # of objects that share a picture, as shares of its side
+ALONE = (0.34, 0.4)  # of one that is alone, which scenes.py enlarges by 1.25: the same size in pixels
+
+
+def curriculum(canvas: int) -> tuple[Stage, ...]:
+    """The main job's order of scenes (curriculum.py), in pictures of one size, which a dual encoder needs.
+
+    Wrong captions with two objects: half in the wrong places, the others with a wrong relation, a wrong noun,
+    or another picture.
+    """
+    places = {"canvas": canvas, "sizes": SIZES, "relations": 0.5, "wrong": (0.5, 0.1, 0.2)}
+    pick = Part("pick", 1.0, **places)
+    return (
+        Stage(0.15, (Part("one", 1.0, canvas, ALONE, matching=0.6),)),
+        Stage(0.4, (Part("place", 1.0, **places | {"relations": 0.4}),)),
+        Stage(0.75, (pick,)),
+        Stage(1.0, (replace(pick, share=0.2), Part("pair", 0.8, **places))),
+    )
+
+
+@dataclass(frozen=True)
+class WorldSize:
+    """The world of eight objects; `items` pictures a question, retrieval in `sets` of `candidates`."""
+
+    train: TrainConfig = TrainConfig(  # noqa: RUF009
+        nouns=NOUNS, canvas=32, patch=8, dim=96, layers=4, heads=3, hidden=192, max_text_len=24,
+        vocab_size=512, steps=2000, batch=48, wpa_weight=0.1, mask=0.2, save_every=1000, report_every=1000,
+    )  # fmt: skip
+    stages: tuple[Stage, ...] = curriculum(32)
+    artists: tuple[str, ...] = ("noto",)
+    pieces: int = 70  # tokens of the vocabulary in which most nouns fall to pieces
+    items: int = 512
+    sets: int = 8
+    candidates: int = 16
+
+
+@dataclass(frozen=True)
+class NamesSize:
+    """Dual encoders that name drawings: one training a loss and a batch size, all of equally many steps."""
+
+    train: DualTrain = DualTrain(  # noqa: RUF009
+        scenes=0, embed=64, dim=96, layers=2, heads=2, hidden=192, text_dim=64, text_heads=2, text_hidden=128,
+        steps=1000, lr=3e-3, matrix_lr=0.02, save_every=1000, report_every=1000,
+    )  # fmt: skip
+    every: int = 9  # concept is learned, about a hundred
+    artists: tuple[str, ...] = ("noto", "twemoji", "emojione")
+    batches: tuple[int, ...] = (6, 20, 60)
+    init_bias: float = -10.0  # of the sigmoid loss
+    init_scale: float = 10.0
+
+
+@dataclass(frozen=True)
+class RegionsSize:
+    """X-VLM, with regions and without, in the world's eight objects but drawn by all training artists."""
+
+    train: XvlmTrain = XvlmTrain(  # noqa: RUF009
+        nouns=NOUNS, canvas=32, patch=8, dim=64, image_layers=2, text_layers=1, cross_layers=1, heads=2,
+        hidden=128, embed=64, steps=2000, batch=16, save_every=1000, report_every=1000,
+    )  # fmt: skip
+    items: int = 512
+
+
+@dataclass(frozen=True)
+class ClockSize:
+    """The archetypes' parts against the clock, at sizes whose work is more than the cost of calling it."""
+
+    dim: int = 192
+    blocks: int = 4
+    heads: int = 6
+    patch: int = 16
+    image_size: int = 160  # pixels
+    words: int = 12  # tokens of a text
+    batch: int = 8
+    seconds: float = 20.0  # to repeat, after the first four repetitions
+
+
+@dataclass(frozen=True)
+class ChunksSize:
+    """The sigmoid loss of `batch` rows of width `dim`, whole, in `blocks` of so many rows, and tiled."""
+
+    batch: int = 192
+    dim: int = 64
+    blocks: tuple[int, ...] = (1, 7, 64, 192)
+    draws: int = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of all claims is made of; `seeds` at least 2, or there is no interval."""
+
+    seeds: int = 5
+    world: WorldSize = WorldSize()
+    names: NamesSize = NamesSize()
+    regions: RegionsSize = RegionsSize()
+    clock: ClockSize = ClockSize()
+    chunks: ChunksSize = ChunksSize()
+
+
+FULL = Settings()
+QUICK = Settings(
+    seeds=2,
+    world=replace(FULL.world, train=replace(FULL.world.train, steps=900), items=256, sets=4),
+    names=replace(FULL.names, train=replace(FULL.names.train, steps=250)),
+    regions=replace(FULL.regions, train=replace(FULL.regions.train, steps=300), items=256),
+    clock=replace(FULL.clock, seconds=6.0),
+)

@@ -1,0 +1,169 @@
+"""A world of eight objects: what the archetypes are trained on, and the loss of each.
+
+Pictures are small, objects are drawn by few artists, and pairs are those of the training split, in new
+pictures for the test: the question is whether words are bound to places, not whether drawings are recognised.
+
+Every archetype sees the same rows in the same steps, those of the main job (batches.py), half of them to be
+matched (true, random, or the right objects in the wrong places), half with hidden words:
+
+    grid, patch            matching and word-patch alignment on the first half, masked words on the second,
+                           as ViLT
+    heavy, towers, bag     matching on the first half by the dot product, and InfoNCE over all true pairs,
+                           the second half with its words uncovered, as CLIP
+
+so a dot product is told about swapped words as often as the transformer, and has its own objective besides.
+No two texts in an InfoNCE are true of one picture.
+
+Source: Yuksekgonul et al. 2023, section 4, for dual encoders taught with swapped captions.
+Left out: negatives beyond the batch.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivlp.batches import Rows, SceneRows
+from minivlp.claims.settings import WorldSize
+from minivlp.curriculum import Part, stage_at
+from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl
+from minivlp.infonce import infonce
+from minivlp.itm import itm_loss
+from minivlp.mlm import IGNORE, mask_tokens
+from minivlp.models.archetypes import Archetype, ArchetypeConfig
+from minivlp.tasks import meaning
+from minivlp.text import WordPiece
+from minivlp.train import pretraining_loss, scene_texts
+
+MASKINGS = ("curriculum", "words", "pieces")
+
+
+@dataclass(frozen=True)
+class World:
+    """The objects, who draws them, and the words: what training and tests share."""
+
+    emojivl: EmojiVL
+    nouns: tuple[Concept, ...]
+    tokenizer: WordPiece
+    size: WorldSize
+
+    def rows(self, seed: int, masking: str) -> "WorldRows":
+        """Training rows from the seed; masking: whose words are hidden, one of MASKINGS."""
+        t = self.size.train
+        scenes = (self.emojivl, self.nouns, self.tokenizer, self.size.stages, t.steps, t.batch, seed)
+        return WorldRows(masking, t.mask, *scenes)
+
+    def scenes(self, seed: int) -> Scenes:
+        """Pairs in pictures that no training seed draws."""
+        sizes = self.size.stages[-1].parts[-1].sizes
+        return Scenes(
+            self.emojivl, self.nouns, canvas=self.size.train.canvas, sizes=sizes, seed=TEST_SEED + seed
+        )
+
+    def sizes(self, kind: str) -> ArchetypeConfig:
+        t = self.size.train
+        return ArchetypeConfig(
+            kind, len(self.tokenizer), t.max_text_len, t.dim, t.layers, t.heads, t.patch, t.canvas
+        )
+
+
+TEST_SEED = 1_000_000
+
+
+@lru_cache(maxsize=4)
+def world(size: WorldSize, vocab_size: int) -> World:
+    """The world of this size with a vocabulary of at most `vocab_size` tokens."""
+    whole = load_emojivl()
+    emojivl = EmojiVL(whole.concepts, {artist: whole.sheets[artist] for artist in size.artists})
+    nouns = emojivl.nouns(size.train.nouns)
+    return World(emojivl, nouns, WordPiece.train(scene_texts(nouns), vocab_size, min_count=1), size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedRows(Rows):
+    """Rows with what a dual encoder needs besides.
+
+    whole (B, L') and whole_mask: the text of each row with no word hidden; contrast (B,) bool: true pairs, no
+    text of which is true of another's picture.
+    """
+
+    whole: Tensor = field()
+    whole_mask: Tensor = field()
+    contrast: Tensor = field()
+
+
+class WorldRows(SceneRows):
+    """`rows(step)` → one PairedRows. Hidden are what the curriculum says, or words or pieces at random."""
+
+    def __init__(self, masking: str, mask: float, *scenes):
+        super().__init__(*scenes)
+        self.masking, self.mask = masking, mask
+
+    def _masked(self, part: Part, scene: Scene, rng: np.random.Generator) -> tuple[str, Sequence[int]]:
+        """As the curriculum says, or nothing yet: pieces are chosen once all texts are cut."""
+        return super()._masked(part, scene, rng) if self.masking == "curriculum" else (scene.caption, ())
+
+    def __call__(self, step: int) -> list[PairedRows]:
+        rng = np.random.default_rng((self.seed, step))
+        stage = stage_at(self.stages, step / self.steps)
+        drawn = [self._drawn(part, step, rng) for part in stage.parts]
+        rows, t = self._joined(drawn), self.tokenizer
+        scenes, texts = (list(chain(*(part[k] for part in drawn))) for k in (0, 1))
+        to_match = (rows.match >= 0).tolist()
+        whole = [text if m else scene.caption for m, text, scene in zip(to_match, texts, scenes, strict=True)]
+        ids, word_ids, mask = t.batch(whole)
+        given = vars(rows)
+        if self.masking != "curriculum":
+            hidden, labels = mask_tokens(
+                ids, word_ids, rng, len(t), t.mask_id, t.special_ids, self.mask, self.masking == "words"
+            )
+            hidden[to_match], labels[to_match] = ids[to_match], IGNORE
+            arrays = {"ids": hidden, "text_mask": mask, "labels": labels}
+            given = given | {name: torch.from_numpy(array) for name, array in arrays.items()}
+        last = len(scenes) - len(drawn[-1][0])  # within one kind of scene it is known which texts are true
+        true = [i for i in range(last, len(scenes)) if rows.match[i] != 0]
+        contrast = np.zeros(len(scenes), bool)
+        contrast[apart([facts(scenes[i]) for i in true], true)] = True
+        both = {"whole": ids, "whole_mask": mask, "contrast": contrast}
+        return [PairedRows(**given, **{name: torch.from_numpy(array) for name, array in both.items()})]
+
+
+def facts(scene: Scene) -> set[Hashable]:
+    """What scenes of this kind can say of the picture, in all wordings."""
+    if scene.kind == "pair":
+        return {meaning(scene)}
+    if scene.kind != "pick":
+        return {scene.caption}
+    axis, first = RELATIONS[scene.relation]
+    named, other = scene.objects
+    return {(named, axis, first), (other, axis, not first)}  # they lie on opposite sides of the middle
+
+
+def apart(said: Sequence[set[Hashable]], rows: Sequence[int]) -> list[int]:
+    """The rows, first come first served, that share no fact with one before them that was taken."""
+    taken, used = [], set()
+    for row, mine in zip(rows, said, strict=True):
+        if not mine & used:
+            taken.append(row)
+            used |= mine
+    return taken
+
+
+def archetype_loss(model: Archetype, groups: Sequence[PairedRows], wpa_weight: float) -> dict[str, Tensor]:
+    """The terms of one step, by the archetype."""
+    if not model.config.dot:
+        return pretraining_loss(model.net, groups, wpa_weight)
+    (rows,) = groups
+    model.net.clamp_scale()
+    x, y = model.look(rows.pixels), model.read(rows.whole, rows.whole_mask)  # (B, D)
+    asked, terms = rows.match >= 0, {}
+    if asked.any():
+        score = model.meet(x[asked], y[asked], rows.whole_mask[asked])
+        terms["itm"] = itm_loss(torch.stack([torch.zeros_like(score), score], 1), rows.match[asked])
+    if rows.contrast.any():
+        terms["infonce"] = infonce(x[rows.contrast], y[rows.contrast], model.net.scale)
+    return terms
