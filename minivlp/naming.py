@@ -1,7 +1,7 @@
 """What a single drawing is called: its name in a prompt, its name with keywords, or keywords alone.
 
 A model that reads names alone answers names alone. Keywords say what a thing is for and what belongs to it,
-so a fifth of the captions have no name at all, as a person's query may have none:
+so a third of the captions have no name at all, as a person's query may have none:
 
     name            a drawing of spaghetti
     name and words  spaghetti, pasta, restaurant
@@ -69,14 +69,14 @@ def words_of(concept: Concept, language: str) -> tuple[str, ...]:
 
 
 def caption(concept: Concept, language: str, rng: np.random.Generator) -> str:
-    """One of the three forms: 3/5 of the captions are names, 1/5 have keywords too, 1/5 no name."""
+    """One of the three forms: half of the captions are names, a sixth have keywords too, a third no name."""
     name, words = named(concept, language), words_of(concept, language)
     form = rng.random()
-    if form < 3 / 5:
+    if form < 1 / 2:
         prompts = PROMPTS[language]
         return prompts[int(rng.integers(len(prompts)))].format(name)
     some = [words[i] for i in rng.permutation(len(words))[: 1 + int(rng.integers(3))]]
-    if form < 4 / 5:
+    if form < 2 / 3:
         return (COMMA if language == "zh" else ", ").join([name, *some])
     if language == "zh":
         return COMMA.join(some)

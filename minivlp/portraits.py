@@ -35,14 +35,14 @@ class Variation:
     Little, on purpose: in a short run strong changes cost more than they bring.
     """
 
-    sides: tuple[float, float] = (0.87, 1.0)
-    turn: float = 0.08
-    slant: float = 0.04
-    stretch: float = 0.07  # of one axis against the other, as a logarithm
-    tint: float = 0.04  # deviation of the entries of M
-    light: float = 0.08  # of all three channels together
-    background: tuple[float, float] = (0.4, 0.6)
-    slope: float = 0.08  # of the background across the canvas
+    sides: tuple[float, float] = (0.85, 1.0)
+    turn: float = 0.1
+    slant: float = 0.05
+    stretch: float = 0.08  # of one axis against the other, as a logarithm
+    tint: float = 0.05  # deviation of the entries of M
+    light: float = 0.1  # of all three channels together
+    background: tuple[float, float] = (0.35, 0.65)
+    slope: float = 0.1  # of the background across the canvas
     mix: float = 0.3  # probability that two artists' drawings of the thing are mixed
 
 

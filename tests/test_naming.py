@@ -22,17 +22,17 @@ def test_no_word_of_a_caption_is_unknown_and_none_is_too_long(language):
 
 
 @pytest.mark.parametrize("language", PROMPTS)
-def test_most_captions_are_names_in_prompts(language):
-    """Three in five; and half of the others keep the name."""
+def test_half_of_the_captions_are_names_in_prompts(language):
+    """And of the others a third keep the name, so two in three captions have it."""
     rng, concept = np.random.default_rng(0), next(c for c in TRAINED if c.noun == "hamburger")
     texts = [caption(concept, language, rng) for _ in range(3000)]
     name = named(concept, language)
     prompts = {prompt.format(name) for prompt in PROMPTS[language]}
-    assert sum(text in prompts for text in texts) / 3000 == pytest.approx(0.6, abs=0.04)
+    assert sum(text in prompts for text in texts) / 3000 == pytest.approx(0.5, abs=0.05)
     assert prompts < set(texts)
     rest = [text for text in texts if text not in prompts and text.startswith(name)]
     # A keyword may be the name itself.
-    assert len(rest) / 3000 > 1 / 5 - 0.03
+    assert len(rest) / 3000 > 1 / 6 - 0.03
     phrased = [text for text in texts if text.startswith(PHRASES["food"])]
     assert bool(phrased) == (language == "en")
 
