@@ -6,7 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from minivlp.figures import GREEN, GREY, THIN, WIDTH, _axes, _canvas, _picture, _save, _text
+from minivlp.figures import (
+    GREEN,
+    GREY,
+    THIN,
+    WIDTH,
+    draw_picture,
+    new_axes,
+    new_figure,
+    save_figure,
+    write_at,
+)
 from minivlp.refuse import refuse
 
 COLUMNS, TOP, BELOW = 6, 0.4, 0.42  # pictures a row; inches above all rows, and below each picture
@@ -23,15 +33,15 @@ def contact_sheet(
         refuse("sheets", "must hold at least one picture each", [len(pictures) for _, pictures in sheets])
     side = WIDTH / COLUMNS
     rows = [-(-len(pictures) // COLUMNS) for _, pictures in sheets]
-    figure = _canvas(sum(TOP + n * (side + BELOW) for n in rows))
+    figure = new_figure(sum(TOP + n * (side + BELOW) for n in rows))
     top = 0.0
     for (title, pictures), n in zip(sheets, rows, strict=True):
-        _text(figure, 0.1, top + 0.22, title, va="center", weight="bold")
+        write_at(figure, 0.1, top + 0.22, title, va="center", weight="bold")
         for i, (image, label, framed) in enumerate(pictures):
             x, y = (i % COLUMNS) * side, top + TOP + (i // COLUMNS) * (side + BELOW)
             frame = (GREEN, 3) if framed else THIN
-            _picture(_axes(figure, x + 0.08, y, side - 0.16, side - 0.16), image, frame=frame)
+            draw_picture(new_axes(figure, x + 0.08, y, side - 0.16, side - 0.16), image, frame=frame)
             lines = "\n".join(textwrap.wrap(label, 19, max_lines=2, placeholder=" …"))
-            _text(figure, x + side / 2, y + side - 0.1, lines, GREY, ha="center", va="top")
+            write_at(figure, x + side / 2, y + side - 0.1, lines, GREY, ha="center", va="top")
         top += TOP + n * (side + BELOW)
-    _save(figure, path)
+    save_figure(figure, path)

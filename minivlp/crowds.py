@@ -19,7 +19,7 @@ import numpy as np
 
 from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes
 from minivlp.refuse import refuse
-from minivlp.scenes import _a, _choice, _integer, _shuffled
+from minivlp.scenes import choice, integer, shuffled, with_article
 
 KINDS = ("name", "place", "relation")
 
@@ -56,22 +56,22 @@ class Crowds(Scenes):
             refuse("pairs", "must leave at least one pair of these nouns", repr(pairs))
 
     def _count(self, rng: Random) -> Scene:
-        pair = _shuffled(rng, _choice(rng, self._pairs))
+        pair = shuffled(rng, choice(rng, self._pairs))
         chosen, thirds = list(pair), self._thirds(*pair)
-        for _ in range(_integer(rng, 0, 2)):
+        for _ in range(integer(rng, 0, 2)):
             single = [c for c in pair if chosen.count(c) == 1]
             if thirds and rng.random() < 0.5:
-                chosen.append(self.emojivl.concepts[_choice(rng, thirds)])
+                chosen.append(self.emojivl.concepts[choice(rng, thirds)])
                 thirds = []
             elif single:
-                chosen.append(_choice(rng, single))
+                chosen.append(choice(rng, single))
         half, squares = self.canvas // 2, []
-        for cell in _shuffled(rng, range(4))[: len(chosen)]:
+        for cell in shuffled(rng, range(4))[: len(chosen)]:
             side = self._side(rng, "count")
-            x, y = _integer(rng, 0, half - side), _integer(rng, 0, half - side)
+            x, y = integer(rng, 0, half - side), integer(rng, 0, half - side)
             squares.append((x + half * (cell % 2), y + half * (cell // 2), side))
         frame = " and ".join(["{}"] * len(chosen))
-        return self._compose(rng, "crowd", frame, [_a(c) for c in chosen], chosen, squares)
+        return self._compose(rng, "crowd", frame, [with_article(c) for c in chosen], chosen, squares)
 
 
 def phrases(scene: Scene) -> list[Phrase]:

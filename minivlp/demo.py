@@ -40,7 +40,7 @@ def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen)
     nouns = trained.nouns(emojivl)
     words = split_words(caption)
     caption = " ".join(words)
-    _check_words(words, nouns)
+    check_words(words, nouns)
     for name in ("demo.png", "demo_alignment.png"):
         need_writable(out / name, make_folder=True)
     scenes, right = candidates(emojivl, nouns, trained.canvas, caption)
@@ -48,7 +48,7 @@ def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen)
     scores = rank(model, trained.tokenizer, caption, scene_pixels(scenes))
     best = np.argsort(-scores, kind="stable")[:SHOWN].tolist()
     true = f"the caption is true of {len(right)} of them" if right else "none of them is exactly that"
-    screen.say(f"{PICTURES} pictures by {', '.join(_artists(emojivl))}; {true}")
+    screen.say(f"{PICTURES} pictures by {', '.join(shown_artists(emojivl))}; {true}")
     screen.say("rank  log odds of a match  the picture shows")
     for place, i in enumerate(best, start=1):
         screen.say(f"{place:4d}  {scores[i]:+19.2f}  {scenes[i].caption}{'  (right)' if i in right else ''}")
@@ -60,7 +60,8 @@ def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen)
     screen.say(f"wrote {out / 'demo.png'} and {out / 'demo_alignment.png'}")
 
 
-def _check_words(words: Sequence[str], nouns: Sequence[Concept]) -> None:
+def check_words(words: Sequence[str], nouns: Sequence[Concept]) -> None:
+    """Raise ValueError, naming them, when words of a caption occur in no scene of these nouns."""
     texts = scene_texts(nouns)
     known = {word for text in texts for word in split_words(text)}
     if not words:
@@ -74,7 +75,8 @@ def _check_words(words: Sequence[str], nouns: Sequence[Concept]) -> None:
         )
 
 
-def _artists(emojivl: EmojiVL) -> tuple[str, ...]:
+def shown_artists(emojivl: EmojiVL) -> tuple[str, ...]:
+    """The artists whose drawings a demo shows: unseen ones where there are any."""
     return emojivl.unseen_artists or tuple(emojivl.sheets)
 
 
@@ -86,13 +88,13 @@ def candidates(
     When the caption has the form of a scene's ("a dog left of a guitar"), there is at least one; of another
     form ("a dog left of a dog") no picture counts as right.
     """
-    kind, asked = _kind(caption), _named(caption, nouns)
+    kind, asked = _kind(caption), named_in(caption, nouns)
     others = [c for c in nouns if c not in asked]
     few = asked + others[: max(0, (3 if kind == "between" else 2) - len(asked))]
     # One object is drawn on the whole canvas at the size it has elsewhere, so as a "place".
     drawn = {"one": "place"}.get(kind, kind)
     near, far = (
-        Scenes(emojivl, some, _artists(emojivl), canvas, {drawn: 1}, "all", seed=SEED)
+        Scenes(emojivl, some, shown_artists(emojivl), canvas, {drawn: 1}, "all", seed=SEED)
         for some in (few, nouns)
     )
     scenes = [near[i] for i in range(PICTURES // 2)] + [far[i] for i in range(PICTURES // 2)]
@@ -116,7 +118,7 @@ def _kind(caption: str) -> str:
     return "count" if caption.startswith(COUNTS) else "one"
 
 
-def _named(caption: str, nouns: Sequence[Concept]) -> list[Concept]:
+def named_in(caption: str, nouns: Sequence[Concept]) -> list[Concept]:
     """The concepts that a caption names; "a hot dog" names no dog."""
     found = []
     for concept in sorted(nouns, key=lambda c: -len(c.noun)):

@@ -70,7 +70,7 @@ def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Map
     units = "nats; wpa: cosine cost" if "wpa" in losses else "nats"
     panels[0].set(xlabel="optimisation step", ylabel=f"loss ({units})")
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label_ends(panels[0], ends)
+    label_ends(panels[0], ends)
     if chance:
         ends, shared = [], {}
         for name, colour in zip(chance, cycle(COLOURS), strict=False):
@@ -83,8 +83,8 @@ def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Map
             whose = ": " + ", ".join(names) if len(chance) > 1 else ""
             ends.append((100 * value, f"chance {100 * value:.3g} %{whose}", GREY))
         panels[1].set(xlabel=f"training time ({unit})", ylabel="accuracy (%)", ylim=(0, 102))
-        _label_ends(panels[1], ends)
-    _save(figure, path)
+        label_ends(panels[1], ends)
+    save_figure(figure, path)
 
 
 def retrieval_grid(
@@ -96,21 +96,21 @@ def retrieval_grid(
     """
     _some("rows", rows)
     side, top = 1.2, 0.35
-    figure = _canvas(top + len(rows) * side)
+    figure = new_figure(top + len(rows) * side)
     for rank in range(max(len(images) for _, images, _ in rows)):
-        _text(figure, 2.15 + (rank + 0.5) * side, 0.18, f"rank {rank + 1}", GREY, ha="center", va="center")
+        write_at(figure, 2.15 + (rank + 0.5) * side, 0.18, f"rank {rank + 1}", GREY, ha="center", va="center")
     for i, (caption, images, hit) in enumerate(rows):
         hits = [] if hit is None else [hit] if isinstance(hit, int) else list(hit)
         if not 1 <= len(images) <= 5 or not set(hits) <= set(range(len(images))):
             refuse("rows", "must hold 1 to 5 images and the index of one of them or None", (len(images), hit))
         middle = top + (i + 0.5) * side
-        _text(figure, 0.1, middle - (0 if hits else 0.1), _wrapped(caption, 26, 5), va="center")
+        write_at(figure, 0.1, middle - (0 if hits else 0.1), wrapped(caption, 26, 5), va="center")
         if not hits:
-            _text(figure, 0.1, middle + 0.48, "right picture not among these", VERMILION, va="center")
+            write_at(figure, 0.1, middle + 0.48, "right picture not among these", VERMILION, va="center")
         for rank, image in enumerate(images):
-            axes = _axes(figure, 2.15 + rank * side + 0.05, top + i * side + 0.05, side - 0.1, side - 0.1)
-            _picture(axes, image, frame=(GREEN, 4) if rank in hits else THIN)
-    _save(figure, path)
+            axes = new_axes(figure, 2.15 + rank * side + 0.05, top + i * side + 0.05, side - 0.1, side - 0.1)
+            draw_picture(axes, image, frame=(GREEN, 4) if rank in hits else THIN)
+    save_figure(figure, path)
 
 
 def alignment(path: str | Path, rows: Sequence[tuple[np.ndarray, Sequence[str], Heat, Boxes]]) -> None:
@@ -127,30 +127,30 @@ def alignment(path: str | Path, rows: Sequence[tuple[np.ndarray, Sequence[str], 
     lines = [-(-len(words) // (columns - 1)) for _, words, _, _ in rows]
     width, height = WIDTH / 7, WIDTH / 7 + 0.22  # a panel and the word above it
     side = width - 0.1
-    figure = _canvas(sum(lines) * height + 0.6)
+    figure = new_figure(sum(lines) * height + 0.6)
     top = 0.05
     for (image, words, heat, boxes), count in zip(rows, lines, strict=True):
         heat = np.asarray(heat, float)
         if heat.ndim != 3 or len(heat) != len(words):
             refuse("heat", f"must have shape ({len(words)} words, rows, columns)", heat.shape)
-        _picture(_axes(figure, 0.05, top + 0.22, side, side), image, "the picture", boxes)
+        draw_picture(new_axes(figure, 0.05, top + 0.22, side, side), image, "the picture", boxes)
         edges = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
         grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
         pale = (128 + grey / 2).astype(np.uint8)
         for k, (word, values) in enumerate(zip(words, heat, strict=True)):
             line, column = divmod(k, columns - 1)
-            axes = _axes(figure, 0.05 + (column + 1) * width, top + line * height + 0.22, side, side)
-            _picture(axes, pale, word, boxes)
+            axes = new_axes(figure, 0.05 + (column + 1) * width, top + line * height + 0.22, side, side)
+            draw_picture(axes, pale, word, boxes)
             z = np.clip((values - values.mean()) / max(values.std(), 1e-12), 1, 3)
             axes.imshow(_heat(z), extent=edges, interpolation="nearest")
         top += count * height
-    scale = _axes(figure, 0.05 + width, top + 0.1, 2 * width, 0.12)
+    scale = new_axes(figure, 0.05 + width, top + 0.1, 2 * width, 0.12)
     scale.imshow(_heat(np.linspace(1, 3, 256)[None]), aspect="auto", extent=(1, 3, 0, 1))
     scale.set_yticks([])
     scale.set_xticks([1, 2, 3], ["≤ 1", "2", "≥ 3"], fontsize=8)
     note = "transport to the patch, in standard deviations\nabove the mean of the word; boxes: the objects"
-    _text(figure, 0.2 + 3 * width, top + 0.16, note, GREY, va="center")
-    _save(figure, path)
+    write_at(figure, 0.2 + 3 * width, top + 0.16, note, GREY, va="center")
+    save_figure(figure, path)
 
 
 def masked_words(path: str | Path, rows: Sequence[tuple[np.ndarray, str, Candidates, str]]) -> None:
@@ -160,16 +160,16 @@ def masked_words(path: str | Path, rows: Sequence[tuple[np.ndarray, str, Candida
     """
     _some("rows", rows)
     side = 1.75
-    figure = _canvas(len(rows) * side + 0.4)
+    figure = new_figure(len(rows) * side + 0.4)
     for i, (image, caption, candidates, answer) in enumerate(rows):
         if not 1 <= len(candidates) <= 5:
             refuse("candidates", "must be one to five (word, probability)", len(candidates))
         top = i * side + 0.08
-        _picture(_axes(figure, 0.1, top, side - 0.16, side - 0.16), image)
-        caption = _wrapped(caption, 72, 2)
+        draw_picture(new_axes(figure, 0.1, top, side - 0.16, side - 0.16), image)
+        caption = wrapped(caption, 72, 2)
         below = 0.25 + 0.18 * caption.count("\n")
-        _text(figure, side + 0.2, top, caption, va="top", weight="bold")
-        bars = _axes(figure, side + 1.6, top + below, WIDTH - side - 2.1, side - 0.2 - below)
+        write_at(figure, side + 0.2, top, caption, va="top", weight="bold")
+        bars = new_axes(figure, side + 1.6, top + below, WIDTH - side - 2.1, side - 0.2 - below)
         right = [word == answer for word, _ in candidates]
         colours = [GREEN if r else "#AAAAAA" for r in right]
         bars.barh(range(len(right)), [p for _, p in candidates], 0.7, color=colours)
@@ -184,7 +184,7 @@ def masked_words(path: str | Path, rows: Sequence[tuple[np.ndarray, str, Candida
         bars.spines[["top", "right"]].set_visible(False)
         bars.tick_params(labelbottom=i == len(rows) - 1, labelsize=8)
     bars.set_xlabel("probability of the masked word (green: the right one)", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _some(name: str, items: Sequence) -> None:
@@ -204,7 +204,7 @@ def _series(records: Sequence[Mapping[str, float]], x: str, y: str) -> tuple[np.
     return tuple(pairs[np.isfinite(pairs).all(1)].T)
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+def label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     """Name each line at its right end, (y, label, colour); labels that would overlap are moved apart."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -226,22 +226,25 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         axes.text(1.03, place, label.replace("_", " "), **style)
 
 
-def _canvas(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """A figure of the common width, `height` inches high."""
     return Figure(figsize=(WIDTH, height), dpi=DPI)
 
 
-def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+def new_axes(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
     """Axes whose upper left corner lies x, y inches from that of the figure."""
     total = figure.get_figheight()
     return figure.add_axes((x / WIDTH, 1 - (y + height) / total, width / WIDTH, height / total))
 
 
-def _text(figure: Figure, x: float, y: float, text: str, colour: str = "black", **style: object) -> None:
+def write_at(figure: Figure, x: float, y: float, text: str, colour: str = "black", **style: object) -> None:
+    """Text whose place is x, y inches from the upper left corner."""
     height = figure.get_figheight()
     figure.text(x / WIDTH, 1 - y / height, text, color=colour, fontsize=9, parse_math=False, **style)
 
 
-def _wrapped(text: str, width: int, lines: int) -> str:
+def wrapped(text: str, width: int, lines: int) -> str:
+    """The text in at most `lines` lines of `width` characters; what is cut off leaves "…"."""
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
 
 
@@ -249,7 +252,7 @@ def _cut(word: str, width: int) -> str:
     return word if len(word) <= width else word[: width - 1] + "…"
 
 
-def _picture(axes: Axes, image: np.ndarray, title: str = "", boxes: Boxes = (), frame=THIN) -> None:
+def draw_picture(axes: Axes, image: np.ndarray, title: str = "", boxes: Boxes = (), frame=THIN) -> None:
     """One picture with a frame, a title and outlined boxes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         refuse("image", "must be (H, W, 3) uint8", f"{image.shape} {image.dtype}")
@@ -264,7 +267,7 @@ def _picture(axes: Axes, image: np.ndarray, title: str = "", boxes: Boxes = (), 
             axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width))
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a PNG; a reader never sees half of one."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -7,7 +7,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from minivlp.figures import BLUE, GREY, VERMILION, WIDTH, _axes, _canvas, _picture, _save, _text, _wrapped
+from minivlp.figures import (
+    BLUE,
+    GREY,
+    VERMILION,
+    WIDTH,
+    draw_picture,
+    new_axes,
+    new_figure,
+    save_figure,
+    wrapped,
+    write_at,
+)
 from minivlp.refuse import refuse
 
 COLUMNS, TOP, BELOW = 5, 0.35, 0.42  # pictures a row; inches above all rows, and below each picture
@@ -23,17 +34,17 @@ def grounding_sheet(
     if not answers:
         refuse("answers", "must hold at least one", 0)
     side = WIDTH / COLUMNS
-    figure = _canvas(TOP + -(-len(answers) // COLUMNS) * (side + BELOW))
-    _text(figure, 0.1, 0.18, "the object", BLUE, va="center", weight="bold")
-    _text(figure, 1.0, 0.18, "the box found for the phrase", VERMILION, va="center", weight="bold")
+    figure = new_figure(TOP + -(-len(answers) // COLUMNS) * (side + BELOW))
+    write_at(figure, 0.1, 0.18, "the object", BLUE, va="center", weight="bold")
+    write_at(figure, 1.0, 0.18, "the box found for the phrase", VERMILION, va="center", weight="bold")
     for i, (image, phrase, true, found) in enumerate(answers):
         x, y = (i % COLUMNS) * side, TOP + (i // COLUMNS) * (side + BELOW)
-        axes = _axes(figure, x + 0.08, y, side - 0.16, side - 0.16)
-        _picture(axes, image)
+        axes = new_axes(figure, x + 0.08, y, side - 0.16, side - 0.16)
+        draw_picture(axes, image)
         _outline(axes, true, BLUE, "-")
         _outline(axes, found, VERMILION, "--")
-        _text(figure, x + side / 2, y + side - 0.1, _wrapped(phrase, 24, 2), GREY, ha="center", va="top")
-    _save(figure, path)
+        write_at(figure, x + side / 2, y + side - 0.1, wrapped(phrase, 24, 2), GREY, ha="center", va="top")
+    save_figure(figure, path)
 
 
 def _outline(axes: Axes, box: np.ndarray, colour: str, style: str) -> None:

@@ -157,61 +157,61 @@ class Scenes:
     # The kinds: what is where, and how it is said.
 
     def _one(self, rng: Random) -> Scene:
-        concept, side = _choice(rng, self.nouns), self._side(rng, "one")
-        square = (_integer(rng, 0, self.canvas - side), _integer(rng, 0, self.canvas - side), side)
-        return self._compose(rng, "one", "{}", [_a(concept)], [concept], [square])
+        concept, side = choice(rng, self.nouns), self._side(rng, "one")
+        square = (integer(rng, 0, self.canvas - side), integer(rng, 0, self.canvas - side), side)
+        return self._compose(rng, "one", "{}", [with_article(concept)], [concept], [square])
 
     def _place(self, rng: Random) -> Scene:
-        concept, side = _choice(rng, self.nouns), self._side(rng, "place")
-        relation = _choice(rng, tuple(RELATIONS))
+        concept, side = choice(rng, self.nouns), self._side(rng, "place")
+        relation = choice(rng, tuple(RELATIONS))
         axis, in_order = RELATIONS[relation]
-        edge = _integer(rng, 0, int(0.3 * (self.canvas - side)))
+        edge = integer(rng, 0, int(0.3 * (self.canvas - side)))
         square = self._off_middle(rng, axis, in_order, side, edge)
         frame = f"{{}} {relation} the middle"
-        return self._compose(rng, "place", frame, [_a(concept)], [concept], [square], relation)
+        return self._compose(rng, "place", frame, [with_article(concept)], [concept], [square], relation)
 
     def _pick(self, rng: Random) -> Scene:
-        named, other = _shuffled(rng, _choice(rng, self._pairs))
-        relation = _choice(rng, tuple(RELATIONS))
+        named, other = shuffled(rng, choice(rng, self._pairs))
+        relation = choice(rng, tuple(RELATIONS))
         axis, in_order = RELATIONS[relation]
         squares = []
         for low in (in_order, not in_order):  # on opposite sides of the middle, each wholly on its own
             side = self._side(rng, "pick")
-            edge = _integer(rng, 0, self.canvas // 2 - side)
+            edge = integer(rng, 0, self.canvas // 2 - side)
             squares.append(self._off_middle(rng, axis, low, side, edge))
         frame = f"{{}} {relation} the middle"
-        scene = self._compose(rng, "pick", frame, [_a(named)], [named, other], squares, relation)
-        return replace(scene, unnamed=(_a(other),))
+        scene = self._compose(rng, "pick", frame, [with_article(named)], [named, other], squares, relation)
+        return replace(scene, unnamed=(with_article(other),))
 
     def _pair(self, rng: Random) -> Scene:
-        concepts = _shuffled(rng, _choice(rng, self._pairs))
-        relation = _choice(rng, tuple(RELATIONS))
+        concepts = shuffled(rng, choice(rng, self._pairs))
+        relation = choice(rng, tuple(RELATIONS))
         axis, in_order = RELATIONS[relation]
         squares = self._row(rng, axis, [self._side(rng, "pair") for _ in range(2)])
         if not in_order:
             squares.reverse()
-        slots = [_a(c) for c in concepts]
+        slots = [with_article(c) for c in concepts]
         return self._compose(rng, "pair", f"{{}} {relation} {{}}", slots, concepts, squares, relation)
 
     def _between(self, rng: Random) -> Scene:
         thirds = []
         while not thirds:  # _meet made sure that some pair has a third
-            pair = _choice(rng, self._pairs)
+            pair = choice(rng, self._pairs)
             thirds = self._thirds(*pair)
-        concepts = _shuffled(rng, (*pair, self.emojivl.concepts[_choice(rng, thirds)]))
-        axis = _integer(rng, 0, 1)
+        concepts = shuffled(rng, (*pair, self.emojivl.concepts[choice(rng, thirds)]))
+        axis = integer(rng, 0, 1)
         low, middle, high = self._row(rng, axis, [self._side(rng, "between") for _ in range(3)])
-        squares = [middle, *_shuffled(rng, (low, high))]
-        slots = [_a(c) for c in concepts]
+        squares = [middle, *shuffled(rng, (low, high))]
+        slots = [with_article(c) for c in concepts]
         return self._compose(rng, "between", "{} between {} and {}", slots, concepts, squares)
 
     def _count(self, rng: Random) -> Scene:
-        concept, n = _choice(rng, self.nouns), _integer(rng, 1, 4)
+        concept, n = choice(rng, self.nouns), integer(rng, 1, 4)
         half = self.canvas // 2
         squares = []
-        for cell in _shuffled(rng, range(4))[:n]:  # quarters of the canvas
+        for cell in shuffled(rng, range(4))[:n]:  # quarters of the canvas
             side = self._side(rng, "count")
-            x, y = _integer(rng, 0, half - side), _integer(rng, 0, half - side)
+            x, y = integer(rng, 0, half - side), integer(rng, 0, half - side)
             squares.append((x + half * (cell % 2), y + half * (cell // 2), side))
         slot = concept.noun if n == 1 else concept.plural
         return self._compose(rng, "count", f"{NUMBERS[n]} {{}}", [slot], [concept] * n, squares)
@@ -220,20 +220,20 @@ class Scenes:
 
     def _side(self, rng: Random, kind: str) -> int:
         low, high = (int(FACTORS[kind] * share * self.canvas) for share in self.sizes)
-        return _integer(rng, low, high)
+        return integer(rng, low, high)
 
     def _off_middle(self, rng: Random, axis: int, low: bool, side: int, edge: int) -> Square:
         """A square `edge` pixels from the low or high border, at most half as far off the middle across."""
         room = self.canvas - side
         off = room - 2 * edge  # twice the distance of the centre from the middle
-        across = _integer(rng, -(-(2 * room - off) // 4), (2 * room + off) // 4)
+        across = integer(rng, -(-(2 * room - off) // 4), (2 * room + off) // 4)
         along = edge if low else room - edge
         return (along, across, side) if axis == 0 else (across, along, side)
 
     def _row(self, rng: Random, axis: int, sides: list[int]) -> list[Square]:
         """Squares in order along the axis, without overlap, near one line across it."""
         slack = self.canvas - sum(sides)
-        gaps = sorted(_integer(rng, 0, slack) for _ in sides)
+        gaps = sorted(integer(rng, 0, slack) for _ in sides)
         starts = [gap + sum(sides[:i]) for i, gap in enumerate(gaps)]
         centres = [start + side / 2 for start, side in zip(starts, sides, strict=True)]
         line = rng.uniform(max(sides) / 2, self.canvas - max(sides) / 2)
@@ -252,24 +252,27 @@ class Scenes:
         picture = self._painter.background(rng)
         boxes, gains = [], self._painter.gains(rng, len(concepts))
         for concept, square, gain in zip(concepts, squares, gains, strict=True):
-            artist = _choice(rng, self._drawn_by[concept.id])
+            artist = choice(rng, self._drawn_by[concept.id])
             boxes.append(self._painter.add(picture, concept.id, artist, square, gain))
         image, objects = self._painter.finished(picture), tuple(c.id for c in concepts)
         return Scene(image, kind, frame, tuple(slots), np.array(boxes), objects, relation)
 
 
-def _integer(rng: Random, low: int, high: int) -> int:
+def integer(rng: Random, low: int, high: int) -> int:
     """A uniform integer, both ends included."""
     return low + int(rng.random() * (high - low + 1))
 
 
-def _choice(rng: Random, items: Sequence):
+def choice(rng: Random, items: Sequence):
+    """One of the items, all equally likely."""
     return items[int(rng.random() * len(items))]
 
 
-def _shuffled(rng: Random, items: Sequence) -> list:
+def shuffled(rng: Random, items: Sequence) -> list:
+    """The items in a random order."""
     return sorted(items, key=lambda _: rng.random())
 
 
-def _a(concept: Concept) -> str:
+def with_article(concept: Concept) -> str:
+    """ "a dog", "an egg"."""
     return f"{concept.article} {concept.noun}"

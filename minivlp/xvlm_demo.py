@@ -11,7 +11,7 @@ import torch
 
 from minivlp.crowds import Crowds, phrases
 from minivlp.data import load_emojivl
-from minivlp.demo import _artists, _check_words, _named
+from minivlp.demo import check_words, named_in, shown_artists
 from minivlp.grounding_sheet import grounding_sheet
 from minivlp.refuse import refuse
 from minivlp.runs import need_writable
@@ -32,11 +32,11 @@ def ground(caption: str, trained: Trained, out: Path, device: str, screen: Scree
     """
     emojivl, words = load_emojivl(), split_words(caption)
     nouns, caption = trained.nouns(emojivl), " ".join(words)
-    _check_words(words, nouns)
+    check_words(words, nouns)
     need_writable(out / "demo.png", make_folder=True)
-    asked = _named(caption, nouns)
+    asked = named_in(caption, nouns)
     few = asked + [c for c in nouns if c not in asked][:OTHERS]
-    source = Crowds(emojivl, few, _artists(emojivl), trained.canvas, "all", seed=SEED)
+    source = Crowds(emojivl, few, shown_artists(emojivl), trained.canvas, "all", seed=SEED)
     items = []
     for scene in map(source.__getitem__, range(TRIES)):
         items += [(scene, p) for p in phrases(scene) if " ".join(split_words(p.text)) == caption]
@@ -51,9 +51,8 @@ def ground(caption: str, trained: Trained, out: Path, device: str, screen: Scree
     true = np.array([scene.boxes[phrase.row] for scene, phrase in items])
     overlaps = iou(found, true)
     right = int((overlaps >= 0.5).sum())
-    screen.say(
-        f"{len(items)} pictures by {', '.join(_artists(emojivl))}; {right} boxes right (IoU at least 0.5)"
-    )
+    by = ", ".join(shown_artists(emojivl))
+    screen.say(f"{len(items)} pictures by {by}; {right} boxes right (IoU at least 0.5)")
     screen.say(" IoU  the picture shows")
     for (scene, _), overlap in zip(items, overlaps, strict=True):
         screen.say(f"{overlap:.2f}  {scene.caption}")

@@ -305,11 +305,11 @@ def test_the_demo_knows_which_pictures_are_right(caption, least):
 def test_the_demo_frames_nothing_when_no_scene_says_that():
     assert demo.candidates(EMOJIVL, NOUNS, 48, "a dog left of a dog")[1] == set()
     every = EMOJIVL.nouns()
-    dogs = demo._named("a hot dog above two dogs", every)
-    assert {c.noun for c in dogs} == {"hot dog", "dog"} and demo._named("a hot dog", every)[
+    dogs = demo.named_in("a hot dog above two dogs", every)
+    assert {c.noun for c in dogs} == {"hot dog", "dog"} and demo.named_in("a hot dog", every)[
         0
     ].noun == "hot dog"
-    assert len(demo._named("a hot dog", every)) == 1
+    assert len(demo.named_in("a hot dog", every)) == 1
 
 
 def test_one_right_picture_is_put_in_where_there_would_be_none(monkeypatch):

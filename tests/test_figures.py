@@ -76,11 +76,11 @@ CASES = {
 }  # fmt: skip
 
 
-def render(function, args, path, save=figures._save):
+def render(function, args, path, save=figures.save_figure):
     """Draw into `path` and return the figure behind the file."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_save", lambda figure, path: (kept.append(figure), save(figure, path)))
+        patch.setattr(figures, "save_figure", lambda figure, path: (kept.append(figure), save(figure, path)))
         assert function(path, *args) is None
     return kept[0]
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from minivlp.bench.cases import BARE
 from minivlp.bench.measure import quartiles
 from minivlp.bench.report import described
-from minivlp.figures import BLUE, DPI, GREY, VERMILION, WIDTH, _save
+from minivlp.figures import BLUE, DPI, GREY, VERMILION, WIDTH, save_figure
 from minivlp.refuse import refuse
 
 COLOURS = {"fused": VERMILION, "torch": BLUE}  # and grey for the peers
@@ -50,7 +50,7 @@ def bars(path: str | Path, results: Mapping[str, Any]) -> None:
             axes.tick_params(length=0)
             axes.spines[["top", "right", "bottom"]].set_visible(False)
         top += BAR * len(names) + 0.2
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _times(axes: Axes, entry: Mapping[str, Any], names: list[str]) -> None:

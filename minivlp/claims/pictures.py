@@ -19,7 +19,7 @@ from minivlp.claims.clock import PARTS
 from minivlp.claims.report import told
 from minivlp.claims.settings import Settings
 from minivlp.claims.verdict import Interval, interval
-from minivlp.figures import BLUE, COLOURS, DPI, GREY, VERMILION, WIDTH, _label_ends, _save, _wrapped
+from minivlp.figures import BLUE, COLOURS, DPI, GREY, VERMILION, WIDTH, label_ends, save_figure, wrapped
 
 Numbers = Mapping[str, tuple[Interval, list[float]]]  # of each label, with the mean of each seed
 LEFT, TOP, ROW = 1.9, 0.75, 0.27  # inches
@@ -41,14 +41,14 @@ def draw(path: str | Path, claim: Claim, results: Results, settings: Settings) -
     right = 1.35 if claim.draw == "lines" else 0.9
     axes = figure.add_axes((left / WIDTH, 0.5 / height, 1 - (left + right) / WIDTH, body / height))
     figure.text(
-        0.1 / WIDTH, 1 - 0.12 / height, _wrapped(claim.says, 95, 1), fontsize=10, weight="bold", va="top"
+        0.1 / WIDTH, 1 - 0.12 / height, wrapped(claim.says, 95, 1), fontsize=10, weight="bold", va="top"
     )
     outcome = claim.found(results, settings)
     said = f"{claim.verdict(results, settings)}: {claim.number} {told(outcome)}; claimed: {claim.rule()}"
-    figure.text(0.1 / WIDTH, 1 - 0.34 / height, _wrapped(said, 112, 2), fontsize=8.5, color=GREY, va="top")
+    figure.text(0.1 / WIDTH, 1 - 0.34 / height, wrapped(said, 112, 2), fontsize=8.5, color=GREY, va="top")
     {"dots": _dots, "lines": _lines, "stacks": _stacks}[claim.draw](axes, claim, numbers, decisive)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _dots(axes: Axes, claim: Claim, numbers: Numbers, decisive: set[str]) -> None:
@@ -87,7 +87,7 @@ def _lines(axes: Axes, claim: Claim, numbers: Numbers, decisive: set[str]) -> No
         ends.append((value[-1], name, colour))
     axes.set_xticks(range(len(points)), [x for x, _, _ in points])
     axes.set(xlabel="layer" if "layer" in claim.says else "batch size", ylabel=claim.axis)
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
 
 
 def _stacks(axes: Axes, claim: Claim, numbers: Numbers, decisive: set[str]) -> None:
