@@ -156,6 +156,7 @@ def test_the_published_alignment_is_ours_in_value_and_gradient():
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_absent_peers_are_named_with_the_reason(monkeypatch, here):
     for module in ("open_clip", "ot", "geomloss"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -180,6 +181,7 @@ def test_a_version_without_chunks_is_absent_too(monkeypatch):
 # The whole bench, at tiny sizes
 
 
+@pytest.mark.slow
 def test_results_are_plain_data_and_complete(here):
     heard = []
     results = bench(["chamfer", "patch"], "tiny", 1, lambda done, total: heard.append((done, total)))

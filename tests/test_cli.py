@@ -244,6 +244,7 @@ def test_eval_measures_another_folder_of_sheets(command, tmp_path, monkeypatch, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "out.json"]
 
 
+@pytest.mark.slow
 def test_figures_draws_a_run_again(tmp_path, capsys):
     shutil.copytree(trained(), tmp_path / "vilt", ignore=shutil.ignore_patterns("*.png"))
     assert main(["figures", "--run", str(tmp_path / "vilt"), "--threads", "1"]) == 0

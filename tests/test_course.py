@@ -289,6 +289,7 @@ def test_a_verdict_holds_until_the_function_or_what_it_uses_changes(desk):
     assert course.state(one, verdict) == "unchecked"
 
 
+@pytest.mark.slow
 def test_pytest_ends_with_the_map(desk):
     """A run in a process of its own: two attempts, one right; the map is the last thing that it says."""
     write("nce_np", "return 0.0, (score_data, score_noise, logp_data, logp_noise)")

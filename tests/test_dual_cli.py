@@ -40,6 +40,7 @@ def test_a_run_leaves_its_results():
 
 
 @pytest.mark.parametrize("model", ["siglip", "vse", "filip"])
+@pytest.mark.slow
 def test_every_model_runs_to_its_end(model):
     folder = trained(model)
     assert load_trained(folder).kind == model and (folder / "report.md").exists()
@@ -62,6 +63,7 @@ def test_the_small_model_is_the_run_rounded_and_is_published_clip():
     assert equal(published.state_dict(), rounded(load_trained(siglip).model))
 
 
+@pytest.mark.slow
 def test_chinese_names(command, tmp_path, capsys):
     assert (
         command("train", "--model", "clip", "--language", "zh", "--name", tmp_path / "zh", "--items", 8) == 0
@@ -73,6 +75,7 @@ def test_chinese_names(command, tmp_path, capsys):
     assert (tmp_path / "demo.png").exists() and (tmp_path / "zh" / "search.png").exists()
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_evaluates_again_and_refuses_other_settings(command, tmp_path, capsys):
     folder = tmp_path / "clip"
     shutil.copytree(trained("clip"), folder)
@@ -180,6 +183,7 @@ def test_report_is_markdown_of_one_width_a_table():
         assert len({row.count("|") for row in rows}) <= 1
 
 
+@pytest.mark.slow
 def test_the_run_folder_is_named_after_the_model(command, monkeypatch, tmp_path):
     from minivlp import runs
 

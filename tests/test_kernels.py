@@ -25,6 +25,7 @@ def in_a_process_of_its_own(*command: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_agree_with_numpy():
     said = in_a_process_of_its_own(
         "pytest", "-p", "no:cacheprovider", "tests/kernel_checks.py", TRITON_INTERPRET="1"

@@ -77,6 +77,7 @@ def test_every_family_of_rungs_has_laws_and_bugs(concept):
         assert "plain" in ladder or {"np", "torch"} <= set(ladder), f"{family} lacks a rung"
 
 
+@pytest.mark.slow
 def test_the_base_install_is_enough():
     """Importing every module but the kernels, which are Triton's, needs none of the peers."""
     peers = ["safetensors", "transformers", "tokenizers", "ot", "scipy", "triton", "open_clip"]

@@ -214,6 +214,7 @@ def test_a_scene_depends_on_seed_and_index_alone(emojivl):
     assert len({*forward, *other_seed}) == 120
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_scenes(emojivl):
     """Also with another salt of Python's hash, so that no order of a set can matter."""
     here = [digest(scene) for scene in scenes(20, emojivl, kinds=ALL, seed=3)]
