@@ -348,7 +348,7 @@ axes[0].plot(steps, [r["itc"] for r in records], ".-", color=RED, label="contras
 for kind, colour in zip(asked, (BLUE, RED, GREEN), strict=True):
     axes[1].plot(steps, [r[kind] for r in records], ".-", color=colour, label=kind)
     axes[1].axhline(best_guess(truth[kind]), color=colour, linestyle=":", linewidth=1)
-axes[0].set(xlabel="step", ylabel="loss, means of 20 steps", ylim=(0, None))
+axes[0].set(xlabel="step", ylabel="loss, means of 40 steps", ylim=(0, None))
 axes[1].set(xlabel="step", ylabel="boxes right", ylim=(0, 1), title="64 fresh phrases of each kind")
 axes[0].legend(fontsize=8)
 axes[1].legend(fontsize=8, loc="upper left")
