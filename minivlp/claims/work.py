@@ -1,7 +1,7 @@
 """The experiments, and doing them: seed by seed, each result a whole file that is not made twice.
 
     runs/claims/results/<experiment>-<seed>.json      {"settings", "seed", "seconds", "samples"}
-    runs/claims/work/<experiment>-<seed>/             a training that is not over yet
+    work/<experiment>-<seed>/             a training that is not over yet
 
 A result counts when its settings are those asked for; another one is made again. A file is written whole or
 not at all (atomic.py), so whatever stops the command costs at most what trained since its last checkpoint.
