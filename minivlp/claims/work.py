@@ -1,6 +1,8 @@
 """The experiments, and doing them: seed by seed, each result a whole file that is not made twice.
 
-    runs/claims/results/<experiment>-<seed>.json      {"settings", "seed", "seconds", "samples"}
+In the folder of the command, runs/claims unless --out says otherwise:
+
+    results/<experiment>-<seed>.json      {"settings", "seed", "seconds", "samples"}
     work/<experiment>-<seed>/             a training that is not over yet
 
 A result counts when its settings are those asked for; another one is made again. A file is written whole or
