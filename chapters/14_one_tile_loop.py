@@ -305,7 +305,7 @@ from timeit import repeat
 
 
 def best(call):
-    return min(repeat(call, number=1, repeat=4))
+    return min(repeat(call, number=1, repeat=3))
 
 
 B, D = 2048, 64

@@ -298,7 +298,7 @@ print("gradient of the first mean:\n", dv[0].reshape(3, 3))
 
 # %%
 config = XvlmTrain(
-    canvas=32, image_layers=2, cross_layers=1, steps=240, batch=12, warmup=10, regions=1.0, report_every=40
+    canvas=32, image_layers=2, cross_layers=1, steps=200, batch=12, warmup=10, regions=1.0, report_every=40
 )
 tokenizer = scene_tokenizer(nouns, config.vocab_size)
 sizes = {name: getattr(config, name) for name in ("canvas", "patch", "regions", "mask", "seed")}
