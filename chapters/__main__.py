@@ -4,6 +4,7 @@ Exit code 0, or 2 with one sentence.
 """
 
 import argparse
+import os
 import sys
 
 from chapters import desk
@@ -64,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
             return train(args.use.split(","), args.steps, args.threads)
         else:
             getattr(desk, f"{args.job}_")(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"chapters: {error}", file=sys.stderr)
         return 2

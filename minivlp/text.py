@@ -12,9 +12,9 @@ Training starts from single characters and merges, again and again, the neighbou
 
     score(a, b) = freq(ab) / (freq(a) · freq(b)),
 
-the pair that meets most often for how common its parts are: of all merges it raises the likelihood of a
-unigram model of the pieces the most for each occurrence. There is no gradient. Encoding then cuts by longest
-match and does not replay the merges; byte-pair encoding does, and merges by freq(ab) alone.
+the pair that meets most often for how common its parts are: to first order, of all merges it raises the
+likelihood of a unigram model of the pieces the most for each occurrence. There is no gradient. Encoding then
+cuts by longest match and does not replay the merges; byte-pair encoding does, and merges by freq(ab) alone.
 
 Rungs (one each, plain Python):
     wordpiece       the greedy cut of one word, O(length²) look-ups; `WordPiece` remembers what it has cut

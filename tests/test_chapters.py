@@ -194,6 +194,17 @@ def test_list_and_next(folder, capsys, monkeypatch):  # noqa: F811
     assert "minutes; written, not checked)" in out
 
 
+def test_a_reader_who_has_seen_enough_is_no_error():
+    """`python -m chapters list | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "chapters", "list"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_what_cannot_be_trained_with_is_refused(folder, capsys):  # noqa: F811
     for names, message in (
         ("chamfer", "chamfer is called by no training"),

@@ -110,6 +110,17 @@ def small_eps_solves_the_linear_programme(f, shape, seed):
     close((f(cost, eps=5e-3, iters=400) * cost).sum(), exact_cost(cost), atol=2e-2)
 
 
+@law("sinkhorn", hint="After any number of iterations it is the textbook loop on the real tokens alone.")
+@given(data=st.data(), M=sizes(), N=sizes(), iters=sizes(3))
+def equals_the_loop_on_the_real_tokens(f, data, M, N, iters):
+    rows, columns = data.draw(masks(M)), data.draw(masks(N))
+    cost = np.random.default_rng(data.draw(st.integers(0, 99))).random((M, N))
+    real, wanted = np.ix_(rows, columns), np.zeros((M, N))
+    a, b = (np.full(n, 1 / n) for n in cost[real].shape)
+    wanted[real] = slow_sinkhorn(cost[real], a, b, 0.3, iters)
+    close(f(cost, eps=0.3, iters=iters, row_mask=rows, col_mask=columns), wanted)
+
+
 @st.composite
 def token_sets(draw):
     """x (M, D), y (N, D), lengths far from one; a (M,), b (N,)."""

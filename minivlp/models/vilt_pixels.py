@@ -5,8 +5,8 @@ lowered to multiples of 32, which changes the aspect ratio a little. So the long
 has at most 12 × 19 = 228 patches (the paper says 640 and 240).
 
 Source: the resize and the normalisation of the original code (Kim, Son and Kim 2021, section 4.2).
-Left out: the original's mask, a pixel being real where its normalised channels do not sum to 0, which takes
-some real pixels for padding; here the mask is explicit. Augmentation is in augment.py.
+Left out: the original's mask, a pixel being real where its normalised channels do not sum to 0, which holds
+for 8-bit colours but not for others; here the mask is explicit. Augmentation is in augment.py.
 """
 
 from typing import Any

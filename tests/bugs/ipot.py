@@ -90,6 +90,18 @@ def one_step_too_many(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
     return ipot(cost, beta, iters + 1, row_mask, col_mask)
 
 
+@bug("ipot", RECURRENCE, "Padded words begin like real ones: the first column sums count them.")
+def padded_words_begin(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    mu, nu = share(cost, row_mask, col_mask)
+    K, T, a = (-cost / beta).exp(), torch.ones_like(cost), torch.ones_like(mu)
+    for _ in range(iters):
+        Q = T * K
+        b = nu / (Q * a).sum(-2, keepdim=True)
+        a = mu / (Q * b).sum(-1, keepdim=True)
+        T = a * Q * b
+    return T
+
+
 @bug("wpa", PADDING, "The padding of the image is not masked.")
 def padded_patches(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
     return wpa(words, patches, word_mask, None, beta, iters)

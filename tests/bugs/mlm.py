@@ -150,7 +150,11 @@ def no_bias(hidden, embedding, bias, targets):
     return mlm_loss(hidden, embedding, bias * 0, targets)
 
 
-@bug("mlm_loss", ZERO, "A mean over nothing: NaN poisons the step.")
+@bug(
+    "mlm_loss",
+    ZERO,
+    "A mean over nothing: the loss is NaN when no word is hidden, and so is every mean it enters.",
+)
 def mean_over_nothing(hidden, embedding, bias, targets):
     return F.cross_entropy(hidden @ embedding.T + bias, targets, ignore_index=-100)
 
@@ -213,3 +217,14 @@ def rows_not_put_back(hidden, embedding, bias, targets):
     value, (dhidden, dE, db) = mlm_loss_np(hidden, embedding, bias, targets)
     rows = dhidden[targets != -100]
     return value, (np.concatenate([rows, np.zeros((len(hidden) - len(rows), hidden.shape[1]))]), dE, db)
+
+
+@bug(
+    "mlm_loss", SLOPES, "Rows that predict nothing receive a gradient: the softmax is not masked.", rung="np"
+)
+def gradient_everywhere(hidden, embedding, bias, targets):
+    value, (dhidden, dE, db) = mlm_loss_np(hidden, embedding, bias, targets)
+    logits = hidden @ embedding.T + bias
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    G = p / p.sum(1, keepdims=True) / max((targets != -100).sum(), 1)
+    return value, (np.where((targets != -100)[:, None], dhidden, G @ embedding), dE, db)
