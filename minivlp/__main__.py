@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--language", choices=["en", "zh"], help="of the names, for dual encoders (default: en)"
     )
+    train.add_argument("--without", choices=["boxes", "regions"], help="what xvlm is to do without")
     train.add_argument("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
     train.add_argument("--task", choices=["vqa", "nlvr2"], help="fine-tune a trained run on this task")
     train.add_argument("--start", metavar="RUN", help=f"where --task starts: {RUN}")

@@ -118,12 +118,14 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     about = {"command": args.command_line, "model": args.model, "task": None, "captions": None}
     if args.language and args.model in ("vilt", "xvlm"):
         refuse("--language", "must come with a dual encoder, as in --model clip", args.model)
+    if args.without and args.model != "xvlm":
+        refuse("--without", "must come with --model xvlm", args.model)
     if args.model != "vilt":
         for flag in ("task", "captions"):
             if getattr(args, flag):
                 refuse(f"--{flag}", "must come with --model vilt", args.model)
         if args.model == "xvlm":
-            return about | xvlm_settings(args.preset, _given(args))
+            return about | xvlm_settings(args.preset, args.without, _given(args))
         return about | dual_settings(args.model, args.language, args.preset, _given(args))
     if args.task:
         return about | task_settings(args.task, args.start, _given(args))
@@ -148,7 +150,14 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
 def _check_resumed(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Refuse flags that ask for something else than the run began with."""
     {"vilt": train_config, "xvlm": xvlm_config}.get(settings["model"], dual_config)(settings)
-    asked = ("preset", "task", "on_error", "language", *(["model"] if args.model != "vilt" else []))
+    asked = (
+        "preset",
+        "task",
+        "on_error",
+        "language",
+        "without",
+        *(["model"] if args.model != "vilt" else []),
+    )
     flags = {key: getattr(args, key) for key in asked if getattr(args, key)}
     for key, value in (flags | _paths(args) | _given(args)).items():
         began = settings["train"].get(key, settings.get(key))

@@ -27,18 +27,20 @@ from minivlp.trained import Trained
 from minivlp.workers import Workers
 from minivlp.xvlm_evaluate import answers, best_guess, evaluate_xvlm, iou, questions, report_xvlm
 from minivlp.xvlm_rows import RegionSource
-from minivlp.xvlm_train import PRESETS, new_xvlm, xvlm_config, xvlm_loss
+from minivlp.xvlm_train import ABLATIONS, PRESETS, new_xvlm, xvlm_config, xvlm_loss
 
 GLANCE = 128  # phrases of each kind asked about twenty times during training
 SEED, DRAWN_SEED, DRAWN = 1, 7, 15  # of the test scenes, and of those that are drawn; how many of these
 
 
-def xvlm_settings(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a new run. Raises ValueError for a preset that there is not."""
+def xvlm_settings(preset: str | None, without: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a new run, `without` of ABLATIONS. Raises ValueError for a preset that is not."""
     if preset not in (None, *PRESETS):
         refuse("--preset", f"must be {' or '.join(PRESETS)} for xvlm", preset)
     load_emojivl()  # read once a process; refuses a damaged file before the run begins
-    return {"preset": preset or "cpu", "train": asdict(replace(PRESETS[preset or "cpu"], **given))}
+    given = {**ABLATIONS.get(without, {}), **given}
+    train = asdict(replace(PRESETS[preset or "cpu"], **given))
+    return {"preset": preset or "cpu", "without": without, "train": train}
 
 
 def train_xvlm(run: Run, device: str, items: int, screen: Screen, workers: Workers) -> None:

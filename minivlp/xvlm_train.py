@@ -65,8 +65,8 @@ class XvlmTrain:
 
 
 PRESETS = {"cpu": XvlmTrain()}
-# What to leave out, to see what it is good for: `replace(PRESETS["cpu"], **ABLATIONS["no_boxes"])`.
-ABLATIONS = {"no_boxes": {"box_weight": 0.0}, "no_regions": {"regions": 0.0}}
+# What `--without` changes, to see what it is good for.
+ABLATIONS = {"boxes": {"box_weight": 0.0}, "regions": {"regions": 0.0}}
 SIZES = tuple(name for name in XvlmConfig.__dataclass_fields__ if name in XvlmTrain.__dataclass_fields__)
 
 

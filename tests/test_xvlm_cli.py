@@ -96,3 +96,19 @@ def test_other_phrases_are_refused(phrase, message, command, tmp_path, capsys):
 def test_flags_of_other_models_are_refused(flags, message, command, tmp_path, capsys):
     refused(capsys, command("train", "--model", "xvlm", "--name", tmp_path / "run", *flags), message)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what, field", [("boxes", "box_weight"), ("regions", "regions")])
+def test_a_run_without_boxes_or_regions_has_no_box_loss(what, field, command, tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = ("--model", "xvlm", "--name", folder, "--items", 8)
+    assert command("train", *flags, "--without", what) == 0
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["without"] == what and settings["train"][field] == 0
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(record.get("box", 0) == 0 for record in records)
+    other = {"boxes": "regions", "regions": "boxes"}[what]
+    code = command("train", "--resume", "--name", folder, "--without", other)
+    refused(capsys, code, "--without must be left out")
+    code = command("train", "--without", what, "--name", tmp_path / "vilt")
+    refused(capsys, code, "--without must come with --model xvlm")

@@ -61,7 +61,7 @@ def test_both_kinds_of_batches_come_at_their_share():
     ]
     assert 6 <= sum(kinds) <= 18
     assert all(REGIONS(step)[0].located.all() for step in range(3))
-    captions = source(replace(CONFIG, **ABLATIONS["no_regions"]))
+    captions = source(replace(CONFIG, **ABLATIONS["regions"]))
     assert not any(captions(step)[0].located.any() for step in range(8))
 
 
@@ -177,7 +177,7 @@ def test_a_batch_without_boxes_has_no_box_loss_and_no_gradient_of_it():
 
 def test_the_box_loss_can_be_left_out():
     model = new_xvlm(CONFIG, len(TOKENIZER))
-    without = xvlm_loss(model, REGIONS(0), replace(CONFIG, **ABLATIONS["no_boxes"]))
+    without = xvlm_loss(model, REGIONS(0), replace(CONFIG, **ABLATIONS["boxes"]))
     whole_loss = xvlm_loss(model, REGIONS(0), CONFIG)
     assert set(without) == {"itc", "itm", "mlm"} and all(
         torch.equal(without[k], whole_loss[k]) for k in without

@@ -36,7 +36,7 @@ TEST_SEED = 1_000_000  # of the test scenes, which no training seed draws
 def grounding(size: RegionsSize, seed: int, folder: Path, variant: str) -> dict[str, Sample]:
     """Samples "naming", "pointing" and "grounding" of WITH or WITHOUT, each over the same phrases."""
     emojivl = load_emojivl()
-    config = replace(size.train, seed=seed, **(ABLATIONS["no_regions"] if variant == WITHOUT else {}))
+    config = replace(size.train, seed=seed, **(ABLATIONS["regions"] if variant == WITHOUT else {}))
     nouns = emojivl.nouns(config.nouns)
     tokenizer = scene_tokenizer(nouns, config.vocab_size)
     how = {name: getattr(config, name) for name in ("canvas", "patch", "regions", "mask", "seed")}
