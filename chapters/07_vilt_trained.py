@@ -59,33 +59,35 @@ for ax, item in zip(axes, examples, strict=True):
 plt.show()
 
 # %% [markdown]
+# What to see: four kinds of scene. A *pick* names one object of two; what it is for is told below.
+#
 # ## One sequence
 #
 # A caption has $L$ words, a picture $N$ patches, and every token is a vector of $D$ numbers. ViLT adds to
 # each token a position and a *type* that says "I am a word" or "I am a patch", lays words and patches end to
-# end, and sends them through its blocks (ViLT, equations 1 to 6):
+# end, and sends them through its blocks (ViLT, equations 1 to 6; LN and $b_p$ are in its code):
 #
-# $$z^0 = [\mathrm{LN}(\text{word} + \text{position}) + \text{type}_0\;;\;\text{patch}\, W_v +
+# $$z^0 = [\mathrm{LN}(\text{word} + \text{position}) + \text{type}_0\;;\;\text{projected patch} +
 #   \text{position} + \text{type}_1], \;\; z = \mathrm{Encoder}(z^0), \;\; p = \tanh(W_p\, z_{[CLS]} + b_p).$$
 #
 # Word states answer for hidden words. The **pooled** vector $p$, read at the caption's first token [CLS],
-# answers for the pair. There is no convolution and no detector of objects.
+# answers for the pair. (The picture has a [CLS] too, which no head reads.)
 #
 # ## Three losses
 #
-# $M$ hidden words give a cross-entropy over the vocabulary (chapter 05). $B$ pairs, some with a wrong picture
+# $K$ hidden words give a cross-entropy over the vocabulary (chapter 05). $B$ pairs, some with a wrong picture
 # or caption, give a cross-entropy over no and yes (chapter 06). And a little **word-patch alignment**, which
-# chapter 12 derives, gives a cost $d_b \ge 0$ of carrying the words of pair $b$ to the patches of its
-# picture, to be small for true pairs and large for random ones:
+# chapter 12 derives, gives a cost $\mathcal D_b \ge 0$ of carrying the words of pair $b$ to the patches of
+# its picture, to be small for true pairs and large for pairs with a random picture:
 #
 # $$L = L_\text{mlm} + L_\text{itm} + 0.1\, L_\text{wpa}, \qquad
-#   L_\text{wpa} = \frac1B \Big[\sum_{\text{true}} d_b - \sum_{\text{random}} d_b\Big].$$
+#   L_\text{wpa} = \frac1B \Big[\sum_{\text{true}} \mathcal D_b - \sum_{\text{random}} \mathcal D_b\Big].$$
 #
-# Each term has its own matrix $G$ of chapter 00 and sends its message to other states: to hidden words, to
-# [CLS], to words and patches. One link is new, the $\tanh$ of the pooler. Let $z_b$ be the state of [CLS],
+# Each term has its own matrix $G$ of chapter 00 and sends its message to states of its own: to hidden words,
+# to [CLS], to words and patches. One link is new, the $\tanh$ of the pooler. Let $z_b$ be the state of [CLS],
 # $u_b = W_p z_b$ (without $b_p$) and $p_b = \tanh u_b$, and let $W$ make the two logits $W p_b$. Chapter 06
 # gives $G = (Q - Y)/B$ on the logits: row $b$ of $Q$ is their softmax, $Y$ is 1 at the right answer. Going
-# back one factor at a time, with $\tanh' = 1 - \tanh^2$ and $\circ$ for the product entry by entry,
+# back one factor at a time, a row for each pair, with $\tanh' = 1 - \tanh^2$ and $\circ$ entry by entry,
 #
 # $$dp = G\,W, \qquad du = dp \circ (1 - p \circ p), \qquad dz = du\, W_p.$$
 #
@@ -114,14 +116,13 @@ print(f"dZ is within 1e-12 of autograd:    {np.abs(dZ - z.grad.numpy()).max() < 
 
 # %% [markdown]
 # What to see: $G$ raises "yes" for the true pairs and "no" for the false one. Where an entry of $p$ is near
-# $\pm 1$ the factor $1 - p^2$ is near zero: what is sure of itself hardly learns.
+# $\pm 1$ the factor $1 - p^2$ is near zero: the last row has the largest $G$ and the smallest $dZ$.
 #
 # ## What a step sees
 #
 # `SceneRows` composes fresh scenes for every step. Some rows have a hidden word and their own picture, the
 # others a whole caption, about half of these with a wrong picture. `match` is 1 for a true pair, 0 for a
-# wrong one, −1 for a row with a hidden word; `align` says whether alignment pulls (+1), pushes (−1) or does
-# nothing (0).
+# wrong one, −1 for a row with a hidden word; alignment pulls (`align` +1), pushes (−1) or does nothing (0).
 
 # %%
 nouns = emojivl.nouns(CPU_NOUNS[:8])
@@ -135,25 +136,26 @@ for i in (0, 1, 3, 12, 13):
     print(f"{text:<24} answer {answer:<9} match {rows.match[i]:+d}  align {rows.align[i]:+.0f}")
 
 model = new_model(config, len(tokenizer))
-print(f"\n{sum(t.numel() for t in model.parameters()):,} parameters; gradients in the first step:")
+print(f"\n{sum(t.numel() for t in model.parameters()):,} parameters; lengths of the gradients in step 0:")
 for name, term in pretraining_loss(model, [rows], config.wpa_weight).items():
     grads = torch.autograd.grad(term, (model.patch.weight, model.word.weight), retain_graph=True)
-    sizes = f"at the patches {grads[0].norm():.3f}, at the words {grads[1].norm():.3f}"
+    sizes = f"at the patch projection {grads[0].norm():.4f}, at the word vectors {grads[1].norm():.4f}"
     print(f"{name} {term.item():6.3f}, {sizes}")
 
 # %% [markdown]
-# What to see: only alignment looks at patches, and yet all three terms reach them. Attention is the road: the
-# state of a hidden word is a mixture of what it looked at, and the gradient goes back along the same weights.
+# What to see: only alignment reads the states of patches, and yet all three terms reach their projection.
+# Attention is the road: the state of a hidden word is a mixture of what it looked at, and the gradient goes
+# back along the same weights. The road is narrow at first, as attention's outputs start near zero.
 #
 # ## Watch it learn
 #
 # `minivlp/fit.py` has the loop: rows, loss terms, gradients, one update, and now and then a look. Eight
 # nouns, one object a picture, pictures of 24 × 24 pixels, which is nine patches. The looks are at 96 scenes
 # that training never drew: which word is hidden, and does the caption match? Half of the captions asked about
-# name another noun.
+# name another noun. One artist's drawings never occur in training; the last look is at 96 scenes of those.
 #
 # Guessing one noun in eight is right with 1/8 and costs $\log 8$; yes or no is right with 1/2 and costs
-# $\log 2$. Beside the real run stands a **blind** one, in which each row is shown another row's picture.
+# $\log 2$. Beside the real run stands a short **blind** one: each row is shown another row's picture.
 
 
 # %%
@@ -215,11 +217,11 @@ print(f"blind, loss of hidden words {blind[-1]['mlm']:.1f}; log 8 = {np.log(8):.
 # What to see: dotted lines are guessing. The loss of hidden words falls in two parts. First, in some thirty
 # steps, from the whole vocabulary to $\log 8$: the model has learnt which words are nouns, and the blind run
 # does that just as well. Only what happens *below* the dotted line is seeing: name the price of guessing, and
-# look below it. Matching comes later, for before a word has its patches there is nothing to compare.
+# look below it. Matching comes later: probably because before a word has its patches nothing can be compared.
 #
 # The blind run is a plausible mistake: wrong pairs made by overwriting pictures in place (`in_place` in
-# `tests/bugs/itm.py`) change the pictures of the rows with hidden words too. Nothing crashes, the loss falls,
-# and the dotted line is where it ends.
+# `tests/bugs/itm.py`) change the pictures of the rows with hidden words too. Nothing crashes, the loss
+# falls, and the dotted line is its floor: these pictures say nothing about the words.
 #
 # ## Why not simply go on? The binding plateau
 #
@@ -228,7 +230,7 @@ print(f"blind, loss of hidden words {blind[-1]['mlm']:.1f}; log 8 = {np.log(8):.
 # left of a dog": the same words, the same axis, another order. That takes **binding**, this word to those
 # patches and the place to that word. With the relation hidden, knowing the objects is right with 1/4, knowing
 # the axis with 1/2, knowing what lies where with 1. With a true caption and one whose nouns are exchanged,
-# the first two are right with 1/2. Training stalls there; a likely reason is that a word that points at
+# the first two are right with 1/2. Training may stall there; a likely reason is that a word that points at
 # neither object, or at both, gains nothing from knowing a place. Single runs while the recipe was sought
 # (README; directions, not significance):
 #
@@ -240,17 +242,17 @@ print(f"blind, loss of hidden words {blind[-1]['mlm']:.1f}; log 8 = {np.log(8):.
 #
 # A **pick** is the smallest problem that needs binding: "a dog left of the middle", with another object in
 # the picture. The caption names one place and one object, and the model must find *that* object. So the
-# curriculum (`minivlp/curriculum.py`) has stages. Easy kinds come first, and some keep a share later, because
-# what is not seen is forgotten.
+# curriculum (`minivlp/curriculum.py`) has stages. Easy kinds come first; some keep a share later, lest they
+# be forgotten.
 
 # %%
 for stage in CPU_STAGES:
-    shares = ", ".join(f"{part.share:.2f} {part.kind}" for part in stage.parts)
+    shares = ", ".join(f"{part.share:.2f} {part.kind} ({part.canvas} px)" for part in stage.parts)
     print(f"until {stage.until:.2f} of the run, in every batch: {shares}")
 
 # %% [markdown]
-# What to see: each line is a stage. Single objects come on a small canvas, because it is cheaper. On the
-# machine that made this page, forward and backward on one thread:
+# What to see: each line is a stage. Single objects come on a small canvas, because it is cheaper. Forward and
+# backward, on one thread of the machine that made this page:
 
 # %% tags=["measured"]
 from time import perf_counter
@@ -271,15 +273,14 @@ for canvas, time in times.items():
 
 # %% [markdown]
 # What to see: patches grow with the square of the side, and at first the time grows less, because words and
-# fixed costs count too. With many patches attention takes over, which grows with *their* square.
+# fixed costs count too. With many patches attention weighs more, whose cost grows with *their* square.
 #
 # ## The larger run
 #
 # `python -m minivlp train` is the same program with more nouns, all stages, and minutes in place of seconds.
 # The model that it made ships with the course, and beside it a file says how it was made and what it reached.
 # All measures are on *pairs of objects that training never showed together*. No question gives its answer
-# away: with one [MASK] for each piece, "left of" has two and "above" one, and their number tells the axis; so
-# one [MASK] hides the whole phrase.
+# away: one [MASK] hides a whole relation, as two for "left of" and one for "above" would tell the axis.
 
 # %%
 about = json.loads((WEIGHTS / "vilt_tiny.json").read_text(encoding="utf-8"))
@@ -292,15 +293,16 @@ for name in MEASURES:
     print(f"{NAMES[name]:<31} {value:<21} {u['value']:>6.2f} {m['chance']:>7.2f} {m['objects']:>8.2f}")
 
 # %% [markdown]
-# What to see: intervals are those of 95 %, clustered by pair of objects. **Objects** is the best that one can
-# do who knows which objects a picture shows, but not where. On the hidden relation and the exchanged nouns it
-# *is* chance, so whatever lies above it is binding. Where a value lies below it, as it may for the first of
-# 64 pictures, perfect eyes without any sense of place would do better. Compare the artists, too.
+# What to see: in brackets 95 % intervals, clustered by pair of objects. R@1 of 64 is how often the caption's
+# own picture scores highest of 64. **Objects** is the best that one can do who knows which objects a picture
+# shows, but not where. On the exchanged nouns it *is* chance, so whatever lies above it is binding; on the
+# hidden relation, whatever lies above the 1/2 that the axis gives. Where a value lies below *objects*,
+# perfect eyes without any sense of place would do better. Compare the artists, too.
 #
 # ## Look at its answers
 #
-# Three fresh scenes by the unseen artist, of held-out pairs, not chosen: the first three of a seed. The first
-# noun, the relation and the second noun are hidden in turn.
+# Three fresh scenes by the unseen artist, of pairs never shown in training, not chosen: the first three of a
+# seed. The first noun, the relation and the second noun are hidden in turn.
 
 # %%
 shipped = load_trained(WEIGHTS / "vilt_tiny.safetensors")
@@ -343,7 +345,7 @@ print(f"true captions accepted: {(true > 0).mean():.2f}, exchanged ones refused:
 
 # %% [markdown]
 # What to see: the lower right quarter is right twice. A model that knows objects and not order would give
-# both captions one score, and its points would lie on the dotted diagonal.
+# both captions the same score, and its points would lie on the dotted diagonal.
 #
 # Last, where words point: the transport plan of chapter 12 between words and patches, for the nouns of the
 # three scenes, in standard deviations above the mean of the word, as ViLT draws it (section 4.7).
@@ -364,7 +366,7 @@ plt.show()
 
 # %% [markdown]
 # What to see: dark is where the word's mass goes, the blue box is the word's own object. Nothing in training
-# spoke of a box. Expect misses: the alignment term compares whole true pairs with whole wrong pairs, and a
+# spoke of a box. Misses are no surprise: the alignment term compares whole true with whole wrong pairs, and a
 # model that already knows whether a pair matches can lower it by moving all words together, without telling
 # one object's patches from the other's. The README tells what was tried against that. Chapter 15 goes the
 # other way: it shows the model boxes.
@@ -372,10 +374,10 @@ plt.show()
 # ## Train it with your functions
 #
 # `python -m chapters train --use mlm_loss,ipot` runs sixty steps of the real program with your functions in
-# the library's place. They must obey their laws first. A NumPy function trains with the gradients that *it*
-# returns, so your derivation moves a real model. After the first step the program looks whether your
-# functions were called, and at the end it prints how often. Results are in `runs/attempt-vilt-1/`. Which
-# function trains which model:
+# the library's place: too few to learn much, and `--steps` takes more. They must obey their laws first. A
+# NumPy function trains with the gradients that *it* returns, so your derivation moves a real model. After the
+# first step the program looks whether your functions were called; at the end it prints how often. Results are
+# in `runs/attempt-vilt-1/`. Which function trains which model (the `_np` version of one does so too):
 
 # %%
 uses = {}
@@ -388,12 +390,11 @@ print("\n".join(f"{name}: {', '.join(functions)}" for name, functions in uses.it
 #
 # * Photographs. These are icons on plain backgrounds. ViLT-B/32 read millions of captioned pictures; its
 #   published weights load into the same class.
-# * The optimiser: Muon for the matrices, and the starting values of `models/vilt_start.py`,
-#   make a run of minutes possible. ViLT used AdamW alone.
+# * The optimiser: Muon for the matrices, and the starting values of `models/vilt_start.py`, make a run of
+#   minutes possible. ViLT used AdamW alone.
 #
 # ## Sources
 #
 # The model and its terms: Kim, Son and Kim 2021 (ViLT), equations 1 to 6, sections 3.1, 3.2, 4.2, 4.7.
 # Alignment: Chen et al. 2020 (UNITER), section 3.2. Muon: Jordan et al. 2024. Queries that start as keys:
-# Trockman and Kolter 2023. Exchanged words as a test: Yuksekgonul et al. 2023 (ARO); Thrush et al. 2022
-# (Winoground).
+# Trockman and Kolter 2023. Exchanged words: Yuksekgonul et al. 2023 (ARO); Thrush et al. 2022 (Winoground).

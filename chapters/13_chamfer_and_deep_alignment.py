@@ -8,7 +8,7 @@
 # answer: every token chooses its best partner. It gives FILIP its loss, and VILA's authors looked into the
 # layers of a model with it. It is easily misread, which is half of this chapter.
 #
-# You need: chapters 00, 09 and 11, and 07 for the model. Plan for five hours with the six exercises.
+# You need: chapters 00, 09, 11 and 12, and 07 for the model. Plan for five hours with the six exercises.
 
 # %%
 import sys
@@ -86,8 +86,8 @@ fig.colorbar(image, ax=right, label="cosine")
 plt.show()
 
 # %% [markdown]
-# What to see: one red ring in every row, the word's best patch, and one white dot in every column, the
-# patch's best word. The answer of this chapter is the mean cosine at the rings and at the dots.
+# What to see: a red ring in every row, the word's best patch, and a white dot in every column, the patch's
+# best word. The answer is the mean cosine at both. Here all words choose the same patch: nothing forbids it.
 #
 # ## Three by three, with numbers
 #
@@ -118,13 +118,13 @@ print(f"1 − S: words choose {1 - forward:.3f}, patches choose {1 - backward:.3
 # direction alone, a side could leave most of itself unexplained at no cost.
 #
 # **A similarity, whatever it is called.** Larger is better, and $s = 1$ when each token has an exact partner.
-# The name comes from the Chamfer *distance* of point clouds, the mean of smallest squared distances, both
-# ways added up. On unit rows $\lVert \hat x - \hat y\rVert^2 = 2 - 2 S$, so a smallest distance is a largest
-# cosine, and that distance is $4 (1 - s)$. Whoever *minimises* $s$ as a distance pushes pairs apart.
+# The name comes from the Chamfer *distance* of point clouds: smallest squared distances, averaged (by Fan et
+# al. 2017 summed) on each side, then added. On unit rows $\lVert \hat x - \hat y\rVert^2 = 2 - 2 S$, so it is
+# $4 (1 - s)$. Whoever *minimises* $s$ as a distance pushes pairs apart.
 #
 # **Half of a transport.** The last line links this chapter to chapter 11. A plan must use up both sides. Rows
-# that choose freely are a plan which keeps only the row sums: fewer rules, smaller cost, so each half is at
-# most the cost of transport. Two words share a patch; the patches choose three different words: a plan.
+# that choose freely are a plan which keeps only the row sums: fewer rules, smaller cost. So one minus a half
+# is at most the cost of transport. Two words share a patch; the patches choose three different words: a plan.
 #
 # ## The gradient goes to the winner
 #
@@ -157,7 +157,7 @@ print(np.allclose(dX, x.grad, atol=1e-12), np.allclose(dY, y.grad, atol=1e-12))
 #
 # **Masks.** A padded token must neither choose nor be chosen: it leaves the means, and before a maximum its
 # cosines become $-\infty$. Setting them, or its vector, to 0 is a plausible mistake, which shows only where
-# the real cosines are negative. The law `padding_never_counts` goes there.
+# all real cosines are negative. The law `padding_never_counts` goes there.
 
 # %%
 for name, best in (("max ", lambda S: S.max(-1).values), ("amax", lambda S: S.amax(-1))):
@@ -200,7 +200,7 @@ plt.show()
 # What to see: $s$ of unrelated sets grows with the number of tokens and stays below the dotted bound. A value
 # alone says little; read it beside wrong pairs of the *same sizes*, which `chamfer.mismatched` computes.
 #
-# Another trap is on record. Asked for their formula, VILA's authors posted a few lines (see Sources) which
+# Another trap is on record. Asked for the formula, an author of VILA posted a few lines (see Sources) which
 # divide by `torch.norm(x, 1)`. Its second argument is the order $p$, not an axis: that is the sum of all
 # absolute values, for $y$ too taken from $x$. With these lines, equal sets do not give 1:
 
@@ -243,8 +243,9 @@ print("I, pictures ask =\n", I.numpy(), "\n\nT, captions ask =\n", T.numpy())
 # $$L = \frac1{2B}\sum_i \Big[\log\sum_j e^{\sigma I_{ij}} - \sigma I_{ii}
 #   + \log\sum_j e^{\sigma T_{ji}} - \sigma T_{ii}\Big].$$
 #
-# Its gradient is that of chapter 09, $dI = \sigma (P_{\text{row}} - 1)/2B$ and $dT = \sigma (P_{\text{col}} -
-# 1)/2B$ with 1 the identity matrix, and each entry hands its share to the winners:
+# Its gradient is that of chapter 09: $dI = \sigma (P_{\text{row}} - 1)/2B$ and $dT = \sigma (P_{\text{col}} -
+# 1)/2B$, with the softmaxes of $\sigma I$ along rows and of $\sigma T$ along columns, 1 the identity, and
+# $d\sigma = (\langle dI, I\rangle + \langle dT, T\rangle) / \sigma$. Each entry passes to its winners:
 #
 # $$\frac{\partial L}{\partial \cos(x_{am}, y_{bn})} = \frac{dI_{ab}}{M}\,[\,n \text{ wins for } m\,]
 #   + \frac{dT_{ab}}{N}\,[\,m \text{ wins for } n\,].$$
@@ -262,11 +263,12 @@ loss = -(np.log(P_row.diagonal()) + np.log(P_col.diagonal())).mean() / 2
 dI, dT = scale * (P_row - np.eye(3)) / 6, scale * (P_col - np.eye(3)) / 6
 G = dI[..., None, None] * I_wins + (dT[..., None, None] * T_wins).swapaxes(2, 3)
 dX = sinkhorn.unit_grad_np(p, p_length, np.einsum("abmn,bnd->amd", G, q))
-value, (dx, _, _) = filip.filip_np(x, y, scale)
+value, (dx, _, dscale) = filip.filip_np(x, y, scale)
 tensors = [torch.tensor(t, requires_grad=True) for t in (x, y, scale)]
 filip.filip(*tensors).backward()
 print(f"L = {loss:.6f}, filip_np {value:.6f}; {(G != 0).mean():.0%} of the cosines have a gradient")
-print("dx equal to filip_np and autograd:", np.allclose(dX, dx), np.allclose(dX, tensors[0].grad))
+print("dx equal to filip_np and autograd:", np.allclose(dX, dx), np.allclose(dX, tensors[0].grad), end="; ")
+print("dσ:", [np.allclose(((dI * I).sum() + (dT * T).sum()) / scale, d) for d in (dscale, tensors[2].grad)])
 
 # %% [markdown]
 # **Exercise 3** · `late_interaction_np` · difficulty 3 of 3 · 40 minutes. Open `chapters/exercises/filip.py`.
@@ -298,10 +300,10 @@ for name, call in calls.items():
 # %% [markdown]
 # ## VILA's question: are deep layers aligned?
 #
-# VILA's authors compared ways of joining a picture encoder to a language model. Those that learned best from
-# examples in the prompt had a larger $s$ in deep layers: *deep embedding alignment*. What does the curve of
-# our ViLT show? Words and patches share one sequence: **the words have seen the patches**. So "a wrong pair"
-# can mean several things, which answer different questions:
+# VILA's authors taught a language model to see, with its weights frozen or trained along. What learned best
+# from examples in the prompt had a larger $s$ in deep layers: *deep embedding alignment*. What does the curve
+# of our ViLT show? Words and patches share one sequence: **the words have seen the patches**. So "a wrong
+# pair" can mean several things, which answer different questions:
 #
 # | curve | one pass of the model sees | what its gap to *true* asks |
 # |---|---|---|
@@ -325,8 +327,7 @@ cluster = np.unique([str(sorted(item.objects)) for item in items], return_invers
 
 
 def mean_and_reach(d):
-    K = cluster.max() + 1
-    sums = np.bincount(cluster, d - d.mean())
+    sums, K = np.bincount(cluster, d - d.mean()), cluster.max() + 1
     return d.mean(), 1.96 * np.sqrt(K / (K - 1) * (sums**2).sum()) / len(d)
 
 
@@ -353,12 +354,11 @@ for k, kind in enumerate(("crossed", "other"), 1):
 for ax, label, k, s in lines:
     mean, reach = np.transpose([mean_and_reach(row) for row in s])
     ax.errorbar(np.arange(6) + 0.05 * k, mean, reach, fmt=f"C{k}.-", capsize=2, label=label)
-axes[0].set(ylabel="Chamfer similarity s", title="trained ViLT: the level", ylim=(-0.6, 1))
-axes[1].set(ylabel="difference of s", title="untrained ViLT: the gaps")
+axes[0].set(xlabel="depth", ylabel="Chamfer similarity s", title="trained ViLT: the level", ylim=(-0.6, 1))
+axes[1].set(xlabel="depth", ylabel="difference of s", title="untrained ViLT: the gaps")
 for ax in axes:
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set_xticks(range(6), depths, rotation=30)
-    ax.set_xlabel("depth of the states")
     ax.legend(fontsize=8)
 plt.show()
 print(f"{'trained, gap':<14}", *(f"{depth:>14}" for depth in depths))
@@ -375,8 +375,8 @@ print("embeddings, other equals crossed:", np.array_equal(found["other"][0], fou
 # * **Truth shows late.** The gaps to *other* and *swapped* are small up to block 2, clear at block 3 and wide
 #   from block 4 on. In this model true captions do end with more aligned states than false ones.
 # * **But it was told to.** Its training loss contained chapter 12's alignment term, which pulls words and
-#   patches of true pairs together and pushes those of random pairs apart, at the states after the norm, which
-#   block 4 makes. A wide gap there shows that this term was learned. It is no discovery.
+#   patches of true pairs together and pushes those of random pairs apart, at the states after the norm. A
+#   wide gap there shows that this term was learned. It is no discovery.
 # * **A verdict more than a correspondence.** *Swapped* has the words of *true*, the alignment term left such
 #   captions alone, and still it falls below 0 like *other*. *Crossed* lies lower in the middle, but ends not
 #   far below *true*. So in the end the height hardly depends on which words met which patches: it looks as if

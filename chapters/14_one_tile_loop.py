@@ -2,15 +2,15 @@
 # # 14 · One tile loop
 #
 # **The question.** CLIP trained with 32,768 pairs at a time. The matrix $S$ of their scores has 4 GB in
-# 32-bit numbers, and plain code keeps several arrays like it. How can the loss and its gradients be computed
-# exactly without ever holding $S$?
+# 32-bit numbers, and plain code holds several arrays like it at once. How can the loss and its gradients be
+# computed exactly without ever holding $S$?
 #
 # By walking over it in tiles that are made, used and forgotten. A running state per row and per column is all
 # that survives a tile. Chapter 00 promised that one such walk serves all objectives of this course; here it
 # is built from nothing, measured, and handed to five of them. The same walk, in another language, is the
 # library's GPU code.
 #
-# You need: chapters 00, 03, 05, 09, 10 and 13. Plan for seven hours with the five exercises.
+# You need: chapters 00, 03, 05, 08, 09, 10 and 13. Plan for seven hours with the five exercises.
 
 # %%
 import sys
@@ -47,9 +47,7 @@ nouns = [c.id for c in emojivl.nouns(CPU_NOUNS)]
 kinds = {"pair": 1, "pick": 2, "between": 1}
 scenes = Scenes(emojivl, emojivl.nouns(CPU_NOUNS), kinds=kinds, sizes=(0.3, 0.45), seed=1)
 shown = [scenes[i].objects for i in range(24)]
-said = [
-    scenes[i].objects[: len(scenes[i].slots)] for i in range(24)
-]  # a pick says nothing of its last object
+said = [shown[i][: len(scenes[i].slots)] for i in range(24)]  # a pick says nothing of its last object
 X, Y = (np.array([[n in one for n in nouns] for one in side], float) for side in (shown, said))  # (24, D)
 scale = 2.0
 S = scale * X @ Y.T
@@ -151,10 +149,14 @@ print([np.allclose(a, b.grad, atol=1e-12) for a, b in ((dX, x), (dY, y), (dscale
 # `minivlp/stream.py` holds the walk. `stream.fold(step, x, y, *state, scale=…)` makes tile after tile and
 # calls `step(S, spare, rows, columns, *state)`: the first walk. `stream.accumulate` does the same, and
 # expects that the step turns `S` *in place* into $G$; it adds up and returns `dx, dy, dscale`: the second
-# walk. `spare` is a second tile to write to. `rows` and `columns` index states and tokens, as above. A tile
-# has at most 512 × 1024 entries: two of them fit the caches, and smaller ones would slow the products down. A
-# step is all that an objective adds. Here is one that the library has not: push apart what points the same
-# way, $L = \frac12 \sum_{ij} \max(S_{ij}, 0)^2$, with $G = \max(S, 0)$.
+# walk. `spare` is a second tile to write to. `rows` and `columns` are tuples of one slice, which index states
+# and tokens as above; in a batch, (B, M, D) and (B, N, D), a slice of pairs comes first. Both walks also take
+# a `bias`, one for all or one a column, and a largest `tile`. Without it that is 512 × 1024: two of these fit
+# the caches, and smaller ones would slow the products down.
+#
+# A step is all that an objective adds. Here is one that the library has not: push apart what points the same
+# way, $L = \frac12 \sum_{ij} \max(S_{ij}, 0)^2$, with $G = \max(S, 0)$. `stream.Ready` (chapter 08) makes a
+# loss of it: `forward` saves the gradients in the order of its inputs, `backward` hands them out.
 
 
 # %%
@@ -163,13 +165,21 @@ def push_apart(S, spare, rows, columns, losses):
     losses[rows] += torch.mul(S, S, out=spare).sum(1) / 2
 
 
-x, y = (torch.randn(700, 16, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
-losses = x.new_zeros(700)
-dx, dy, dscale = stream.accumulate(push_apart, x, y, losses, scale=0.5, tile=(256, 128))
-a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-plain = (0.5 * a @ b.T).clamp(min=0).square().sum() / 2
-plain.backward()
-print(torch.allclose(losses.sum(), plain), torch.allclose(dx, a.grad), torch.allclose(dy, b.grad))
+class PushApart(stream.Ready):
+    @staticmethod
+    def forward(ctx, x, y, scale):
+        losses = x.new_zeros(len(x))
+        grads = stream.accumulate(push_apart, x, y, losses, scale=float(scale), tile=(256, 128))
+        ctx.save_for_backward(*grads)  # dx, dy, dscale
+        return losses.sum()
+
+
+g = torch.Generator().manual_seed(0)
+x, y = (torch.randn(700, 16, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+s = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+losses = PushApart.apply(x, y, s), (s * x @ y.T).clamp(min=0).square().sum() / 2
+both = [(loss, *torch.autograd.grad(loss, (x, y, s))) for loss in losses]
+print("value, dx, dy and dscale equal:", [torch.allclose(a, b) for a, b in zip(*both, strict=True)])
 
 # %% [markdown]
 # ## Five losses
@@ -208,7 +218,9 @@ for name, f in (
 # Both wrong answers have the right shape and a plausible size. The law `equals_the_slow_loop` refuses them.
 #
 # **Exercise 1** · `attention_fused` · difficulty 3 of 3 · 90 minutes. Open `chapters/exercises/attention.py`.
-# An all-False row of the mask needs no care here.
+# The output is no scalar: in place of `Ready` write an `autograd.Function`, the first walk in `forward`, the
+# second in `backward`, over a batch of B · H. No row of a mask is all False, but in a tile (checks use 2 × 3)
+# it may be, and while $m$ is still $-\infty$ the shrinking $e^{m - m'}$ must not become NaN.
 
 # %%
 check("attention_fused")
@@ -217,27 +229,22 @@ check("attention_fused")
 # **Masked words** (chapter 05). One side are $K$ hidden states, the other the $V$ words of the vocabulary. A
 # tile of 256 rows and all $V$ columns holds whole rows: normaliser, loss and $G$ are known at once. **The
 # sigmoid loss** (chapter 10) is easier still, and any tile will do: $G_{ij} = -z_{ij}\, \sigma(-z_{ij}
-# S_{ij}) / B$ depends on one score. Only the diagonal, where $z = 1$, has to be found: in a tile it stands at
-# the offset `rows[0].start - columns[0].start`.
+# S_{ij}) / B$ depends on one score. It and InfoNCE must find the diagonal. The library's tiles are not square
+# as ours were, so `rows == columns` does not tell: the diagonal of the whole $S$ crosses a tile at the offset
+# `rows[0].start - columns[0].start`, and `S.diagonal(offset)` is a view of it, often empty.
 #
-# **Exercise 2** · `mlm_loss_fused` · difficulty 3 of 3 · 60 minutes. Open `chapters/exercises/mlm.py`. A
-# helper for all three is `stream.Ready`, an autograd function whose `forward` saves gradients that are known
-# already. **Exercise 3** · `infonce_fused` · difficulty 3 of 3 · 60 minutes. Open
-# `chapters/exercises/infonce.py`. **Exercise 4** · `sigmoid_loss_fused` · difficulty 3 of 3 · 45 minutes.
-# Open `chapters/exercises/sigmoid.py`.
-
-# %%
-check("mlm_loss_fused", "infonce_fused", "sigmoid_loss_fused")
-
-# %% [markdown]
 # **Chamfer** (chapter 13) folds a maximum and its place. Strictly larger replaces, so that the first of equal
 # maxima stays, across tiles too. Its $G$ has at most $M + N$ entries that are not 0: $d\hat x_i$ is the
 # partner's vector and those of the tokens that chose $i$, weighted and added up, without any product.
 #
-# **Exercise 5** · `chamfer_fused` · difficulty 3 of 3 · 60 minutes. Open `chapters/exercises/chamfer.py`.
+# **Exercise 2** · `mlm_loss_fused` · difficulty 3 of 3 · 60 minutes. Open `chapters/exercises/mlm.py`; a
+# `stream.Ready` serves here and in the next two. **Exercise 3** · `infonce_fused` · difficulty 3 of 3 · 60
+# minutes. Open `chapters/exercises/infonce.py`. **Exercise 4** · `sigmoid_loss_fused` · difficulty 3 of 3 ·
+# 45 minutes. Open `chapters/exercises/sigmoid.py`. **Exercise 5** · `chamfer_fused` · difficulty 3 of 3 · 60
+# minutes. Open `chapters/exercises/chamfer.py`; it gathers in `backward`.
 
 # %%
-check("chamfer_fused")
+check("mlm_loss_fused", "infonce_fused", "sigmoid_loss_fused", "chamfer_fused")
 
 # %% [markdown]
 # All five at once against the plain rungs, in float64, with 600 rows. `stream.path` says which code a fused
@@ -296,9 +303,9 @@ for rung in ("torch", "fused"):
 #
 # A chip multiplies at some rate and moves bytes at another, and plain rungs move many: each operation reads
 # and writes an array like $S$. `traffic.passes` counts these passes by running the plain rung on a small
-# input under a counter; the tile loop moves only rows of $y$ and $dy$, and tiles stay in the cache. A lower
-# bound of the time is products over rate plus bytes over bandwidth. Both speeds are measured in the same
-# cell:
+# input under a counter; the tile loop moves only rows of $y$ and $dy$, and tiles stay in the cache. Done one
+# after the other, both take at least products over rate plus bytes over bandwidth. The cell measures the
+# speeds:
 
 # %% tags=["measured"]
 from timeit import repeat
@@ -325,10 +332,10 @@ for case in traffic.CASES:
         print(f"plain over fused: bound {told[0] / told[1]:.1f}, measured {took[0] / took[1]:.1f}")
 
 # %% [markdown]
-# What to see: where the bound is far above 1, as for Chamfer, the time follows it. Near 1 it decides little:
-# it leaves out the exponentials, which both rungs pay, and the new pages that the operating system hands out
-# for arrays like $S$, which only the plain rung pays. Memory is won in any case. Wider vectors add products
-# and no passes, which pulls the ratios towards that of the products.
+# What to see: the bound gives a direction, not a figure. Where it is far above 1, as for Chamfer, the tile
+# loop is clearly faster, if less so than the bound; nearer to 1 they differ either way. It leaves out work of
+# both rungs, exponentials and maxima, which pulls the ratio towards 1, and the fresh pages of memory for
+# arrays like $S$, which only the plain rung needs. Wider vectors add products and no passes.
 #
 # ## The same walk on a GPU
 #
@@ -345,13 +352,13 @@ print("Predicted, not measured, 32-bit, for a laptop GPU:")
 print("\n".join(line for line in traffic.table() if " 16 " not in line))
 
 # %% [markdown]
-# The steps are the formulas of this chapter. In the table the ratio of bytes is large and that of the times
-# much smaller, since at widths of 512 and more the products bound both rungs. For masked words kernels would
-# move *more*: the vocabulary outgrows the cache, so `mlm_loss_fused` has none. **No GPU time was measured
-# here**: this project was made on processors without a GPU. What can be tested is the arithmetic. Triton has
-# an interpreter, which runs a kernel program by program in NumPy, slowly. It is chosen by the environment
-# when Triton is imported, so it gets a process of its own. 20 pairs of width 24, in float32, tiles of 16 × 16
-# with ragged edges:
+# The steps are the formulas of this chapter. In the table bytes shrink by much and times mostly by less,
+# since at widths of 512 and more the products count; word-patch alignment (chapter 12), whose plain rung
+# passes over small matrices again and again, is bound by bytes. For masked words kernels would move *more*:
+# the vocabulary outgrows the cache, so `mlm_loss_fused` has none. **No GPU time was measured here**: this
+# project was made on processors without a GPU. What can be tested is the arithmetic. Triton's interpreter
+# runs a kernel program by program in NumPy, slowly. The environment chooses it when Triton is imported, so it
+# gets a process of its own. 20 pairs of width 24, in float32, tiles of 16 × 16 with ragged edges:
 
 # %% tags=["measured"]
 import importlib.util
@@ -380,8 +387,8 @@ else:
 # %% [markdown]
 # ## What we left out
 #
-# * Transport (chapters 11 and 12) walks over one matrix dozens of times: there the fused form keeps a pair on
-#   the chip, or its kernel in the cache, instead of making tiles anew.
+# * Transport (chapters 11 and 12) walks over one matrix dozens of times: there the fused form keeps it, on a
+#   GPU a whole pair on the chip, instead of making tiles anew.
 # * Gradients of gradients: a fused rung can be differentiated once; the plain rungs have more.
 # * Several machines: `infonce_gathered` and `sigmoid_loss_ring` walk over shards (chapters 09 and 10).
 # * Tensor cores, 16-bit accumulation and tuning of tile sizes, which need a GPU to be honest about.

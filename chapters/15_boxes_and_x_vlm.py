@@ -173,8 +173,8 @@ flat = (point[:, 2:] - point[:, :2]).prod(-1)
 print(f"0/0 replaced after dividing: gradient {late.numpy()[0]}; the library's {library.numpy()[0] + 0}")
 
 # %% [markdown]
-# The library sets $0/0 := 0$ and divides by 1 *inside* the `where`, so that no NaN hides behind it. Nor may
-# one box without area switch off the others.
+# The library sets $0/0 := 0$ in $I/U$ and in $(C - U)/C$, so two equal points have GIoU 0, and divides by 1
+# *inside* the `where`, so that no NaN hides behind it. Nor may one box without area switch off the others.
 #
 # ## L1 and GIoU together
 #
@@ -184,12 +184,12 @@ print(f"0/0 replaced after dividing: gradient {late.numpy()[0]}; the library's {
 #
 # $$L = \frac1n \sum_{k=1}^n \Big[ \sum_{j=1}^4 |p_{kj} - t_{kj}| + 1 - \mathrm{GIoU}(p_k, t_k) \Big].$$
 #
-# Corners are $c \mp s/2$, so with $d_1, d_2$ the gradients at the low and at the high corner,
+# Corners are $c \mp s/2$, so with $d_1, d_2$ the gradients of GIoU at the low and at the high corner,
 #
 # $$dc = d_1 + d_2, \qquad ds = \tfrac12 (d_2 - d_1),$$
 #
-# and L1 adds the sign of the difference. Both are divided by $n$; no box costs 0, not the mean of nothing,
-# which is NaN. After a check, watch plain gradient descent with three losses and two starts:
+# which enter with a minus; L1 adds the sign of the difference, for $t$ its opposite; all over $n$. No box at
+# all costs 0, not the NaN of an empty mean. A check, then gradient descent with three losses and two starts:
 
 # %%
 p, t = np.array([[0.2, 0.25, 0.15, 0.15]]), np.array([[0.7, 0.6, 0.2, 0.3]])
@@ -224,9 +224,9 @@ plt.show()
 
 # %% [markdown]
 # What to see: pale boxes come first, dark ones last, the target is dashed. From a disjoint start GIoU first
-# stretches the box until it touches; from around the target it only shrinks the box, and slowly. L1 walks
-# straight. Where a step crosses a kink it jitters, and so does the sum, so training lets its rates fall to
-# zero at the end. What L1 lacks is scale:
+# stretches the box until it touches; from around the target it only shrinks the box, and slowly. L1 moves all
+# four numbers at one pace. Where a step crosses a kink it jitters, and so does the sum, so training lets its
+# rates fall to zero at the end. What L1 lacks is scale:
 
 # %%
 for side in (0.8, 0.08):
@@ -369,21 +369,22 @@ plt.setp(axes, xticks=[], yticks=[])
 plt.show()
 
 # %% [markdown]
-# What to see: dotted lines are chance, blue boxes true, red ones found. In this run names end highest; places
-# and relations, where two objects share a name, follow. All four terms, more nouns and steps are
-# `python -m minivlp train --model xvlm`.
+# What to see: dotted lines are chance, blue boxes true, red ones found. In this run names end highest, then
+# places, then relations. In the last two kinds two objects share a name: who reads no further is right about
+# half as often as on names. Places end well above that half; for relations 64 phrases hardly tell. All four
+# terms, more nouns and steps are `python -m minivlp train --model xvlm`.
 #
 # ## Where to go from here
 #
-# One matrix, its reductions, and models that use them: that was the course. What follows is not in the
-# library unless it says so.
+# One matrix, its reductions, and models that use them: that was the course; 16 is an appendix of bugs.
+# What follows is not in the library unless it says so.
 #
 # * **Masked multimodal models** hide patches as well as words: FLAVA (Singh et al. 2022), MaskVLM (Kwon et
 #   al. 2023). The masked words are here; a decoder for pixels or a code book of patches is not.
-# * **Captioners** write word by word: CoCa (Yu et al. 2022) adds that to contrast, Chameleon (2024) puts
-#   words and codes of patches into one vocabulary. Causal attention is here, a decoder is not.
-# * **Bridges to frozen backbones** train a small part between a picture encoder and a language model: Frozen
-#   (Tsimpoukelli et al. 2021), BLIP-2 (Li et al. 2023). None is here; chapter 13 measures such alignment.
+# * **Captioners** write word by word: CoCa (Yu et al. 2022) adds that to contrast, Chameleon (Chameleon Team
+#   2024) puts words and codes of the picture into one vocabulary. Causal attention is here, a decoder is not.
+# * **Bridges to frozen backbones**: Frozen (Tsimpoukelli et al. 2021) trains a picture encoder for a fixed
+#   language model, BLIP-2 (Li et al. 2023) a small transformer between two fixed models. Neither is here.
 # * **Scaling out**: `infonce_gathered` and `sigmoid_loss_ring` split a batch over processes, chapter 14 has
 #   kernels. Mixed precision, models split over machines and long runs are not here.
 #

@@ -40,6 +40,7 @@ from tests.bugs.ipot import share
 from tests.notebook import hold
 
 np.set_printoptions(precision=3, suppress=True)
+torch.manual_seed(0)
 torch.set_num_threads(1)
 
 # %%
@@ -103,7 +104,7 @@ for n in (1, 3, 10, 50):
 def plan_b(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
     mu, nu = share(cost, row_mask, col_mask)  # (…, M, 1), (…, 1, N)
     mu, nu = mu if a is None else a[..., None], nu if b is None else b[..., None, :]
-    K, u = -cost / eps, torch.zeros_like(mu)
+    K, u = -cost / eps, torch.where(mu > 0, 0.0, -torch.inf)  # −∞: padding gives nothing
     for _ in range(iters):
         v = eps * (nu.log() - (K + u).logsumexp(-2, keepdim=True))
         u = eps * (mu.log() - (K + v).logsumexp(-1, keepdim=True))
@@ -174,8 +175,9 @@ print("the loss falls:", *(f"{value:.2f}" for value in descend(distance_e)[0][:3
 #
 # A law is a statement about *all* inputs, which a program tries to refute with small random ones. `hold` asks
 # the library's own laws, prints which are obeyed, and for the first that is broken the smallest
-# counterexample it found and a hint. Work the counterexample by hand: it is small enough. Then mend the
-# function in its cell, run that, and ask again. Mended, all five obey all their laws.
+# counterexample it found and a hint. Call the function at the counterexample, in a cell of your own, and look
+# for the number that it got: the answer, an entry, or a sum of some. All but A's 200 steps can be worked by
+# hand. Then mend the function in its cell, run that, and ask again. Mended, all five obey all their laws.
 #
 # C's law is about who gets whose picture, so C is handed numbers again. For E the library has a similarity
 # $s$, which counts $\cos$ where a distance by cosines counts $1 - \cos$. The distance must be $1 - s$, and so
@@ -198,8 +200,8 @@ pictures_c(pictures, np.random.default_rng(11))
 print("C was given the pictures [0 1 2 3]; afterwards they are", pictures)
 
 # %% [markdown]
-# (Of a function of your own, `hold(…, diagnose=True)` also says which known mistake it is, if it is one.) Go
-# on when you have five answers in mind.
+# (Of a function of your own, `hold(…, diagnose=True)` also names a known mistake that gives the same answers,
+# if there is one.) Go on when you have five answers in mind.
 #
 # ## Answer A: the scaling forgets
 #
@@ -276,13 +278,13 @@ plt.show()
 #
 # `pictures[j]` may have been overwritten before. So some pictures are used twice and some never; picture 0
 # always goes. And the own picture may come back by a detour, now with the label "no pair". How often? At step
-# $t$, let $e_t$ be the expected number of places *other than* $i$ that hold picture $i$. As long as $t < i$,
+# $t$, let $c_t$ be the expected number of places *other than* $i$ that hold picture $i$. As long as $t < i$,
 # place $t$ gets it if its source, one of $n - 1$, is place $i$ or one of those:
 #
-# $$e_{t+1} = e_t + \frac{1 + e_t}{n - 1}, \quad e_0 = 0
-#   \quad\Longrightarrow\quad 1 + e_t = q^{\,t}, \qquad q = \frac{n}{n-1}.$$
+# $$c_{t+1} = c_t + \frac{1 + c_t}{n - 1}, \quad c_0 = 0
+#   \quad\Longrightarrow\quad 1 + c_t = q^{\,t}, \qquad q = \frac{n}{n-1}.$$
 #
-# At its own turn, $t = i$, caption $i$ draws one of those places with probability $e_i/(n-1)$. Adding up the
+# At its own turn, $t = i$, caption $i$ draws one of those places with probability $c_i/(n-1)$. Adding up the
 # geometric series over all $i$, a batch has on average
 #
 # $$\sum_{i=0}^{n-1} \frac{q^{\,i} - 1}{n - 1} = q^{\,n} - 1 - \frac{n}{n-1} \;\to\; e - 2 \approx 0.72$$
@@ -355,7 +357,7 @@ for last, name, loss in ((2, "E", chamfer), (3, "1 − s", lambda x, y: 1 - cham
     log, before, after = descend(loss)
     axes[0].plot(log, label=f"{name}, to {log[-1]:.2f}")
     for ax, sets, title in ((axes[1], before, "before"), (axes[last], after, f"{name}, after")):
-        ax.plot(*sets[0].T, "o", *sets[1].T, "^", color="tab:blue")
+        ax.plot(*sets[0].T, "C0o", *sets[1].T, "C3^")
         ax.set(title=title, xlabel="first coordinate", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
 axes[0].set(xlabel="step", ylabel="loss")
 axes[0].legend(fontsize=7)

@@ -31,6 +31,7 @@ from minivlp.interval import measured
 from minivlp.matching import Matcher, ranks, similarities
 from minivlp.naming import PROMPTS, named
 from minivlp.portraits import Portraits
+from minivlp.result_tables import INTERVAL, tables
 from minivlp.tasks import meaning, retrieval_sets
 
 DEPTHS = (1, 5, 10)
@@ -184,24 +185,11 @@ def _scenes(matcher: Matcher, emojivl: EmojiVL, artists, sets: int, seed: int) -
 
 def report_dual(results: Mapping) -> str:
     """The results of `evaluate_dual` as Markdown, a table of measures and one of tiers a split."""
-    details, lines = results["details"], []
-    for split in ("seen", "unseen"):
-        if not details[split]:
-            lines += [f"## No {split} artists", "", "The data holds none, so nothing was measured.", ""]
-            continue
-        lines += [
-            f"## {split.capitalize()} artists: {', '.join(details['artists'][split])}",
-            "",
-            f"{details['concepts']} training concepts, {details['canvas']} pixels square.",
-            "",
-            "| measure | value | 95 % interval | chance | items | concepts or pairs |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, m in details[split].items():
-            low, high = f"{m['low']:.3f}", f"{m['high']:.3f}"
-            sizes = f"{m['chance']:.4f} | {m['items']} | {m['clusters']}"
-            lines.append(f"| {name.replace('_r', ', R@')} | {m['value']:.3f} | {low} to {high} | {sizes} |")
-        lines += [
+    details = results["details"]
+    columns = INTERVAL | {"chance": "{chance:.4f}", "items": "{items}", "concepts or pairs": "{clusters}"}
+
+    def tiers(split: str) -> list[str]:
+        lines = [
             "",
             "| tier | items | R@1 | R@5 | R@1, exact name | R@5, exact name |",
             "|---|---|---|---|---|---|",
@@ -210,7 +198,15 @@ def report_dual(results: Mapping) -> str:
             cells = [f"{m[key]['value']:.3f} ({m[key]['low']:.3f} to {m[key]['high']:.3f})"
                      for key in ("near_r1", "near_r5", "exact_r1", "exact_r5")]  # fmt: skip
             lines.append(f"| {tier} | {m['near_r1']['items']} | {' | '.join(cells)} |")
-        lines.append("")
+        return lines
+
+    lines = tables(
+        results,
+        lambda split: f"{details['concepts']} training concepts, {details['canvas']} pixels square.",
+        lambda name: name.replace("_r", ", R@"),
+        columns,
+        tiers,
+    )
     lines += [
         "Classification is by an ensemble of prompts among the names of all training concepts; a name whose",
         "drawing nearly coincides counts as a hit, but not as the exact name. *Pixels* is the floor: the",

@@ -30,6 +30,7 @@ from minivlp.interval import measured
 from minivlp.models.vilt import Vilt
 from minivlp.pointing import patches_inside, transport
 from minivlp.refuse import refuse
+from minivlp.result_tables import INTERVAL, tables
 from minivlp.tasks import (
     false_captions,
     hide_relation,
@@ -243,24 +244,22 @@ def rank(model: Vilt, tokenizer: WordPiece, caption: str, pixels: Tensor) -> np.
 
 def report(results: dict) -> str:
     """The results of `evaluate` as Markdown, one table a split."""
-    details, lines = results["details"], []
-    for split in ("seen", "unseen"):
-        if not details[split]:
-            lines += [f"## No {split} artists", "", "The data holds none, so nothing was measured.", ""]
-            continue
-        lines += [
-            f"## {split.capitalize()} artists: {', '.join(details['artists'][split])}",
-            "",
-            f"{len(details['nouns'][split])} nouns, held-out pairs, {details['canvas']} pixels square.",
-            "",
-            "| measure | value | 95 % interval | chance | objects alone | items | pairs | masked |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for name, m in details[split].items():
-            numbers = f"{m['low']:.3f} to {m['high']:.3f} | {m['chance']:.3f} | {m['objects']:.3f}"
-            sizes = f"{m['items']} | {m['clusters']} | {m['masked']}"
-            lines.append(f"| {NAMES[name]} | {m['value']:.3f} | {numbers} | {sizes} |")
-        lines.append("")
+    details = results["details"]
+    columns = INTERVAL | {
+        "chance": "{chance:.3f}",
+        "objects alone": "{objects:.3f}",
+        "items": "{items}",
+        "pairs": "{clusters}",
+        "masked": "{masked}",
+    }
+    lines = tables(
+        results,
+        lambda split: (
+            f"{len(details['nouns'][split])} nouns, held-out pairs, {details['canvas']} pixels square."
+        ),
+        NAMES.__getitem__,
+        columns,
+    )
     lines.append(
         "Intervals are clustered by pair of objects. *Objects alone* is the ceiling for one who knows"
     )

@@ -39,6 +39,13 @@ def _check_grid(height: int, width: int, p: int) -> None:
         )
 
 
+def patches_a_side(image_size: int, patch: int) -> int:
+    """Patches of `patch` pixels that fill the side of a square image. Raises ValueError when they do not."""
+    if patch < 1 or image_size < patch or image_size % patch:
+        refuse.refuse("image_size", f"must be a multiple of patch={patch}", image_size)
+    return image_size // patch
+
+
 def to_patches(images, p: int):
     """Cut images (B, C, H, W) into patches (B, N, C·p·p), row-major over the grid, each in (C, p, p) order.
 

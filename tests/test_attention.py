@@ -24,7 +24,11 @@ def cases(draw, scale=1.0):
     shape = draw(st.sampled_from([None, (B, 1, 1, Lk), (Lq, Lk), (B, H, Lq, Lk)]))
     if shape:
         mask = np.random.default_rng(draw(st.integers(0, 99))).random(shape) < 0.6
-        mask[..., 0] = True
+        if settings["causal"]:
+            mask[..., 0] = True
+        else:  # a walk over tiles may meet one without a key first
+            mask[..., : draw(st.integers(0, Lk - 1))] = False
+            mask[..., -1] |= ~mask.any(-1)
         settings["mask"] = mask
     return arguments, settings
 

@@ -32,6 +32,7 @@ from minivlp import refuse
 from minivlp.atomic import whole_file
 from minivlp.models import dual_config, dual_weights
 from minivlp.models.dual_towers import ACTIVATIONS, ImageTower, TextTower
+from minivlp.patch import patches_a_side
 from minivlp.weights import load_state, write_safetensors
 
 __all__ = ["Dual", "DualConfig", "load_clip", "load_siglip", "save_clip", "save_siglip"]
@@ -70,8 +71,7 @@ class DualConfig:
         ]:
             if getattr(self, name) not in allowed:
                 refuse.refuse(name, f"must be one of {', '.join(allowed)}", getattr(self, name))
-        if self.patch < 1 or self.image_size < self.patch or self.image_size % self.patch:
-            refuse.refuse("image_size", f"must be a multiple of patch={self.patch}", self.image_size)
+        patches_a_side(self.image_size, self.patch)
         if self.image_pool == "map" and self.embed != self.image_dim:
             refuse.refuse("embed", f"must be image_dim={self.image_dim} with image_pool 'map'", self.embed)
         if self.eot is not None and not 0 <= self.eot < self.vocab_size:

@@ -28,7 +28,7 @@ from minivlp import refuse
 from minivlp.atomic import whole_file
 from minivlp.models import vilt_weights
 from minivlp.models.vilt_pixels import vilt_pixels
-from minivlp.patch import PatchEmbed
+from minivlp.patch import PatchEmbed, patches_a_side
 from minivlp.transformer import Encoder, normal_init
 from minivlp.weights import load_state, write_safetensors
 
@@ -59,15 +59,14 @@ class ViltConfig:
     rank: bool = False
 
     def __post_init__(self):
-        if self.patch < 1 or self.image_size < self.patch or self.image_size % self.patch:
-            refuse.refuse("image_size", f"must be a multiple of patch={self.patch}", self.image_size)
+        patches_a_side(self.image_size, self.patch)
         if self.nlvr2 and self.image_types < 2:
             refuse.refuse("image_types", "must be at least 2 for the nlvr2 head", self.image_types)
 
     @property
     def grid(self) -> int:
         """Rows (and columns) of the stored position grid."""
-        return self.image_size // self.patch
+        return patches_a_side(self.image_size, self.patch)
 
 
 class MlmHead(nn.Module):

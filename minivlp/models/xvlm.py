@@ -24,7 +24,7 @@ from minivlp import refuse
 from minivlp.attention import attention
 from minivlp.infonce import InfoNCE
 from minivlp.models.vilt import MlmHead, classifier, resize_positions
-from minivlp.patch import PatchEmbed
+from minivlp.patch import PatchEmbed, patches_a_side
 from minivlp.regions import region_tokens
 from minivlp.transformer import Block, Encoder, normal_init
 
@@ -47,13 +47,12 @@ class XvlmConfig:
     eps: float = 1e-6
 
     def __post_init__(self):
-        if self.patch < 1 or self.image_size < self.patch or self.image_size % self.patch:
-            refuse.refuse("image_size", f"must be a multiple of patch={self.patch}", self.image_size)
+        patches_a_side(self.image_size, self.patch)
 
     @property
     def grid(self) -> int:
         """Rows (and columns) of the stored position grid."""
-        return self.image_size // self.patch
+        return patches_a_side(self.image_size, self.patch)
 
 
 class CrossBlock(Block):

@@ -57,17 +57,18 @@ def causal_strict(q, k, v, mask=None, causal=False):
     return attention(q, k, v, mask)
 
 
-def running_softmax(q, k, v, mask, causal, rescale):
+def running_softmax(q, k, v, mask, causal, rescale=True, guard=True):
     """The running softmax over one key after the other, with room for one mistake."""
     S = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     past = torch.ones(S.shape[-2:], dtype=torch.bool).tril()
     S = S.masked_fill(
         ~((past if causal else torch.ones_like(past)) & (True if mask is None else mask)), -math.inf
     )
-    top, total, out = S[..., :1], 1.0, v[:, :, :1] + 0 * q
-    for j in range(1, S.shape[-1]):
+    top, total, out = torch.full_like(S[..., :1], -math.inf), 0.0, 0 * q
+    for j in range(S.shape[-1]):
         highest = torch.maximum(top, S[..., j : j + 1])
-        shrink, weight = (top - highest).exp(), (S[..., j : j + 1] - highest).exp()
+        shift = highest.masked_fill(highest == -math.inf, 0) if guard else highest
+        shrink, weight = (top - shift).exp(), (S[..., j : j + 1] - shift).exp()
         total = total * shrink + weight
         out = out * (shrink if rescale else 1) + weight * v[:, :, j : j + 1]
         top = highest
@@ -79,6 +80,11 @@ def running_softmax(q, k, v, mask, causal, rescale):
 )
 def values_not_rescaled(q, k, v, mask=None, causal=False):
     return running_softmax(q, k, v, mask, causal, rescale=False)
+
+
+@bug("attention", LOOP, "A walk that begins with forbidden keys: the top is −∞, and −∞ − (−∞) is NaN.")
+def nothing_seen_yet(q, k, v, mask=None, causal=False):
+    return running_softmax(q, k, v, mask, causal, guard=False)
 
 
 @bug("attention", LOOP, "Keys in two tiles, each with its own softmax, and the mean of the two results.")

@@ -1,0 +1,34 @@
+"""The results of an evaluation as Markdown: one table for the training artists, one for all others."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+INTERVAL = {"value": "{value:.3f}", "95 % interval": "{low:.3f} to {high:.3f}"}
+
+
+def tables(
+    results: Mapping[str, Any],
+    about: Callable[[str], str],
+    names: Callable[[str], str],
+    columns: Mapping[str, str],
+    after: Callable[[str], list[str]] = lambda split: [],
+) -> list[str]:
+    """The lines of both tables.
+
+    results: what an evaluation returned, with `details[split]` = {measure: numbers} and
+    `details["artists"]`. about(split): a sentence above the table. names: how a measure is called.
+    columns: heading → format of a measure's numbers, as in INTERVAL. after(split): lines below the table.
+    """
+    details, lines = results["details"], []
+    for split in ("seen", "unseen"):
+        if not details[split]:
+            lines += [f"## No {split} artists", "", "The data holds none, so nothing was measured.", ""]
+            continue
+        artists = ", ".join(details["artists"][split])
+        lines += [f"## {split.capitalize()} artists: {artists}", "", about(split), ""]
+        lines += [f"| measure | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        for name, numbers in details[split].items():
+            cells = (form.format(**numbers) for form in columns.values())
+            lines.append(f"| {names(name)} | {' | '.join(cells)} |")
+        lines += [*after(split), ""]
+    return lines
