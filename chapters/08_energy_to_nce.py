@@ -101,17 +101,18 @@ for what, log10 in (
 #
 # ## Another question: data or noise?
 #
-# NCE takes samples that are easy to draw and whose density is known, the **noise** $q$. Mix them: for each
-# sample of data take $K$ of noise, shuffle, and ask of every one where it came from. Before looking, the odds
-# are 1 to $K$. Having seen $u$, Bayes' rule says
+# Let $p_{\text{data}}$ be the distribution that the data come from. NCE adds samples that are easy to draw
+# and whose density is known, the **noise** $q$: for each sample of data take $K$ of noise, shuffle, and ask
+# of every one where it came from. Before looking, the odds are 1 to $K$. Having seen $u$, Bayes' rule says
 #
-# $$\frac{P(\text{data} \mid u)}{P(\text{noise} \mid u)} = \frac{p(u)}{K\, q(u)}, \qquad
-#   h(u) := \log\frac{p(u)}{K\,q(u)} = \log p(u) - \log q(u) - \log K.$$
+# $$\frac{P(\text{data} \mid u)}{P(\text{noise} \mid u)} = \frac{p_{\text{data}}(u)}{K\, q(u)}, \qquad
+#   h(u) := \log\frac{p_{\text{data}}(u)}{K\,q(u)} = \log p_{\text{data}}(u) - \log q(u) - \log K.$$
 #
 # $h$ is called the *log-odds*, and $P(\text{data} \mid u) = \sigma(h(u))$ with the logistic function
-# $\sigma(t) = 1/(1 + e^{-t})$. We do not know $\log p$. So put a model's **score** $f(u)$ in its place: any
-# number, for instance $f(u) = -E(u) - c$ with one more weight $c$ in the role of $\log Z$. Then learn it like
-# every classifier, by what the right answer costs in nats. With $\operatorname{softplus}(t) = \log(1 + e^t)$,
+# $\sigma(t) = 1/(1 + e^{-t})$. We do not know $\log p_{\text{data}}$. So put a model's **score** $f(u)$ in
+# its place: any number, for instance $f(u) = -E(u) - c$ with one more weight $c$ in the role of $\log Z$.
+# Then learn it like every classifier, by what the right answer costs: minus the logarithm of its probability,
+# in *nats* when the logarithm is natural. With $\operatorname{softplus}(t) = \log(1 + e^t)$,
 #
 # $$-\log \sigma(h) = \operatorname{softplus}(-h), \qquad -\log(1 - \sigma(h)) = \operatorname{softplus}(h),$$
 #
@@ -162,13 +163,13 @@ labels = torch.tensor([1.0] * 3 + [0.0] * 6, dtype=torch.float64)
 torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum").div(3).backward()
 hand = (dh_data, dh_noise, -dh_data, -dh_noise)
 worst = max(np.abs(t.grad.numpy() - g).max() for t, g in zip(tensors, hand, strict=True))
-print(f"\nlargest difference from the slopes:   {np.abs(dh_noise - slopes).max():.0e}")
-print(f"from autograd, all four gradients:    {worst:.0e}")
+print(f"\nwithin 1e-8 of the slopes:                   {np.abs(dh_noise - slopes).max() < 1e-8}")
+print(f"all four within 1e-12 of autograd's:         {worst < 1e-12}")
 
 # %% [markdown]
 # **Exercise 1** · `nce_np` · difficulty 2 of 3 · 30 minutes. **Exercise 2** · `nce` · difficulty 1 · 10
-# minutes. Open `chapters/exercises/nce.py`, replace `raise Todo`, and run the next cell. For the second,
-# `torch.nn.functional.logsigmoid` is all that is needed.
+# minutes. Open `chapters/exercises/nce.py`, replace `raise Todo`, and run the next cell. There `score` is $f$
+# and `logp` is $\log q$. For the second, `torch.nn.functional.logsigmoid` does most of the work.
 
 # %%
 check("nce_np", "nce")
@@ -189,9 +190,10 @@ check("nce_np", "nce")
 # a pull of the data and a push of the noise. They cancel where $\sigma/(1-\sigma) = p_{\text{data}}/Kq$. The
 # left side is $e^{h} = e^{f}/Kq$, so $e^{f(u)} = p_{\text{data}}(u)$. The second derivative,
 # $(p_{\text{data}} + Kq)\,\sigma(1 - \sigma)$, is positive, so there is no other minimum. **The best score is
-# $\log p_{\text{data}}$ itself, normaliser included**, at every $u$ that the noise reaches: if $q(u) = 0$
-# nothing pushes, and the score runs away. Where the scores come from a network instead of a table, the same
-# is sought among what the network can express.
+# $\log p_{\text{data}}$ itself, normaliser included**, at every $u$ that the noise reaches. If $q(u) = 0$ the
+# log-odds are infinite whatever $f(u)$ is, and nothing is learned; if $q(u)$ is so small that no noise falls
+# on $u$, nothing pushes, and the score runs away. Where the scores come from a network instead of a table,
+# the same is sought among what the network can express.
 #
 # Let us watch it. The scores are a table of eight numbers that start at 0, so that "probabilities" sum to
 # eight. We draw from the two bags and go downhill. Beside the library's loss run two plausible mistakes: one
@@ -236,8 +238,8 @@ plt.show()
 # What to see: the circles lie on the line, up to what 2,000 draws can tell, and their sum goes to one without
 # anyone asking for it. Without $\log K$ the same shape lies lower by $\log K$: a constant, invisible in any
 # ranking, fatal where the number is used as a probability. Without $\log q$ the scores are $\log p - \log q$,
-# and here even the order is wrong. (That variant is known as negative sampling; it learns a ratio, which may
-# be what one wants.)
+# and here even the order is wrong. (Negative sampling, known from word vectors, leaves out $\log K$ as well:
+# it learns the ratio up to a constant, which may be what one wants.)
 #
 # A law that needs no training catches both. If the scores *are* the noise density, $f = \log q$, nothing can
 # be told apart: every log-odds is $-\log K$ and the loss is the cost of guessing with odds 1 to $K$,
@@ -252,9 +254,9 @@ for name, loss in losses.items():
 # %% [markdown]
 # ## What K is good for
 #
-# More noise per sample of data costs more and brings two things. **First, precision.** Say the energies are
-# known and only $c$ is learned, so that NCE estimates $\log Z$. For this one parameter Gutmann and Hyvärinen
-# (2012, theorem 3) give the variance of the estimate, for large $B$,
+# More noise per sample of data costs more and brings two things. **First, precision.** Say the energies of $p
+# = p_{\text{data}}$ are known and only $c$ is learned, so that NCE estimates $\log Z$. For this one parameter
+# Gutmann and Hyvärinen (2012, theorem 3) give the variance of the estimate, for large $B$,
 #
 # $$\operatorname{Var}(c) \approx \frac1B \Big(\frac1a - 1 - \frac1K\Big), \qquad
 #   a = \sum_u p(u)\, \frac{K q(u)}{p(u) + K q(u)}.$$
@@ -267,8 +269,8 @@ for name, loss in losses.items():
 #
 # $$w(u) = 1 - \sigma(h(u)) = \frac{K q(u)}{p(u) + K q(u)}.$$
 #
-# Maximum likelihood has the same with $w = 1$ (its gradient above: minus what was seen, plus what the model
-# believes in). As $K \to \infty$ all weights go to one: NCE turns into maximum likelihood, the noise samples
+# Maximum likelihood has the same with $w = 1$ (its gradient above, with $f$ for $-E$ and a minus to make it a
+# loss). As $K \to \infty$ all weights go to one: NCE turns into maximum likelihood, the noise samples
 # standing in for the model's own (Mnih and Teh 2012).
 
 # %%
@@ -308,9 +310,9 @@ plt.show()
 # What to see: on the left, once $K$ is not small, four times the noise about halves the scatter, and noise
 # that favours what the data have least is worse at every $K$. In the last printed line the noise is the
 # data's own distribution, and the scatter is zero: then all log-odds are one and the same number, and setting
-# it right needs no luck in the draws. Good noise is close to the data; noise from far away is told apart at a
-# glance and teaches little. On the right, the last weights to become one are those of drawings that are
-# frequent in the data and not in the noise.
+# it right needs no luck in the draws. So for $c$ alone no noise is better than that, while noise from far
+# away is told apart at a glance and teaches little. On the right, with $p = p_{\text{data}}$, the last
+# weights to become one are those of drawings that are frequent in the data and not in the noise.
 #
 # ## A trap: certainty
 #
@@ -325,7 +327,7 @@ with np.errstate(over="ignore"):
 clipped = [torch.tensor(a, requires_grad=True) for a in far]
 cost = bugs.clipped_probabilities(*clipped)
 cost.backward()
-print(f"clipped  {cost.item():.2f}, gradient {clipped[1].grad.item():.2f}")
+print(f"clipped  {cost.item():.2f}, gradient {abs(clipped[1].grad.item()):.2f}")
 print(f"nce_np   {nce.nce_np(*far)[0]:.2f}, gradient {nce.nce_np(*far)[1][1].item():.2f}")
 
 # %% [markdown]
@@ -345,8 +347,8 @@ print(f"nce_np   {nce.nce_np(*far)[0]:.2f}, gradient {nce.nce_np(*far)[1][1].ite
 # multiplies them by the upstream gradient and hands them out, with a minus to $\log q$.
 #
 # **Exercise 3** · `nce_fused` · difficulty 3 of 3 · 40 minutes. Open `chapters/exercises/nce.py`.
-# `minivlp.stream.Ready` is an `autograd.Function` whose `backward` is already written; no blocks are needed
-# to obey the laws.
+# `minivlp.stream.Ready` is an `autograd.Function` whose `backward` is already written: it hands out what
+# `forward` saved, in the order of the inputs. No blocks are needed to obey the laws.
 
 # %%
 check("nce_fused")
@@ -388,9 +390,11 @@ print(f"torch / fused: {best['torch'] / best['fused']:.1f}")
 #   constant cancel: InfoNCE, chapter 09. Keeping the questions gives the sigmoid loss, chapter 10, where a
 #   learned bias takes the place of $-\log K$.
 # * Noise that the data's support does not share, noise that learns, and samplers for the model itself.
-# * How precise NCE is for more than one parameter; the theorem quoted has the general form.
+# * How precise NCE is for more than one parameter. The theorem quoted has the general form; the best noise is
+#   then, in general, not the data's own distribution.
 #
 # ## Sources
 #
 # Noise-contrastive estimation: Gutmann and Hyvärinen 2010, for $K = 1$, and 2012, for any $K$ and with the
-# variance (theorem 3). The limit $K \to \infty$ and a language model trained this way: Mnih and Teh 2012.
+# variance (theorem 3). The limit $K \to \infty$ and a language model trained this way: Mnih and Teh 2012. The
+# best noise: Chehab, Gramfort and Hyvärinen 2022.

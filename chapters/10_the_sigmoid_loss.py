@@ -89,8 +89,8 @@ print(f"\nL = {costs.sum() / 3:.4f}; sigmoid_loss_np says {sigmoid.sigmoid_loss_
 # $$dX = s\,G\,Y, \qquad dY = s\,G^\top X, \qquad ds = \sum_{ij} G_{ij} (XY^\top)_{ij}, \qquad
 #   db = \sum_{ij} G_{ij}.$$
 #
-# For InfoNCE $db$ was zero: a constant added to all scores changes no softmax. Here it is the surplus of
-# belief over truth. At $db = 0$ the mean number of yeses per picture is right: one.
+# For InfoNCE $db$ would be zero: a constant added to all scores changes no softmax. Here it is the surplus of
+# belief over truth. At $db = 0$ the expected number of yeses, per picture and on average, is right: one.
 
 # %%
 G = -z / (1 + np.exp(z * S)) / 3
@@ -105,7 +105,8 @@ x, y, scale, bias = (torch.tensor(a, dtype=torch.float64, requires_grad=True) fo
 cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits
 cross_entropy(scale * x @ y.T + bias, torch.eye(3, dtype=torch.float64), reduction="sum").div(3).backward()
 pairs = zip((dX, dY, ds, db), (x, y, scale, bias), strict=True)
-print(f"largest difference from autograd: {max(np.abs(g - t.grad.numpy()).max() for g, t in pairs):.0e}")
+worst = max(np.abs(g - t.grad.numpy()).max() for g, t in pairs)
+print(f"all four within 1e-12 of autograd's: {worst < 1e-12}")
 
 # %% [markdown]
 # **Exercise 1** · `sigmoid_loss_np` · difficulty 2 of 3 · 30 minutes. **Exercise 2** · `sigmoid_loss` ·
@@ -136,13 +137,14 @@ for ax, (name, loss) in zip(axes, losses.items(), strict=True):
     one, two = (torch.autograd.grad(loss(scores), scores)[0] for scores in (before, before + bump))
     image = ax.imshow(two - one, cmap="coolwarm", vmin=-0.02, vmax=0.02)
     ax.set(title=name, xlabel="caption j", ylabel="picture i", xticks=range(6), yticks=range(6))
-fig.colorbar(image, ax=axes, label="change of G")
+fig.colorbar(image, ax=axes, label="change of G", extend="max")
 plt.show()
 
 # %% [markdown]
-# What to see: InfoNCE shares out a row and a column anew, so entries of both change. The sigmoid loss changes
-# in one place. Two things follow, one bad and one good: the numbers of yeses and noes, which the softmax kept
-# in balance by itself, now need attention; and the sum may be taken in any pieces.
+# What to see: InfoNCE shares out a row and a column anew, so entries of both change; the raised one goes
+# beyond the colours. The sigmoid loss changes in one place. Two things follow, one bad and one good: the
+# numbers of yeses and noes, which the softmax kept in balance by itself, now need attention; and the sum may
+# be taken in any pieces.
 #
 # ## Many noes: the bias
 #
@@ -158,8 +160,8 @@ plt.show()
 # number: it is the $-\log K$ of chapter 08. The sigmoid loss asks NCE's question, with the captions of the $K
 # = B - 1$ other pictures as noise. It takes $S$ itself for the log-odds, so its best scores are $\log r -
 # \log(B - 1)$, with the $r$ of chapter 09, and a learned bias can take care of the second term. SigLIP starts
-# at $b = -10$, $s = 10$: the noes begin near zero cost, and learning begins with the yeses (Zhai et al. 2023,
-# section 3.2).
+# at $b = -10$, $s = 10$: a single no begins near zero cost, so that many of them do not drown the one yes
+# (Zhai et al. 2023, section 3.2).
 
 # %%
 
@@ -183,12 +185,12 @@ plt.show()
 
 # %% [markdown]
 # What to see: each curve is lowest at $-\log(B - 1)$ (dots), left of it the loss rises gently with the yeses,
-# right of it steeply with the noes. At the batch sizes of the paper $-10$ is near the dots; for a small batch
-# it is a cautious choice.
+# right of it steeply with the noes. For the largest of these batches, a size of the paper, $-10$ is near the
+# dot; for a small one it is a cautious choice: learning begins with the yeses.
 #
 # ## Two traps at the start: the sign, and B²
 #
-# The equation displayed in section 3.2 of the paper *subtracts* the bias; its algorithm 1 adds it, as all
+# The equation displayed in section 3.2 of the paper *subtracts* the bias; its algorithm 1 adds it, as its
 # code does. And who sees $B^2$ questions is tempted to take their mean. Neither mistake is visible in a
 # gradient check; both are in the first number printed. With all cosines 0 the loss must be $L(b)$, the law
 # `zero_cosines_leave_the_bias`:
@@ -211,8 +213,9 @@ for name, loss in (
 
 # %% [markdown]
 # The right-hand numbers say what a picture feels. Divided by $B$, it is of one size in every batch, as with
-# any mean over examples: one yes, and noes that cost little. Divided by $B^2$, the yes of each picture fades
-# as the batch grows, and the learning rate would have to make up for it.
+# any mean over examples: one yes, and noes that cost little. With the bias subtracted the noes drown the yes,
+# the more of them the worse. Divided by $B^2$, the yes of each picture fades as the batch grows, and the
+# learning rate would have to make up for it.
 #
 # ## In pieces, and around a ring
 #
@@ -233,7 +236,7 @@ for rank in range(R):
         total += np.logaddexp(0, -labels * block).sum()
 print(f"block by block {total / B:.6f}, at once {sigmoid.sigmoid_loss_np(x, y, 10, -10)[0]:.6f}")
 tensors = torch.from_numpy(x), torch.from_numpy(y)
-print(f"positives in every block, of two: {bugs.positives_in_every_chunk(*tensors, 10.0, -10.0):.6f}")
+print(f"positives in every block of two: {bugs.positives_in_every_chunk(*tensors, 10.0, -10.0):.6f}")
 
 fig, ax = plt.subplots(figsize=(3.2, 2.7), constrained_layout=True)
 turns = (np.arange(R)[:, None] - np.arange(R)) % R
@@ -255,8 +258,8 @@ plt.show()
 # ## InfoNCE or sigmoid? A race
 #
 # The paper finds the sigmoid loss better at small batches, the two alike at large ones (section 4). How about
-# here? To race at batches of 8, both must be given thousands of steps in a second, so the dual encoder is the
-# smallest there is: a picture of 16 × 16 pixels times one matrix, a table with one vector a noun, unit rows.
+# here? To race at batches of 8, both must be given hundreds of steps in a second, so the dual encoder is as
+# small as can be: a picture of 16 × 16 pixels times one matrix, a table with one vector a noun, unit rows.
 # It learns from five artists and is asked for the drawings of a sixth. All runs see the same number of pairs,
 # so a batch 16 times larger means 16 times fewer steps. One learning rate, two seeds, and for the sigmoid
 # loss three starts of the bias.

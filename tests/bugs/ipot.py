@@ -25,7 +25,7 @@ def share(cost, row_mask, col_mask):
     ]
 
 
-def plain_loop(cost, beta, iters, row_mask, col_mask, reset=False, smooth=0.0):
+def plain_loop(cost, beta, iters, row_mask, col_mask, smooth=0.0):
     """The loop on T itself, with room for one mistake."""
     mu, nu = share(cost, row_mask, col_mask)
     K, T, a = (-cost / beta).exp(), torch.ones_like(cost), (mu > 0).to(cost)
@@ -34,7 +34,6 @@ def plain_loop(cost, beta, iters, row_mask, col_mask, reset=False, smooth=0.0):
         b = nu / ((Q * a).sum(-2, keepdim=True) + smooth + (nu == 0))
         a = mu / ((Q * b).sum(-1, keepdim=True) + smooth + (mu == 0))
         T = a * Q * b
-        a = (mu > 0).to(cost) if reset else a
     return T
 
 
@@ -57,7 +56,14 @@ def share_of_padding(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
 
 @bug("ipot", OPTIMUM, "The scaling is reset to 1 in every step: the cost falls below the true optimum.")
 def reset_scaling(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
-    return plain_loop(cost, beta, iters, row_mask, col_mask, reset=True)
+    """In logarithms, so that this mistake is the only one."""
+    mu, nu = (torch.where(z > 0, z.clamp_min(1e-30).log(), -1e30) for z in share(cost, row_mask, col_mask))
+    log_T = torch.where(mu > -1e30, 0.0, mu) + 0 * cost  # padded words never begin
+    for _ in range(iters):
+        log_Q = log_T - cost / beta
+        log_b = nu - log_Q.logsumexp(-2, keepdim=True)
+        log_T = log_Q + log_b + mu - (log_Q + log_b).logsumexp(-1, keepdim=True)
+    return log_T.exp()
 
 
 @bug("ipot", OPTIMUM, "T is not carried: Sinkhorn at ε = β, however many steps.")

@@ -33,7 +33,11 @@ def noise_averaged(score_data, score_noise, logp_data, logp_noise):
     return (F.softplus(-h_data) + F.softplus(h_noise).mean(1)).mean()
 
 
-@bug("nce", ODDS, "The noise density is left out of the log-odds, as in negative sampling.")
+@bug(
+    "nce",
+    ODDS,
+    "The noise density is left out of the log-odds, half way to negative sampling, which drops log K too.",
+)
 def noise_density_left_out(score_data, score_noise, logp_data, logp_noise):
     return nce(score_data, score_noise, 0 * logp_data, 0 * logp_noise)
 

@@ -36,7 +36,7 @@ def columns_last(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_m
 @bug("sinkhorn", ROWS, "Potentials in units of cost, added undivided in the logsumexp; right at ε = 1.")
 def unscaled_potentials(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
     a, b = uniform(cost, a, b, row_mask, col_mask)
-    u = torch.zeros_like(a)
+    u = torch.where(a > 0, 0.0, -torch.inf).to(a)
     for _ in range(iters):
         v = eps * (b.log() - (-cost / eps + u[..., None]).logsumexp(-2))
         u = eps * (a.log() - (-cost / eps + v[..., None, :]).logsumexp(-1))
