@@ -36,7 +36,7 @@ def noise_averaged(score_data, score_noise, logp_data, logp_noise):
 @bug(
     "nce",
     ODDS,
-    "The noise density is left out of the log-odds, half way to negative sampling, which drops log K too.",
+    "The noise density is left out of the log-odds; negative sampling drops log K as well.",
 )
 def noise_density_left_out(score_data, score_noise, logp_data, logp_noise):
     return nce(score_data, score_noise, 0 * logp_data, 0 * logp_noise)
