@@ -114,7 +114,7 @@ class Settings:
 FULL = Settings()
 QUICK = Settings(
     seeds=2,
-    world=replace(FULL.world, train=replace(FULL.world.train, steps=700), items=256, sets=4),
+    world=replace(FULL.world, train=replace(FULL.world.train, steps=600), items=256, sets=4),
     names=replace(FULL.names, train=replace(FULL.names.train, steps=250)),
     regions=replace(FULL.regions, train=replace(FULL.regions.train, steps=300), items=256),
     clock=replace(FULL.clock, seconds=6.0),
