@@ -55,7 +55,7 @@ class NamesSize:
 
     train: DualTrain = DualTrain(  # noqa: RUF009
         scenes=0, embed=64, dim=96, layers=2, heads=2, hidden=192, text_dim=64, text_heads=2, text_hidden=128,
-        steps=1000, lr=3e-3, matrix_lr=0.02, save_every=1000, report_every=1000,
+        steps=1000, batch=256, lr=3e-3, matrix_lr=0.02, save_every=1000, report_every=1000,
     )  # fmt: skip
     every: int = 9  # concept is learned, about a hundred
     artists: tuple[str, ...] = ("noto", "twemoji", "emojione")
@@ -103,7 +103,7 @@ class ChunksSize:
 class Settings:
     """What a run of all claims is made of; `seeds` at least 2, or there is no interval."""
 
-    seeds: int = 5
+    seeds: int = 3
     world: WorldSize = WorldSize()
     names: NamesSize = NamesSize()
     regions: RegionsSize = RegionsSize()
