@@ -43,6 +43,7 @@ from minivlp.mlm import IGNORE
 from minivlp.models.archetypes import CONTROL, new_archetype
 from minivlp.screen import Screen
 from minivlp.tasks import swapped
+from tests.course import ROOT
 from tests.tiny import told
 
 FEW = {"steps": 3, "batch": 8, "hidden": 16, "warmup": 1, "save_every": 3, "report_every": 3}
@@ -556,3 +557,18 @@ def test_all_claims_end_to_end(tmp_path):
     for _ in do_all(["towers"], replace(TINY, seeds=1), tmp_path / "again"):
         pass
     assert finished(tmp_path / "again")["towers-0.json"] == finished(tmp_path)["towers-0.json"]
+
+
+def test_the_report_is_of_these_claims_and_the_readme_counts_its_verdicts():
+    chapters = ROOT / "chapters"
+    text = (chapters / "claims.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    verdicts = {row[0]: row[-1] for row in rows if row[-1] in (HOLDS, FAILS, OPEN)}
+    assert list(verdicts) == [claim.says for claim in CLAIMS.values()]
+    assert all((chapters / path).is_file() for path in re.findall(r"\]\((pictures/[^)]+)\)", text))
+    counts = [sum(v == one for v in verdicts.values()) for one in (HOLDS, FAILS, OPEN)]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"{counts[0]} claims hold here, {counts[1]} does not hold here, {counts[2]} cannot be told" in readme
+    )
+    assert re.search(r"\d+ minutes of one core's time", text)[0] in readme

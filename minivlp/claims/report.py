@@ -34,7 +34,7 @@ def _lines(
         claim = CLAIMS[name]
         result = f"{claim.number}: {told(claim.found(results, settings))}; claimed: {claim.rule()}"
         if not claim.above_guessing(results, settings):
-            result += "; nothing above guessing was learned"
+            result += "; no model is surely above guessing"
         cells = [claim.says, claim.source, claim.tested, result, claim.verdict(results, settings)]
         yield f"| {' | '.join(cells)} |"
     if CONTROL in results:
