@@ -54,11 +54,11 @@ class DualTrain:
     text_heads: int = 3
     text_hidden: int = 192
     max_text_len: int = 24
-    steps: int = 760
-    batch: int = 1024  # pictures of single objects a step: nearly every name is beside its rivals
-    scenes: int = 96  # pictures of two objects a step, if the language is English
-    lr: float = 2.2e-3  # AdamW: embeddings, norms, biases, heads
-    matrix_lr: float = 0.017  # Muon: matrices
+    steps: int = 1200
+    batch: int = 512  # pictures of single objects a step, half of all names: most meet their rivals
+    scenes: int = 64  # pictures of two objects a step, if the language is English
+    lr: float = 1.6e-3  # AdamW: embeddings, norms, biases, heads
+    matrix_lr: float = 0.013  # Muon: matrices
     weight_decay: float = 0.05
     warmup: int = 30  # steps
     cooldown: float = 0.6  # the last share of the run, in which the rates fall to zero
