@@ -293,7 +293,7 @@ for B in (8, 32):
 # %%
 config = DualTrain(
     canvas=16, patch=16, embed=64, dim=64, layers=1, heads=2, hidden=128, text_dim=48, text_heads=2,
-    text_hidden=96, steps=160, batch=32, scenes=0, warmup=10,
+    text_hidden=96, steps=160, batch=32, scenes=0, warmup=10, lr=1.2e-3, matrix_lr=0.01,
 )  # fmt: skip
 source = PairSource(emojivl, tokenizer, config)
 model = new_dual("clip", config, tokenizer)
