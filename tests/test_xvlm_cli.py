@@ -98,6 +98,7 @@ def test_flags_of_other_models_are_refused(flags, message, command, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, field", [("boxes", "box_weight"), ("regions", "regions")])
 def test_a_run_without_boxes_or_regions_has_no_box_loss(what, field, command, tmp_path, capsys):
     folder = tmp_path / "run"
