@@ -11,6 +11,7 @@ Left out: composing only one's own rows, and processes that join or leave in the
 """
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def threads(cores: int) -> int:
 def joined(device: str) -> Iterator[Workers]:
     """The processes of this job, or ALONE when torchrun did not start this one.
 
-    Raises ConnectionError when they lose each other, as when one was killed.
+    Raises ConnectionError when they lose each other, as when one was killed: the others see their connections
+    break, or are told to stop by torchrun, whichever comes first.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
@@ -93,10 +95,16 @@ def joined(device: str) -> Iterator[Workers]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    before = signal.signal(signal.SIGTERM, _told_to_stop)
     try:
         yield Workers(dist.get_rank(), dist.get_world_size())
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConnectionError(f"the processes of this job lost each other: {reason}") from error
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+
+
+def _told_to_stop(*_) -> None:
+    raise ConnectionError("the processes of this job lost each other: torchrun told this one to stop")
