@@ -30,7 +30,7 @@ from minivlp.interval import measured
 from minivlp.models.vilt import Vilt
 from minivlp.pointing import patches_inside, transport
 from minivlp.refuse import refuse
-from minivlp.result_tables import INTERVAL, tables
+from minivlp.result_tables import scene_tables
 from minivlp.tasks import (
     false_captions,
     hide_relation,
@@ -244,22 +244,7 @@ def rank(model: Vilt, tokenizer: WordPiece, caption: str, pixels: Tensor) -> np.
 
 def report(results: dict) -> str:
     """The results of `evaluate` as Markdown, one table a split."""
-    details = results["details"]
-    columns = INTERVAL | {
-        "chance": "{chance:.3f}",
-        "objects alone": "{objects:.3f}",
-        "items": "{items}",
-        "pairs": "{clusters}",
-        "masked": "{masked}",
-    }
-    lines = tables(
-        results,
-        lambda split: (
-            f"{len(details['nouns'][split])} nouns, held-out pairs, {details['canvas']} pixels square."
-        ),
-        NAMES.__getitem__,
-        columns,
-    )
+    lines = scene_tables(results, NAMES, {"masked": "{masked}"})
     lines.append(
         "Intervals are clustered by pair of objects. *Objects alone* is the ceiling for one who knows"
     )

@@ -32,3 +32,15 @@ def tables(
             lines.append(f"| {names(name)} | {' | '.join(cells)} |")
         lines += [*after(split), ""]
     return lines
+
+
+def scene_tables(results: Mapping[str, Any], names: Mapping[str, str], more: Mapping[str, str]) -> list[str]:
+    """The tables of an evaluation on scenes, with `more` columns after the usual ones."""
+    details = results["details"]
+    columns = INTERVAL | {"chance": "{chance:.3f}", "objects alone": "{objects:.3f}"}
+    columns |= {"items": "{items}", "pairs": "{clusters}"} | more
+
+    def about(split: str) -> str:
+        return f"{len(details['nouns'][split])} nouns, held-out pairs, {details['canvas']} pixels square."
+
+    return tables(results, about, names.__getitem__, columns)

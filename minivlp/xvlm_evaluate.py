@@ -38,7 +38,7 @@ from minivlp.models.xvlm import Xvlm
 from minivlp.pointing import patches_inside
 from minivlp.refuse import refuse
 from minivlp.regions import patches_touched, region_tokens
-from minivlp.result_tables import INTERVAL, tables
+from minivlp.result_tables import scene_tables
 from minivlp.tasks import takes
 from minivlp.text import WordPiece
 
@@ -191,21 +191,7 @@ def _pair(scene: Scene) -> tuple[int, ...]:
 
 def report_xvlm(results: dict) -> str:
     """The results of `evaluate_xvlm` as Markdown, one table a split."""
-    details = results["details"]
-    columns = INTERVAL | {
-        "chance": "{chance:.3f}",
-        "objects alone": "{objects:.3f}",
-        "items": "{items}",
-        "pairs": "{clusters}",
-    }
-    lines = tables(
-        results,
-        lambda split: (
-            f"{len(details['nouns'][split])} nouns, held-out pairs, {details['canvas']} pixels square."
-        ),
-        NAMES.__getitem__,
-        columns,
-    )
+    lines = scene_tables(results, NAMES, {})
     lines.append("A box is right when its IoU with the object's is at least 0.5. Intervals are clustered by")
     lines.append(
         "pair of nouns. *Objects alone* is what one reaches who knows every object and its place, but"
