@@ -249,7 +249,7 @@ check("box_loss_np", "box_loss")
 from time import perf_counter
 
 rng = np.random.default_rng(0)
-p, t = (torch.tensor(np.sort(rng.random((1024, 2, 2)), 1).reshape(-1, 4)) for _ in range(2))
+p, t = (torch.tensor(np.sort(rng.random((512, 2, 2)), 1).reshape(-1, 4)) for _ in range(2))
 ways = {
     "pair by pair": lambda: giou(p, t),
     "all pairs": lambda: giou(p[:, None].expand(-1, len(t), 4), t.expand(len(p), -1, 4)).diagonal(),
@@ -297,9 +297,8 @@ print("gradient of the first mean:\n", dv[0].reshape(3, 3))
 # name. What would a careless draw do?
 
 # %%
-config = XvlmTrain(
-    canvas=32, image_layers=2, cross_layers=1, steps=200, batch=12, warmup=10, regions=1.0, report_every=40
-)
+small = dict(canvas=32, patch=16, dim=64, heads=2, hidden=128, embed=64, image_layers=1, cross_layers=1)
+config = XvlmTrain(**small, steps=160, batch=12, warmup=10, regions=1.0, report_every=32)
 tokenizer = scene_tokenizer(nouns, config.vocab_size)
 sizes = {name: getattr(config, name) for name in ("canvas", "patch", "regions", "mask", "seed")}
 source = RegionSource(emojivl, nouns, tokenizer, pictures=config.batch, **sizes)
@@ -319,9 +318,9 @@ print(f"the library's wrong pairs in 20 steps: {counts[3]:.0f}, of them {counts[
 # %% [markdown]
 # ## Watch it find
 #
-# Four nouns, pictures of 32 × 32 pixels with two to four objects, some of them twins. To save time we leave
-# out matching and hidden words; box and contrast remain. An answer is right when its IoU with the true box is
-# at least 0.5. Chance is the best that one constant box can do.
+# Four nouns, pictures of 32 × 32 pixels (four patches) with two to four objects, some of them twins. To save
+# time, only box and contrast are trained. An answer is right when its IoU with the true box is at least 0.5.
+# Chance is the best that one constant box can do.
 
 
 # %%
@@ -348,7 +347,7 @@ axes[0].plot(steps, [r["itc"] for r in records], ".-", color=RED, label="contras
 for kind, colour in zip(asked, (BLUE, RED, GREEN), strict=True):
     axes[1].plot(steps, [r[kind] for r in records], ".-", color=colour, label=kind)
     axes[1].axhline(best_guess(truth[kind]), color=colour, linestyle=":", linewidth=1)
-axes[0].set(xlabel="step", ylabel="loss, means of 40 steps", ylim=(0, None))
+axes[0].set(xlabel="step", ylabel="loss, means of 32 steps", ylim=(0, None))
 axes[1].set(xlabel="step", ylabel="boxes right", ylim=(0, 1), title="64 fresh phrases of each kind")
 axes[0].legend(fontsize=8)
 axes[1].legend(fontsize=8, loc="upper left")
