@@ -287,17 +287,17 @@ about = json.loads((WEIGHTS / "vilt_tiny.json").read_text(encoding="utf-8"))
 details, train = about["numbers"]["details"], about["settings"]["train"]
 print(f"{about['command']}: {len(train['nouns'])} nouns, {about['step']} steps of {train['batch']} rows\n")
 print(f"{'':<31} {'seen artists':<21} {'unseen':>6} {'chance':>7} {'objects':>8}")
-for name in MEASURES:
+for name in (*MEASURES, "retrieval_itm"):
     m, u = details["seen"][name], details["unseen"][name]
     value = f"{m['value']:.2f} ({m['low']:.2f} to {m['high']:.2f})"
     print(f"{NAMES[name]:<31} {value:<21} {u['value']:>6.2f} {m['chance']:>7.2f} {m['objects']:>8.2f}")
 
 # %% [markdown]
-# What to see: in brackets 95 % intervals, clustered by pair of objects. R@1 of 64 is how often the caption's
-# own picture scores highest of 64. **Objects** is the best that one can do who knows which objects a picture
-# shows, but not where. On the exchanged nouns it *is* chance, so whatever lies above it is binding; on the
-# hidden relation, whatever lies above the 1/2 that the axis gives. Where a value lies below *objects*,
-# perfect eyes without any sense of place would do better. Compare the artists, too.
+# What to see: in brackets 95 % intervals, clustered by pair of objects. **Objects** is the best that one can
+# do who knows which objects a picture shows, but not where: above it lies binding. R@1 is how often a
+# caption's own picture scores highest of 64, by $\log p(\text{match}) + \log p(\text{both nouns, hidden})$.
+# The matching head alone finds fewer. A likely reason: a matching row teaches one bit, a hidden noun
+# $\log_2 32 = 5$. What one head has not learnt another may know. Compare the artists, too.
 #
 # ## Look at its answers
 #

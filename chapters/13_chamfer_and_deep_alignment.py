@@ -87,7 +87,7 @@ plt.show()
 
 # %% [markdown]
 # What to see: a red ring in every row, the word's best patch, and a white dot in every column, the patch's
-# best word. The answer is the mean cosine at both. Here all words choose the same patch: nothing forbids it.
+# best word. The answer is the mean cosine at both. Three words choose one and the same patch: they may.
 #
 # ## Three by three, with numbers
 #
@@ -370,17 +370,17 @@ print("embeddings, other equals crossed:", np.array_equal(found["other"][0], fou
 # %% [markdown]
 # What to see, and what it shows. At the embeddings no word has met a patch: *other* equals *crossed*.
 #
-# * **The level is not alignment.** After blocks 1 and 2 the curve of true pairs has risen steeply, and those
-#   of wrong captions with it. Whoever plots true pairs alone could take that rise for deep alignment.
-# * **Truth shows late.** The gaps to *other* and *swapped* are small up to block 2, clear at block 3 and wide
-#   from block 4 on. In this model true captions do end with more aligned states than false ones.
+# * **The level is not alignment.** After block 1 the curve of true pairs has risen steeply, and those of
+#   wrong captions with it. Whoever plots true pairs alone could take that rise for deep alignment.
+# * **Truth shows late.** The gaps to *other* and *swapped* are small, if clear, at block 3 and wide from
+#   block 4 on. In this model true captions do end with more aligned states than false ones.
 # * **But it was told to.** Its training loss contained chapter 12's alignment term, which pulls words and
 #   patches of true pairs together and pushes those of random pairs apart, at the states after the norm. A
 #   wide gap there shows that this term was learned. It is no discovery.
 # * **A verdict more than a correspondence.** *Swapped* has the words of *true*, the alignment term left such
-#   captions alone, and still it falls below 0 like *other*. *Crossed* lies lower in the middle, but ends not
-#   far below *true*. So in the end the height hardly depends on which words met which patches: it looks as if
-#   every token carried the answer "this pair is true" in a direction that all pairs share.
+#   captions alone, and still it falls below 0 like *other*. *Crossed* lies lower than *true* from block 3 on,
+#   but far above *other*. So in the end the height depends less on which words met which patches than on the
+#   verdict: it looks as if every token carried "this pair is true" in a direction that all pairs share.
 # * **Mixing alone makes a gap.** The untrained model has no clear gap to *other*, but a small one to
 #   *crossed* that grows with depth: wrong pairs of a single stream must be encoded as wrong pairs.
 #

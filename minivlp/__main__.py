@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=whole(1), help="in place of the preset's")
     train.add_argument("--batch", type=whole(2), help="rows a step, in place of the preset's")
     train.add_argument("--lr", type=positive, help="in place of the preset's")
-    train.add_argument("--seed", type=whole(0), help="of weights, scenes and batches (default: 0)")
+    train.add_argument("--seed", type=whole(0), help="of weights and data, in place of the preset's")
 
     evaluation = command("eval", "Measure a trained model on a folder of sheets.", "eval --run runs/vilt")
     evaluation.add_argument("--data", metavar="DIR", help="a folder with meta.json (default: data_tiny)")

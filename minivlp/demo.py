@@ -14,13 +14,13 @@ import numpy as np
 from minivlp import figures
 from minivlp.batches import scene_pixels
 from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl
-from minivlp.evaluate import rank
 from minivlp.gallery import aligned
 from minivlp.questions import COUNTS
+from minivlp.ranking import rank
 from minivlp.refuse import refuse
 from minivlp.runs import need_writable
 from minivlp.screen import Screen
-from minivlp.tasks import meaning
+from minivlp.tasks import hide_nouns, meaning
 from minivlp.text import split_words
 from minivlp.train import scene_texts
 from minivlp.trained import Trained
@@ -45,13 +45,14 @@ def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen)
         need_writable(out / name, make_folder=True)
     scenes, right = candidates(emojivl, nouns, trained.canvas, caption)
     model = trained.model.to(device)
-    scores = rank(model, trained.tokenizer, caption, scene_pixels(scenes))
+    hidden = hide_nouns(caption, nouns, trained.tokenizer)
+    scores = rank(model, trained.tokenizer, caption, hidden, scene_pixels(scenes))
     best = np.argsort(-scores, kind="stable")[:SHOWN].tolist()
     true = f"the caption is true of {len(right)} of them" if right else "none of them is exactly that"
     screen.say(f"{PICTURES} pictures by {', '.join(shown_artists(emojivl))}; {true}")
-    screen.say("rank  log odds of a match  the picture shows")
+    screen.say("rank  log probability  the picture shows")
     for place, i in enumerate(best, start=1):
-        screen.say(f"{place:4d}  {scores[i]:+19.2f}  {scenes[i].caption}{'  (right)' if i in right else ''}")
+        screen.say(f"{place:4d}  {scores[i]:15.2f}  {scenes[i].caption}{'  (right)' if i in right else ''}")
     hits = [place for place, i in enumerate(best) if i in right]
     figures.retrieval_grid(out / "demo.png", [(caption, [scenes[i].image for i in best], hits)])
     figures.alignment(

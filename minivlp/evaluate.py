@@ -5,7 +5,8 @@
     masked_relation   a dog [MASK] a guitar       the whole phrase hidden; top-1 over the vocabulary
     itm_random        true captions, and captions of other pictures that are false here; accuracy
     itm_swapped       true captions, and the same with the nouns exchanged; accuracy
-    retrieval_r1_64   the caption's picture scores strictly above 63 others, of which the caption is false
+    retrieval_r1_64   the caption's picture scores strictly above 63 others, of which the caption is false, by
+                      ranking.py, which asks both heads; `retrieval_itm` asks the matching head alone
     pointing          the largest entry of the noun's rows in the transport plan is a patch whose centre is in
                       the noun's box; `pointing_any` counts the other noun's box too
 
@@ -29,6 +30,7 @@ from minivlp.data import TRAINING_ARTISTS, Concept, EmojiVL, Scene, Scenes
 from minivlp.interval import measured
 from minivlp.models.vilt import Vilt
 from minivlp.pointing import patches_inside, transport
+from minivlp.ranking import BATCH, both_heads, match_odds, match_scores, whole_rows, word_scores
 from minivlp.refuse import refuse
 from minivlp.result_tables import scene_tables
 from minivlp.tasks import (
@@ -43,7 +45,6 @@ from minivlp.tasks import (
 )
 from minivlp.text import WordPiece
 
-BATCH = 64  # texts a forward pass: on a CPU more of them leave the cache and are no faster
 CANDIDATES = 64
 NAMES = {
     "masked_object": "masked object word",
@@ -53,9 +54,10 @@ NAMES = {
     "retrieval_r1_64": "caption → picture, R@1 of 64",
     "pointing": "pointing into the noun's box",
     "masked_both": "both object words masked",
+    "retrieval_itm": "R@1 by the matching head alone",
     "pointing_any": "pointing into either box",
 }
-MEASURES = tuple(NAMES)[:6]  # the last two stand in the details only
+MEASURES = tuple(NAMES)[:6]  # the others stand in the details only
 
 
 @torch.inference_mode()
@@ -84,7 +86,7 @@ def evaluate(
     artists = {"seen": seen, "unseen": list(emojivl.unseen_artists)}
     details = {"seen": {}, "unseen": {}, "artists": artists, "nouns": {}, "canvas": canvas, "seed": seed}
     splits = [split for split in artists if artists[split]]
-    total, done = len(splits) * (5 * items + CANDIDATES**2 * sets), 0
+    total, done = len(splits) * (5 * items + 2 * CANDIDATES**2 * sets), 0
 
     def tick(passes: int) -> None:
         nonlocal done
@@ -99,7 +101,7 @@ def evaluate(
     for split, scenes in sources.items():
         details[split] |= _words(model, tokenizer, scenes, items, tick)
         details[split] |= _matching(model, tokenizer, scenes, items // 2, tick)
-        details[split]["retrieval_r1_64"] = _retrieval(model, tokenizer, groups[split], tick)
+        details[split] |= _retrieval(model, tokenizer, groups[split], tick)
         details[split] |= _pointing(model, tokenizer, scenes, items // 2, tick)
     values = {s: {m: details[s][m]["value"] for m in MEASURES if details[s]} for s in artists}
     return values | {"details": details}
@@ -161,18 +163,23 @@ def _matching(model, tokenizer, source: Scenes, pictures: int, tick: Callable) -
     }
 
 
-def _retrieval(model, tokenizer, groups: list[list[Scene]], tick: Callable) -> dict:
+def _retrieval(model, tokenizer, groups: list[list[Scene]], tick: Callable) -> dict[str, dict]:
     """R@1 of every caption among the pictures of its group. A tie is no hit."""
-    hits, pairs, objects = [], [], []
+    hits, pairs, objects = {"retrieval_r1_64": [], "retrieval_itm": []}, [], []
     for group in groups:
         pixels, names = scene_pixels(group), [meaning(scene)[:2] for scene in group]
         for i, scene in enumerate(group):
-            scores = rank(model, tokenizer, scene.caption, pixels)
-            hits.append(bool((scores[i] > np.delete(scores, i)).all()))
+            odds = match_odds(model, tokenizer, scene.caption, pixels)
+            hidden = hide_slots(scene, range(len(scene.slots)), tokenizer)
+            both = both_heads(odds, word_scores(model, tokenizer, *hidden, pixels))
+            for name, scores in zip(hits, (both, odds), strict=True):
+                hits[name].append(bool((scores[i] > np.delete(scores, i)).all()))
             objects.append(1 / names.count(names[i]))
-            tick(len(group))
+            tick(2 * len(group))
         pairs += names
-    return measured(hits, pairs, chance=1 / CANDIDATES, objects=np.mean(objects), masked="nothing")
+    about = {"chance": 1 / CANDIDATES, "objects": np.mean(objects)}
+    masked = {"retrieval_r1_64": "nothing, then both nouns", "retrieval_itm": "nothing"}
+    return {name: measured(hits[name], pairs, masked=masked[name], **about) for name in hits}
 
 
 def _pointing(model, tokenizer, source: Scenes, pictures: int, tick: Callable) -> dict[str, dict]:
@@ -214,32 +221,6 @@ def equal_lengths(
         same = np.flatnonzero(lengths == length)
         for rows in np.split(same, range(BATCH, len(same), BATCH)):
             yield rows, ids[rows, :length]
-
-
-def whole_rows(tokenizer: WordPiece, texts: Sequence[str], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """`tokenizer.batch` without word numbers, and a ValueError for a text that it would cut short."""
-    ids, _, mask = tokenizer.batch(texts, longest + 1)
-    if ids.shape[1] > longest:
-        text = texts[int(mask.sum(1).argmax())]
-        refuse("texts", f"must fit the model's {longest} tokens with [CLS] and [SEP]", repr(text))
-    return ids, mask
-
-
-def match_scores(model: Vilt, states: dict[str, Tensor]) -> Tensor:
-    """The log odds of a match, (B,): the difference of the two ITM logits."""
-    return model.itm_logits(states["pooled"]).diff(dim=-1)[:, 0]
-
-
-@torch.inference_mode()
-def rank(model: Vilt, tokenizer: WordPiece, caption: str, pixels: Tensor) -> np.ndarray:
-    """The log odds that one caption matches each picture: pixels (B, 3, H, W) → (B,)."""
-    ids = torch.from_numpy(whole_rows(tokenizer, [caption], model.config.max_text_len)[0])  # (1, L)
-    words = ids.to(next(model.parameters()).device).expand(min(BATCH, len(pixels)), -1)
-    mask, scores = torch.ones_like(words, dtype=torch.bool), []
-    for some in pixels.split(BATCH):
-        states = model.encode(words[: len(some)], mask[: len(some)], some.to(words.device))
-        scores.append(match_scores(model, states))
-    return torch.cat(scores).float().cpu().numpy()
 
 
 def report(results: dict) -> str:

@@ -13,9 +13,9 @@ import torch
 from minivlp import figures
 from minivlp.batches import scene_pixels, text_rows
 from minivlp.data import EmojiVL, Scene, Scenes
-from minivlp.evaluate import rank
 from minivlp.models.vilt import Vilt
 from minivlp.pointing import plan
+from minivlp.ranking import rank
 from minivlp.tasks import hide_relation, hide_slots, retrieval_sets
 from minivlp.text import WordPiece
 from minivlp.trained import Trained
@@ -67,7 +67,9 @@ def _filled(model: Vilt, tokenizer: WordPiece, scene: Scene, i: int) -> tuple:
 
 def _retrieved(model: Vilt, tokenizer: WordPiece, scenes: Sequence[Scene], i: int) -> tuple:
     """A row of `figures.retrieval_grid`: caption i, true of picture i alone, and the five best pictures."""
-    best = np.argsort(-rank(model, tokenizer, scenes[i].caption, scene_pixels(scenes)))[:5].tolist()
+    hidden = hide_slots(scenes[i], range(len(scenes[i].slots)), tokenizer)
+    scores = rank(model, tokenizer, scenes[i].caption, hidden, scene_pixels(scenes))
+    best = np.argsort(-scores)[:5].tolist()
     return scenes[i].caption, [scenes[k].image for k in best], best.index(i) if i in best else None
 
 

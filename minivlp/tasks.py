@@ -7,6 +7,7 @@ alone, would reach:
     hide_relation   a dog [MASK] a guitar            one mask for the whole phrase: neither its length nor the
                                                      word "of" tells left from above; text alone 1/4
     hide_slots      a [MASK] left of a guitar        always "a": the article does not tell an egg from a key
+    hide_nouns      a [MASK] left of a [MASK]        the same of any caption
     swapped         a guitar left of a dog           the same words in another order: only places refute it
     false_captions  each caption once with its picture and once with a picture that it is false of, so that
                     neither the captions nor the pictures alone tell true from false
@@ -17,14 +18,15 @@ differ in the order of the same words.
 Left out: attributes (every object has its artist's colours) and paraphrases (one frame per kind).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 
-from minivlp.data import RELATIONS, Scene, Scenes
+from minivlp.data import RELATIONS, Concept, Scene, Scenes
 from minivlp.refuse import refuse
-from minivlp.text import WordPiece
+from minivlp.text import WordPiece, split_words
 
 MASK = "[MASK]"
 ARTICLES = ("a", "an")
@@ -55,6 +57,24 @@ def hide_slots(scene: Scene, which: Iterable[int], tokenizer: WordPiece) -> tupl
         slots[i] = " ".join((["a"] if article else []) + [MASK] * len(pieces))
         answers += pieces
     return scene.frame.format(*slots), answers
+
+
+def hide_nouns(caption: str, nouns: Iterable[Concept], tokenizer: WordPiece) -> tuple[str, list[int]]:
+    """Every name of `nouns` in a caption, one or many of it, as one [MASK] a piece → (text, ids under them).
+
+    "a hot dog" hides no dog, and the article before a hidden noun is written "a", as in `hide_slots`.
+    """
+    names = {" ".join(split_words(name)) for c in nouns for name in (c.noun, c.plural)}
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    answers = []
+
+    def mask(found: re.Match) -> str:
+        pieces = tokenizer.encode(found["name"])
+        answers.extend(pieces)
+        return " ".join((["a"] if found["article"] else []) + [MASK] * len(pieces))
+
+    phrase = rf"\b(?P<article>an? )?(?P<name>{longest_first})\b"
+    return re.sub(phrase, mask, " ".join(split_words(caption))), answers
 
 
 def article_and_noun(slot: str) -> tuple[str, str]:

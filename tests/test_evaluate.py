@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from minivlp import evaluate as ev
-from minivlp import pointing
+from minivlp import pointing, ranking
 from minivlp.batches import scene_pixels
 from minivlp.data import CPU_NOUNS, RELATIONS, EmojiVL, Scenes
 from minivlp.interval import interval
@@ -229,13 +229,42 @@ def test_the_report_shows_every_number(tiny, tokenizer):
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-def test_ranking_is_the_difference_of_the_logits_in_any_batch(tiny, tokenizer):
+def test_ranking_adds_both_heads_in_any_batch(tiny, tokenizer):
+    """log p(match) and log p(each hidden piece), by each head's own softmax."""
     scenes = Scenes(EMOJIVL, NOUNS)
     pixels = scene_pixels([scenes[i] for i in range(70)])
-    scores = ev.rank(tiny, tokenizer, "a dog left of a guitar", pixels)
-    ids = torch.from_numpy(tokenizer.batch(["a dog left of a guitar"])[0]).expand(70, -1)
-    logits = tiny.itm_logits(tiny.encode(ids, torch.ones_like(ids, dtype=torch.bool), pixels)["pooled"])
-    assert np.allclose(scores, (logits[:, 1] - logits[:, 0]).detach(), atol=1e-6)
+    caption, text = "a dog left of a guitar", "a [MASK] left of a [MASK]"
+    hidden = tokenizer.encode("dog") + tokenizer.encode("guitar")
+    assert len(hidden) == 2
+    scores = ranking.rank(tiny, tokenizer, caption, (text, hidden), pixels)
+    odds = ranking.match_odds(tiny, tokenizer, caption, pixels)
+
+    def read(text):
+        ids = torch.from_numpy(tokenizer.batch([text])[0]).expand(70, -1)
+        return ids[0], tiny.encode(ids, torch.ones_like(ids, dtype=torch.bool), pixels)
+
+    with torch.no_grad():
+        match = tiny.itm_logits(read(caption)[1]["pooled"])
+        ids, states = read(text)
+        words = tiny.mlm_logits(states["text"]).log_softmax(-1)[:, ids == tokenizer.mask_id]
+    assert np.allclose(odds, match[:, 1] - match[:, 0], atol=1e-6)
+    expected = match.log_softmax(-1)[:, 1] + words[:, 0, hidden[0]] + words[:, 1, hidden[1]]
+    assert np.allclose(scores, expected, atol=1e-5)
+    alone = ranking.rank(tiny, tokenizer, "above", ("above", []), pixels)
+    odds = ranking.match_odds(tiny, tokenizer, "above", pixels)
+    assert (alone == ranking.both_heads(odds, np.zeros(70))).all(), "a caption without nouns"
+    assert np.isfinite(ranking.both_heads(np.float32([-1e4, 1e4]), np.zeros(2))).all()
+
+
+def test_retrieval_needs_both_heads_to_agree(tokenizer):
+    """One whose matching head accepts all finds pictures by words, and none by that head alone."""
+
+    class Words(Oracle):
+        def accepts(self, ids, image):
+            return True
+
+    details = run(Words(tokenizer), tokenizer, only("fluent"))["details"]["unseen"]
+    assert details["retrieval_r1_64"]["value"] == 1 and details["retrieval_itm"]["value"] == 0
 
 
 @pytest.mark.parametrize(
@@ -243,7 +272,10 @@ def test_ranking_is_the_difference_of_the_logits_in_any_batch(tiny, tokenizer):
     [
         (lambda model, tok: run(model, tok, items=7), "items must be even"),
         (lambda model, tok: ev.evaluate(model, tok, EMOJIVL, NOUNS[:7], 48, 4, 1), "16 different meanings"),
-        (lambda model, tok: ev.rank(model, tok, "a dog " * 10, torch.zeros(1, 3, 48, 48)), "20 tokens"),
+        (
+            lambda model, tok: ranking.match_odds(model, tok, "a dog " * 10, torch.zeros(1, 3, 48, 48)),
+            "20 tokens",
+        ),
         (lambda model, tok: pointing.plan(model, tok, Scenes(EMOJIVL)[0], " "), "at least one word"),
         (lambda model, tok: interval([], []), "at least one hit"),
         (lambda model, tok: interval([1, 0], [1]), "one a cluster"),

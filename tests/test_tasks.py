@@ -85,6 +85,24 @@ def test_counted_nouns_have_no_article(tokenizer):
     assert text == "three" + " [MASK]" * len(ids)
 
 
+def test_the_nouns_of_any_caption_can_be_hidden(pairs, tokenizer):
+    """As the slots of a scene are; the longest name wins, and a part of a word is no name."""
+    for scene in pairs:
+        text, ids = tasks.hide_nouns(scene.caption, FEW, tokenizer)
+        slots = tasks.hide_slots(scene, [0, 1], tokenizer)
+        assert (tokenizer.encode(text), ids) == (tokenizer.encode(slots[0]), slots[1])
+    some = [*EMOJIVL.nouns(["dog", "hot dog"]), *FEW]
+    for caption, text, names in (
+        ("A hot dog above a dog", "a {} above a {}", ["hot dog", "dog"]),
+        ("an egg and two keys", "a {} and two {}", ["egg", "keys"]),
+        ("a keyboard, bearded", "a keyboard , bearded", []),
+    ):
+        pieces = [tokenizer.encode(name) for name in names]
+        masks = [" ".join(["[MASK]"] * len(one)) for one in pieces]
+        expected = text.format(*masks), [piece for one in pieces for piece in one]
+        assert tasks.hide_nouns(caption, some, tokenizer) == expected
+
+
 def test_spans_cover_the_nouns(pairs, tokenizer):
     several = EMOJIVL.nouns(["teddy bear", "fire engine", "egg"])
     scenes = Scenes(EMOJIVL, several, pairs="all", kinds={"pair": 1, "between": 1, "place": 1, "one": 1})
