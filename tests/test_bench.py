@@ -215,6 +215,7 @@ def test_a_variant_that_raises_is_reported_and_the_others_measured(here, monkeyp
     assert "- failed: fused (RuntimeError: no such kernel)" in report(results)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_answers_and_one_that_dies_is_told(monkeypatch, tmp_path):
     task = {"do": "memory", "case": "nce", "variants": ["torch"], "threads": 1, "seconds": 0.0}
     answer = fresh(task | {"sizes": [{"B": 1024, "K": K} for K in (1024, 2048, 1024)]})

@@ -238,6 +238,7 @@ return -log_p[rows, labels].mean(), (dlogits / len(rows),)
 """
 
 
+@pytest.mark.slow
 def test_the_real_model_trains_with_the_learners_functions(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     """One in PyTorch, one with its gradient by hand; afterwards the library is as it was."""
     tiny.shrink(monkeypatch.setattr)

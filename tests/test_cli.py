@@ -379,6 +379,7 @@ def killed_and_resumed(kill: str, folder: Path, command) -> None:
     assert json.loads((folder / "eval.json").read_text()) == json.loads((trained() / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path):
     killed_and_resumed("rename 2", tmp_path / "vilt", command)
 

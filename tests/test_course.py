@@ -155,6 +155,7 @@ def test_what_is_not_written_is_skipped_with_its_path_or_fails_when_strict(desk)
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_form_is_named(desk, name, body, message):
     write(name, body)
     found = told(name)

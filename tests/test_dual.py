@@ -265,6 +265,7 @@ OBJECTIVES += [("filip", "siglip"), ("infonce", "siglip")]
 
 
 @pytest.mark.parametrize("name, form", OBJECTIVES)
+@pytest.mark.slow
 def test_every_objective_learns_a_batch_by_heart(name, form):
     """Sixty steps on five pairs: each image finds its text, and each text its image."""
     torch.manual_seed(0)

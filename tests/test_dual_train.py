@@ -100,6 +100,7 @@ def test_some_words_are_unknown_but_never_the_only_one():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.slow
 def test_every_objective_learns_and_goes_on_as_if_it_had_not_stopped(objective, tmp_path):
     run = fitted(tmp_path / "whole", objective)
     records = run.records()

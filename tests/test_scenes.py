@@ -259,6 +259,7 @@ def test_every_pair_occurs_in_both_orders_and_all_relations(emojivl):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_nouns_are_drawn_evenly_and_none_is_zero_shot(emojivl, kind):
     """All pairs may meet here, for otherwise a noun is as frequent as its partners are many."""
     seen = np.concatenate([s.objects[:1] for s in scenes(640, emojivl, kinds={kind: 1}, pairs="all")])
