@@ -248,11 +248,15 @@ print(f"blind, loss of hidden words {blind[-1]['mlm']:.1f}; log 8 = {np.log(8):.
 # %%
 for stage in CPU_STAGES:
     shares = ", ".join(f"{part.share:.2f} {part.kind} ({part.canvas} px)" for part in stage.parts)
-    print(f"until {stage.until:.2f} of the run, in every batch: {shares}")
+    print(f"until {stage.until:.2f} of the run: {shares}; apart {stage.apart:.1f}")
 
 # %% [markdown]
-# What to see: each line is a stage. Single objects come on a small canvas, because it is cheaper. Forward and
-# backward, on one thread of the machine that made this page:
+# What to see: each line is a stage. **Apart** is the share of rows that serve a fourth term, which ViLT does
+# not have: words and patches also pass half of the blocks without seeing each other, and a noun must find its
+# picture (`minivlp/apart.py`). It can do so only if it carries what its object looks like. Without this term,
+# words pointed at their objects in one run and not in the next (README).
+#
+# Single objects come on a small canvas, because it is cheaper. On one thread, forward and backward:
 
 # %% tags=["measured"]
 from time import perf_counter
@@ -296,8 +300,7 @@ for name in (*MEASURES, "retrieval_itm"):
 # What to see: in brackets 95 % intervals, clustered by pair of objects. **Objects** is the best that one can
 # do who knows which objects a picture shows, but not where: above it lies binding. R@1 is how often a
 # caption's own picture scores highest of 64, by $\log p(\text{match}) + \log p(\text{both nouns, hidden})$.
-# The matching head alone finds fewer. A likely reason: a matching row teaches one bit, a hidden noun
-# $\log_2 32 = 5$. What one head has not learnt another may know. Compare the artists, too.
+# The matching head alone finds fewer: its rows taught one bit each, a hidden noun $\log_2 32 = 5$.
 #
 # ## Look at its answers
 #
@@ -366,10 +369,7 @@ plt.show()
 
 # %% [markdown]
 # What to see: dark is where the word's mass goes, the blue box is the word's own object. Nothing in training
-# spoke of a box. Misses are no surprise: the alignment term compares whole true with whole wrong pairs, and a
-# model that already knows whether a pair matches can lower it by moving all words together, without telling
-# one object's patches from the other's. The README tells what was tried against that. Chapter 15 goes the
-# other way: it shows the model boxes.
+# spoke of a box. Chapter 15 goes the other way: it shows the model boxes.
 #
 # ## Train it with your functions
 #

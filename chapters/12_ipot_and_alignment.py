@@ -348,10 +348,10 @@ for name, captions in kinds.items():
 # What to see: set the gap, by which the distance of another scene's caption exceeds that of its own, beside
 # the contrast. The gap is what the loss pays for. (Exchanged nouns are neither pulled nor pushed.) The
 # contrast is all that the plan can see. A model that knows whether a pair matches can widen the gap by moving
-# all its tokens together, like the free tokens on the right: then the gap is large, the contrast small, and
-# the words may point anywhere. Other weights of the loss, pulling alone, and other wrong pairs were tried in
-# single runs (README, "What was tried"). The contrast can also say why pictures take 1,000 steps: after 50
-# the temperature $\beta/t$ is 0.01, and costs that differ by much less are hardly told apart.
+# all its tokens together, like the free tokens on the right: then the contrast is small, and the words may
+# point anywhere. Here the contrast is the larger of the two. Training also read words and patches apart, and
+# a word that has not seen the picture cannot know whether it matches (`minivlp/apart.py`; README, "What was
+# tried"). After 50 steps the temperature $\beta/t$ is 0.01: costs closer than that are hardly told apart.
 #
 # ## The fused rung
 #

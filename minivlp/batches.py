@@ -5,6 +5,7 @@ with words hidden) or matching (whole words, a true or a wrong pair; true and ra
 alignment). The rows of a step depend on (seed, step) alone, so a run that stops can go on as if it had not.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -20,7 +21,7 @@ from minivlp.data import Concept, EmojiVL, Scene, Scenes
 from minivlp.itm import derangement
 from minivlp.mlm import IGNORE, mask_tokens
 from minivlp.models.vilt_pixels import vilt_pixels
-from minivlp.tasks import hide_relation, hide_slots, misnamed, misplaced, misrelated
+from minivlp.tasks import hide_relation, hide_slots, misnamed, misplaced, misrelated, noun_spans
 from minivlp.text import WordPiece
 
 TRUE_PAIR, RANDOM_PAIR, OTHER = 1.0, -1.0, 0.0  # what the alignment does with a row: pull, push, leave alone
@@ -33,7 +34,9 @@ class Rows:
     ids, labels (B, L) and text_mask (B, L) bool; labels −100 where nothing is to be predicted. pixels
     (B, 3, H, W) in [−1, 1], pixel_mask (B, H, W) bool or None. match (B,) is 1 for a true pair, 0 for a
     wrong one, −1 for a row that does not serve matching; align (B,) is +1, −1 or 0: pull together, push
-    apart, leave alone.
+    apart, leave alone. Where words and patches are also read apart, captions (B, L') holds what is true of
+    each picture with one noun shown, caption_mask (B, L') its real words, and noun (B, L') that noun, in the
+    rows so read.
     """
 
     ids: Tensor
@@ -43,6 +46,9 @@ class Rows:
     align: Tensor
     pixels: Tensor
     pixel_mask: Tensor | None = None
+    captions: Tensor | None = None
+    caption_mask: Tensor | None = None
+    noun: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Rows":
         moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
@@ -100,9 +106,13 @@ class SceneRows:
     def __call__(self, step: int) -> list[Rows]:
         rng = np.random.default_rng((self.seed, step))
         by_size: dict[int, list[tuple]] = {}  # pictures of one size share a forward pass
-        for part in stage_at(self.stages, step / self.steps).parts:
+        stage = stage_at(self.stages, step / self.steps)
+        for part in stage.parts:
             by_size.setdefault(part.canvas, []).append(self._drawn(part, step, rng))
-        return [self._joined(drawn) for drawn in by_size.values()]
+        groups = [(self._joined(drawn), _shown(drawn)) for drawn in by_size.values()]
+        if not stage.apart:
+            return [rows for rows, _ in groups]
+        return [replace(rows, **self._captions(shown, stage.apart, rng)) for rows, shown in groups]
 
     def _drawn(self, part: Part, step: int, rng: np.random.Generator) -> tuple:
         """One part: scenes, texts, ids under the masks, match, align, and the picture of each row."""
@@ -140,14 +150,30 @@ class SceneRows:
         return misnamed(scene, self._scenes[part], rng) if draw < noun else None
 
     def _joined(self, drawn: list[tuple]) -> Rows:
-        scenes, texts, answers, match, align, picture = zip(*drawn, strict=True)
-        first = np.cumsum([0, *map(len, scenes[:-1])])  # of each part's pictures
-        pictures = np.concatenate([own + start for own, start in zip(picture, first, strict=True)])
+        _, texts, answers, match, align, _ = zip(*drawn, strict=True)
         ids, mask, labels = text_rows(self.tokenizer, list(chain(*texts)), list(chain(*answers)))
-        pixels = scene_pixels(list(chain(*scenes)))
         match, align = torch.from_numpy(np.concatenate(match)), torch.from_numpy(np.concatenate(align))
-        # A fresh gather: no picture is overwritten.
-        return Rows(ids, mask, labels, match, align, pixels[torch.from_numpy(pictures)])
+        return Rows(ids, mask, labels, match, align, scene_pixels(_shown(drawn)))
+
+    def _captions(self, scenes: Sequence[Scene], apart: float, rng: np.random.Generator) -> dict[str, Tensor]:
+        """What is true of these pictures: captions that show one noun, caption_mask, and where it stands.
+
+        Of two nouns, one would find the picture for both, and the other would not learn what its object looks
+        like. The share that is read apart has its noun marked.
+        """
+        shown = [int(rng.integers(len(scene.slots))) for scene in scenes]
+        texts = [self._showing(scene, slot) for scene, slot in zip(scenes, shown, strict=True)]
+        ids, _, mask = self.tokenizer.batch(texts)
+        noun = np.zeros_like(mask)
+        for row in rng.permutation(len(scenes))[: math.ceil(apart * len(scenes))]:
+            noun[row, noun_spans(scenes[row], self.tokenizer)[shown[row]]] = True  # a [MASK] a hidden piece
+        arrays = {"captions": ids, "caption_mask": mask, "noun": noun}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _showing(self, scene: Scene, slot: int) -> str:
+        """The caption with all nouns hidden but one."""
+        others = set(range(len(scene.slots))) - {slot}
+        return hide_slots(scene, others, self.tokenizer)[0] if others else scene.caption
 
     def _masked(self, part: Part, scene: Scene, rng: np.random.Generator) -> tuple[str, Sequence[int]]:
         """Hide the relation phrase, or one noun, or all nouns."""
@@ -158,6 +184,11 @@ class SceneRows:
         if len(scene.slots) > 1 and rng.random() >= part.all_nouns:
             which = [int(rng.integers(len(scene.slots)))]
         return hide_slots(scene, which, self.tokenizer)
+
+
+def _shown(drawn: list[tuple]) -> list[Scene]:
+    """The scene whose picture each row of these parts shows: a fresh gather, no picture is overwritten."""
+    return [scenes[i] for scenes, *_, picture in drawn for i in picture]
 
 
 class CaptionRows:

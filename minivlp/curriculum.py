@@ -6,7 +6,8 @@ object and where it lies ("a dog left of the middle"), then the same with anothe
 so that the word has to find its own, and only then pairs ("a dog left of a guitar"). Without the third
 stage the relation stays at one in two: the axis is learned and the order is not. Earlier kinds keep a share
 of every batch, because what is not seen is forgotten; single objects, whose canvas needs a forward pass of
-its own, leave when pairs come. The model and its losses stay the same throughout.
+its own, leave when pairs come. Words and patches are also read apart (apart.py), which takes half a forward
+pass: in the last and longest stage, those of half the rows. The model stays the same throughout.
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ class Stage:
 
     until: float
     parts: tuple[Part, ...]
+    apart: float = 0.0  # share of the rows whose words and patches are also read apart (apart.py)
 
 
 def stage_at(stages: Sequence[Stage], share: float) -> Stage:
@@ -44,10 +46,10 @@ def stage_at(stages: Sequence[Stage], share: float) -> Stage:
 
 SINGLE = Part("one", 1.0, canvas=24, sizes=(0.5, 0.77), matching=0.5)
 CPU_STAGES = (
-    Stage(0.09, (replace(SINGLE, matching=0.6),)),
-    Stage(0.18, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4))),
-    Stage(0.38, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8))),
-    Stage(1.0, (Part("pick", 0.15), Part("pair", 0.85, wrong=(0.3, 0.1, 0.3)))),
+    Stage(0.11, (replace(SINGLE, matching=0.6),), apart=1.0),
+    Stage(0.21, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4)), apart=1.0),
+    Stage(0.4, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8)), apart=1.0),
+    Stage(1.0, (Part("pick", 0.15), Part("pair", 0.85, wrong=(0.3, 0.1, 0.3))), apart=0.5),
 )
 # The same scenes at twice the size.
 GPU_STAGES = tuple(

@@ -35,7 +35,10 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "
 COLOURS, GREY = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), "#666666"
 THIN = ("#CCCCCC", 0.8)  # colour and width of the usual frame
 Heat, Boxes, Candidates = np.ndarray, np.ndarray, Sequence[tuple[str, float]]
-LOSSES = ("loss", "mlm", "itm", "wpa", "itc", "infonce", "sigmoid", "names", "scenes", "box", "vqa", "nlvr2")
+LOSSES = (
+    *("loss", "mlm", "itm", "wpa", "apart", "itc", "infonce", "sigmoid"),
+    *("names", "scenes", "box", "vqa", "nlvr2"),
+)
 
 
 def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Mapping[str, float]) -> None:

@@ -63,6 +63,21 @@ class Workers:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def gathered(self, x: Tensor) -> Tensor:
+        """The rows of all processes, which may hold unequal numbers; only x's own carry a gradient."""
+        if self.size == 1:
+            return x
+        counts: list[int] = [0] * self.size
+        dist.all_gather_object(counts, len(x))
+        dtype = torch.uint8 if x.dtype == torch.bool else x.dtype
+        sent = x.new_zeros((max(counts), *x.shape[1:]), dtype=dtype)
+        sent[: len(x)] = x.detach()
+        arrived = [torch.empty_like(sent) for _ in counts]
+        dist.all_gather(arrived, sent)
+        rows = [part[:n].to(x.dtype) for part, n in zip(arrived, counts, strict=True)]
+        rows[self.rank] = self.amplified(x)
+        return torch.cat(rows)
+
     def amplified(self, x: Tensor) -> Tensor:
         """x, whose gradient arrives `size` times as large.
 

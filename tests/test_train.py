@@ -27,7 +27,7 @@ NOUNS = EMOJIVL.nouns(CONFIG.nouns)
 TOKENIZER = train.scene_tokenizer(NOUNS, CONFIG.vocab_size)
 STAGES_OF_PAIRS = (
     Stage(0.5, (Part("place", 1.0),)),
-    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7, wrong=(0.3, 0.2, 0.3)))),
+    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7, wrong=(0.3, 0.2, 0.3))), apart=0.5),
 )
 LOSS = partial(pretraining_loss, wpa_weight=CONFIG.wpa_weight)
 
@@ -134,13 +134,17 @@ def test_a_wrong_pair_is_wrong_in_the_way_that_its_part_says(wrong):
 
 
 def test_the_loss_is_the_mean_over_all_groups():
-    """However rows are split into groups; some of these have one hidden word, some have two."""
+    """However rows are split into groups; some of these have one hidden word, some have two.
+
+    What is read apart is compared with all that its group holds, so there groups count.
+    """
     group = max(rows()(11), key=lambda g: len(g.ids))
     assert set((group.labels >= 0).sum(1).tolist()) == {0, 1, 2}
     model = new_model(CONFIG, len(TOKENIZER))
     parts = [group.part(0, 3), group.part(1, 3), group.part(2, 3)]
     one, two = LOSS(model, [group]), LOSS(model, parts)
-    assert set(one) == {"mlm", "itm", "wpa"}
+    assert set(one) == {"mlm", "itm", "wpa", "apart"}
+    assert two.pop("apart").item() < one.pop("apart").item()  # a third of the rivals
     for name, term in one.items():
         assert torch.allclose(term, two[name], atol=1e-6), name
 

@@ -39,18 +39,18 @@ def job(model: str, workers: Workers):
     return *made, partial(dual_loss, objective=model, config=config, workers=workers), config
 
 
-def first_gradients(model, source, loss, workers: Workers) -> dict[str, torch.Tensor]:
+def gradients_of_one(model, source, loss, workers: Workers) -> dict[str, torch.Tensor]:
     step = workers.wrap(Step(model, loss))  # which must outlive its backward pass
-    sum(step(workers.parts(source(0))).values()).backward()
+    sum(step(workers.parts(source(STEPS - 1))).values()).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
 
 
 def trained(name: str, workers: Workers, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The gradients of the first step, and the weights after STEPS steps from the same start."""
+    """The gradients of the last step's rows, and the weights after STEPS steps, both from the same start."""
     torch.set_num_threads(1)
-    gradients = first_gradients(*job(name, workers)[:3], workers)
+    gradients = gradients_of_one(*job(name, workers)[:3], workers)
     model, source, loss, config = job(name, workers)
     run = Onlooker(folder, {}) if workers.rank else Run.begin(folder, {})
     list(fit(model, source, loss, config, run, test_train.TOKENIZER, workers=workers))

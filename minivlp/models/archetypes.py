@@ -76,11 +76,11 @@ class Archetype(nn.Module):
         """The picture's part: pixels (B, 3, H, W) → a unit vector (B, D), or tokens (B, 1+N, D)."""
         if self.config.dot:
             return self.net.encode_image(pixels)
-        return self.net._embed_image(pixels, None, 1)[0]
+        return self.net.embed_image(pixels)[0]
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The text's part: ids (B, L), mask (B, L) → a unit vector (B, D), or tokens (B, L, D)."""
-        return self.net.encode_text(ids) if self.config.dot else self.net._embed_text(ids, mask)
+        return self.net.encode_text(ids) if self.config.dot else self.net.embed_text(ids, mask)
 
     def meet(self, seen: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         """The log odds that picture i and text i match, (B,), from what `look` and `read` made of them."""

@@ -127,8 +127,8 @@ class Vilt(nn.Module):
         left pixel is. Raises ValueError on bad shapes, dtypes, NaN, ids outside the vocabulary and masks that
         are not as said.
         """
-        text = self._embed_text(ids, text_mask)  # (B, L, D)
-        image, image_mask = self._embed_image(pixels, pixel_mask, image_type)  # (B, N+1, D), (B, N+1)
+        text = self.embed_text(ids, text_mask)  # (B, L, D)
+        image, image_mask = self.embed_image(pixels, pixel_mask, image_type)  # (B, N+1, D), (B, N+1)
         if len(text) != len(image):
             refuse.refuse("pixels", f"must hold one image per text, B={len(text)}", tuple(pixels.shape))
         mask = torch.cat([text_mask, image_mask], 1)  # (B, L+N+1)
@@ -138,7 +138,8 @@ class Vilt(nn.Module):
         pooled = self.pooler(text[:, 0]).tanh()  # (B, D)
         return {"text": text, "image": image, "image_mask": image_mask, "pooled": pooled}
 
-    def _embed_text(self, ids: Tensor, text_mask: Tensor) -> Tensor:
+    def embed_text(self, ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Rows of words before the first block, (B, L, D); arguments and errors as of `encode`."""
         c = self.config
         L = refuse.shapes(ids=(ids, "B L"), text_mask=(text_mask, "B L"))["L"]
         refuse.integers(ids=ids)
@@ -150,7 +151,10 @@ class Vilt(nn.Module):
         words = self.word(ids) + (self.text_position.weight[:L] + self.segment.weight[0])  # (B, L, D)
         return self.text_norm(words) + self.modality.weight[0]
 
-    def _embed_image(self, pixels: Tensor, pixel_mask: Tensor | None, image_type: int):
+    def embed_image(
+        self, pixels: Tensor, pixel_mask: Tensor | None = None, image_type: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of the image [CLS] and of patches before the first block, (B, N+1, D), and their mask."""
         c = self.config
         B, H, W = (refuse.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "BHW")
         if not 1 <= image_type <= c.image_types:
