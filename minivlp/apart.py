@@ -3,9 +3,9 @@
 A pair's alignment distance falls as soon as the model knows that the pair matches: it can move all words and
 all patches together, and then no word points. A word that has not seen the picture cannot know. So captions
 and pictures also pass the first half of the same blocks, each by themselves, and one noun of every caption b,
-of N_b pieces, has to find its picture a among all pictures of the step by the patches it likes best,
+of P_b pieces, has to find its picture a among all pictures of the step by the patches it likes best,
 
-    S_ba = 1/N_b Σₙ maxₘ cos(xₘ, yₙ),        L = InfoNCE(scale · S),
+    S_ba = 1/P_b Σₚ maxₙ cos(xₙ, yₚ),        L = InfoNCE(scale · S),
 
 the half of FILIP's similarity that goes from words to patches. FILIP takes all words; but then each of them
 looks for the patches of objects, and in a plan, where a patch has mass for few words, the noun can lose its
@@ -60,8 +60,8 @@ def apart_loss(
     text, patches = encode_apart(model, ids, text_mask, pixels, half)
     text, patches = (layer_norm(z, z.shape[-1:]) for z in (text, patches))
     ids, noun, text, patches = (workers.gathered(z) for z in (ids, noun, text, patches))
-    first = noun.int().argsort(dim=1, descending=True, stable=True)[:, : noun.sum(1).max()]  # (B, N)
-    pieces = text.take_along_dim(first[..., None], 1)  # (B, N, D): a few of L words
+    first = noun.int().argsort(dim=1, descending=True, stable=True)[:, : noun.sum(1).max()]  # (B, P)
+    pieces = text.take_along_dim(first[..., None], 1)  # (B, P, D): a few of L words
     S = SCALE * late_interaction(pieces, patches, noun.take_along_dim(first, 1))  # (captions, pictures)
     same = (ids[:, None] == ids).all(-1)
     S = S.masked_fill(same & ~torch.eye(len(S), dtype=torch.bool, device=S.device), -torch.inf)

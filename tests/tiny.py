@@ -57,6 +57,7 @@ def shrink(put=setattr) -> None:
     put(scene_job, "GLANCE", 16)
     put(evaluate, "CANDIDATES", 4)
     put(dual_job, "PRESETS", {name: replace(p, **DUAL_SIZES) for name, p in dual_job.PRESETS.items()})
+    put(dual_job, "OF_MODEL", {"filip": {"patch": 7}})
     put(dual_job, "GLANCE", 16)
     put(dual_job, "CANDIDATES", 4)
     put(dual_evaluate, "CANDIDATES", 4)
