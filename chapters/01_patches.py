@@ -26,7 +26,7 @@ import torch
 from minivlp.data import Scenes, load_emojivl
 from minivlp.models.vilt import resize_positions, vilt_pixels
 from minivlp.patch import from_patches, patch_embed, patch_embed_fused, patch_embed_np, to_patches
-from minivlp.trained import load_trained
+from minivlp.training.trained import load_trained
 from tests import check
 from tests.bugs.patch import cut_by_reshape, cut_column_by_column, cut_with_channels_last
 from tests.laws import Subject, central_differences
@@ -391,7 +391,7 @@ plt.show()
 # * What attention does with the tokens (03), what the model learns to see (07).
 # * Regions come back in chapter 15, as sets of patches that a box touches.
 # * Reading a part of the patches: ViLT's pretraining draws at most 200 a picture.
-# * Resizing pictures and normalising pixels: `minivlp/models/vilt_pixels.py`.
+# * Resizing pictures and normalising pixels: `minivlp/models/published/pixels.py`.
 #
 # ## Sources
 #

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from minivlp.data import CPU_NOUNS, Scenes, load_emojivl
+from minivlp.recipes.train import scene_texts
 from minivlp.text import SPECIALS, WordPiece, learn_vocab, split_words, wordpiece
-from minivlp.train import scene_texts
 from tests import check
 from tests.bugs.text import backtracking, most_frequent, no_continuation_mark, shortest_first, unknown_rest
 from tests.laws import central_differences

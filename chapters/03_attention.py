@@ -23,11 +23,10 @@ import numpy as np
 import torch
 
 from minivlp.attention import attention, attention_fused, attention_np
-from minivlp.batches import scene_pixels
-from minivlp.data import Scenes, load_emojivl
-from minivlp.pointing import patches_inside
-from minivlp.tasks import hide_slots, swapped
-from minivlp.trained import WEIGHTS, load_trained
+from minivlp.data import Scenes, load_emojivl, scene_pixels
+from minivlp.data.probes import hide_slots, swapped
+from minivlp.evaluation.point import patches_inside
+from minivlp.training.trained import WEIGHTS, load_trained
 from tests import check
 from tests.laws import central_differences
 

@@ -26,10 +26,9 @@ import torch
 from torch import nn
 
 from minivlp.attention import attention
-from minivlp.batches import scene_pixels
-from minivlp.data import Scenes, load_emojivl
-from minivlp.tasks import hide_slots
-from minivlp.trained import WEIGHTS, load_trained
+from minivlp.data import Scenes, load_emojivl, scene_pixels
+from minivlp.data.probes import hide_slots
+from minivlp.training.trained import WEIGHTS, load_trained
 from minivlp.transformer import Block, Encoder, layer_norm, layer_norm_np
 from tests import check
 from tests.laws import central_differences

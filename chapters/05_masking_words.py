@@ -31,11 +31,11 @@ import torch
 from torch.nn import functional as F
 
 from minivlp.data import RELATIONS, Scenes, held_out, load_emojivl
-from minivlp.evaluate import encoded
+from minivlp.data.probes import hide_relation, hide_slots
+from minivlp.evaluation.vilt import encoded
 from minivlp.mlm import IGNORE, mask_tokens, mlm_loss, mlm_loss_fused, mlm_loss_np
-from minivlp.tasks import hide_relation, hide_slots
 from minivlp.text import WordPiece
-from minivlp.trained import WEIGHTS, load_trained
+from minivlp.training.trained import WEIGHTS, load_trained
 from tests import check
 from tests.bugs.mlm import any_piece_chooses, choose, hide
 from tests.laws import central_differences

@@ -27,12 +27,12 @@ import torch
 from torch.nn import functional as F
 
 from minivlp.data import Scenes, load_emojivl
-from minivlp.evaluate import encoded, match_scores
+from minivlp.data.probes import false_captions, swapped
+from minivlp.evaluation.vilt import encoded, match_scores
 from minivlp.hinge import hinge, hinge_np
 from minivlp.infonce import infonce
 from minivlp.itm import derangement, hard_negatives, itm_loss, itm_loss_np
-from minivlp.tasks import false_captions, swapped
-from minivlp.trained import WEIGHTS, load_trained
+from minivlp.training.trained import WEIGHTS, load_trained
 from tests import check
 from tests.bugs.itm import in_place, masked_after_the_softmax, one_cycle, permutation, shift, two_sigmoids
 from tests.laws import central_differences

@@ -31,17 +31,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from minivlp.batches import SceneRows, scene_pixels, text_rows
-from minivlp.curriculum import CPU_STAGES, SINGLE, Stage
-from minivlp.data import CPU_NOUNS, Scenes, load_emojivl
-from minivlp.evaluate import MEASURES, NAMES, match_scores
-from minivlp.fit import fit
+from minivlp.data import CPU_NOUNS, Scenes, load_emojivl, scene_pixels
+from minivlp.data.probes import article_and_noun, hide_relation, hide_slots, swapped, text_rows
+from minivlp.evaluation.point import plan
+from minivlp.evaluation.vilt import MEASURES, NAMES, match_scores
 from minivlp.itm import itm_loss_np
-from minivlp.pointing import plan
-from minivlp.runs import Onlooker
-from minivlp.tasks import article_and_noun, hide_relation, hide_slots, swapped
-from minivlp.train import TrainConfig, new_model, pretraining_loss, scene_tokenizer
-from minivlp.trained import WEIGHTS, load_trained
+from minivlp.recipes.curriculum import CPU_STAGES, SINGLE, Stage
+from minivlp.recipes.train import TrainConfig, new_model, pretraining_loss, scene_tokenizer
+from minivlp.recipes.vilt_batches import SceneRows
+from minivlp.training.fit import fit
+from minivlp.training.run import Onlooker
+from minivlp.training.trained import WEIGHTS, load_trained
 from tests.course import exercises
 
 np.set_printoptions(precision=3, suppress=True)
@@ -149,7 +149,7 @@ for name, term in pretraining_loss(model, [rows], config.wpa_weight).items():
 #
 # ## Watch it learn
 #
-# `minivlp/fit.py` has the loop: rows, loss terms, gradients, one update, and now and then a look. Eight
+# `minivlp/training/fit.py` has the loop: rows, loss terms, gradients, one update, and now and then a look. Eight
 # nouns, one object a picture, pictures of 24 × 24 pixels, which is nine patches. The looks are at 96 scenes
 # that training never drew: which word is hidden, and does the caption match? Half of the captions asked about
 # name another noun. One artist's drawings never occur in training; the last look is at 96 scenes of those.
@@ -242,7 +242,7 @@ print(f"blind, loss of hidden words {blind[-1]['mlm']:.1f}; log 8 = {np.log(8):.
 #
 # A **pick** is the smallest problem that needs binding: "a dog left of the middle", with another object in
 # the picture. The caption names one place and one object, and the model must find *that* object. So the
-# curriculum (`minivlp/curriculum.py`) has stages. Easy kinds come first; some keep a share later, lest they
+# curriculum (`minivlp/recipes/curriculum.py`) has stages. Easy kinds come first; some keep a share later, lest they
 # be forgotten.
 
 # %%
@@ -253,7 +253,7 @@ for stage in CPU_STAGES:
 # %% [markdown]
 # What to see: each line is a stage. **Apart** is the share of rows that serve a fourth term, which ViLT does
 # not have: words and patches also pass half of the blocks without seeing each other, and a noun must find its
-# picture (`minivlp/apart.py`). It can do so only if it carries what its object looks like. Without this term,
+# picture (`minivlp/recipes/noun_contrast.py`). It can do so only if it carries what its object looks like. Without this term,
 # words pointed at their objects in one run and not in the next (README).
 #
 # Single objects come on a small canvas, because it is cheaper. On one thread, forward and backward:

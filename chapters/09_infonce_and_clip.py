@@ -29,10 +29,10 @@ import torch
 
 from minivlp import infonce
 from minivlp.data import CPU_NOUNS, load_emojivl
-from minivlp.dual_train import DualTrain, PairSource, dual_loss, new_dual
-from minivlp.fit import optimizers, rate
-from minivlp.matching import Matcher, ranks, similarities
-from minivlp.naming import PROMPTS, name_tokenizer
+from minivlp.data.names import PROMPTS, name_tokenizer
+from minivlp.evaluation.match import Matcher, ranks, similarities
+from minivlp.recipes.dual_train import DualTrain, PairSource, dual_loss, new_dual
+from minivlp.training.fit import optimizers, rate
 from tests import check
 from tests.bugs import infonce as bugs
 

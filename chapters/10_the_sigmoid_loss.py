@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 
 from minivlp import infonce, sigmoid
 from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, load_emojivl
-from minivlp.portraits import Portraits
+from minivlp.data.drawings import Portraits
 from tests import check
 from tests.bugs import sigmoid as bugs
 

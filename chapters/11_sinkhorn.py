@@ -30,8 +30,8 @@ import torch
 
 from minivlp import sinkhorn
 from minivlp.data import CPU_NOUNS, Scenes, load_emojivl
+from minivlp.evaluation.point import patches_inside
 from minivlp.patch import from_patches, to_patches
-from minivlp.pointing import patches_inside
 from tests import check
 from tests.bugs import sinkhorn as mistakes
 
@@ -348,7 +348,7 @@ check("sinkhorn_cost_np", "sinkhorn_cost")
 # numbers, the gradients themselves, which it makes in the forward pass. Its second saving is time. A
 # logsumexp needs an exponential for each entry and several passes; as long as no entry of $K$ leaves the
 # range of its dtype, $v = b / (K^\top u)$ and $u = a / (Kv)$ give the same plan by products with a vector,
-# and $K$ is read once for both. `minivlp/scaling.py` decides from the range of $C/\varepsilon$ alone: up to
+# and $K$ is read once for both. `minivlp/core/transport.py` decides from the range of $C/\varepsilon$ alone: up to
 # 66 in float32 it multiplies, beyond that it takes logarithms.
 
 # %% tags=["measured"]
@@ -377,7 +377,7 @@ for name, loss in rungs.items():
 # What to see: not to differentiate the solver is the first saving, not to take logarithms the second.
 #
 # **Exercise 5** · `sinkhorn_cost_fused` · difficulty 3 · 60 minutes. In `chapters/exercises/sinkhorn.py`.
-# `minivlp.scaling` has the solver and the gradient; your part is to run them once and hand the result over.
+# `minivlp.core.transport` has the solver and the gradient; your part is to run them once and hand the result over.
 
 # %%
 check("sinkhorn_cost_fused")

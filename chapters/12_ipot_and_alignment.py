@@ -24,11 +24,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from minivlp import ipot, pointing, sinkhorn
-from minivlp.batches import scene_pixels
-from minivlp.data import Scenes, load_emojivl
-from minivlp.tasks import swapped
-from minivlp.trained import WEIGHTS, load_trained
+from minivlp import ipot, sinkhorn
+from minivlp.data import Scenes, load_emojivl, scene_pixels
+from minivlp.data.probes import swapped
+from minivlp.evaluation import point as pointing
+from minivlp.training.trained import WEIGHTS, load_trained
 from tests import check
 from tests.bugs import ipot as mistakes
 
@@ -350,7 +350,7 @@ for name, captions in kinds.items():
 # contrast is all that the plan can see. A model that knows whether a pair matches can widen the gap by moving
 # all its tokens together, like the free tokens on the right: then the contrast is small, and the words may
 # point anywhere. Here the contrast is the larger of the two. Training also read words and patches apart, and
-# a word that has not seen the picture cannot know whether it matches (`minivlp/apart.py`; README, "What was
+# a word that has not seen the picture cannot know whether it matches (`minivlp/recipes/noun_contrast.py`; README, "What was
 # tried"). After 50 steps the temperature $\beta/t$ is 0.01: costs closer than that are hardly told apart.
 #
 # ## The fused rung

@@ -25,12 +25,11 @@ import numpy as np
 import torch
 
 from minivlp import chamfer, filip, infonce, sinkhorn
-from minivlp.batches import scene_pixels
-from minivlp.data import Scenes, load_emojivl
+from minivlp.data import Scenes, load_emojivl, scene_pixels
+from minivlp.data.probes import swapped
 from minivlp.ipot import alignment_masks
 from minivlp.models.vilt import Vilt
-from minivlp.tasks import swapped
-from minivlp.trained import WEIGHTS, load_trained
+from minivlp.training.trained import WEIGHTS, load_trained
 from tests import check
 from tests.laws import central_differences
 

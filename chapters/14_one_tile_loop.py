@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from minivlp import attention, chamfer, infonce, mlm, sigmoid, stream, traffic
+from minivlp import attention, chamfer, infonce, mlm, sigmoid, stream
 from minivlp.data import CPU_NOUNS, Scenes, load_emojivl
+from minivlp.kernels import traffic
 from tests import check
 from tests.bugs.attention import softmax_by_tile, values_not_rescaled
 from tests.laws import central_differences
@@ -339,7 +340,7 @@ for case in traffic.CASES:
 #
 # ## The same walk on a GPU
 #
-# `minivlp/kernels.py` holds fold and accumulate once more, in Triton. A program owns a strip of rows, walks
+# `minivlp/kernels/walks.py` holds fold and accumulate once more, in Triton. A program owns a strip of rows, walks
 # along it, and keeps tile and state on the chip. For the columns it is called with the sides exchanged, so
 # that every number has one writer: no atomic additions, the same bits in every run, at the price of making
 # $S$ once more a side. A step is compiled into the kernel. These two are all that is InfoNCE's own:

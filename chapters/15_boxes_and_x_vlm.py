@@ -26,16 +26,16 @@ import numpy as np
 import torch
 
 from minivlp.boxes import box_loss, box_loss_np, cxcywh_to_xyxy, giou, giou_np
-from minivlp.crowds import Crowds, phrases
 from minivlp.data import CPU_NOUNS, load_emojivl
-from minivlp.fit import fit
+from minivlp.data.crowds import Crowds, phrases
+from minivlp.evaluation.xvlm import answers, best_guess, iou, questions
 from minivlp.mlm import IGNORE
+from minivlp.recipes.train import scene_tokenizer
+from minivlp.recipes.xvlm_rows import RegionSource
+from minivlp.recipes.xvlm_train import XvlmTrain, matching_pairs, new_xvlm, xvlm_loss
 from minivlp.regions import patches_touched, region_tokens_np
-from minivlp.runs import Onlooker
-from minivlp.train import scene_tokenizer
-from minivlp.xvlm_evaluate import answers, best_guess, iou, questions
-from minivlp.xvlm_rows import RegionSource
-from minivlp.xvlm_train import XvlmTrain, matching_pairs, new_xvlm, xvlm_loss
+from minivlp.training.fit import fit
+from minivlp.training.run import Onlooker
 from tests import check
 
 np.set_printoptions(precision=3, suppress=True)

@@ -29,13 +29,13 @@ from torch.nn import functional as F
 
 from minivlp.chamfer import chamfer, mean_max
 from minivlp.data import Scenes, load_emojivl
+from minivlp.data.probes import hide_slots
 from minivlp.ipot import ipot
 from minivlp.itm import derangement
 from minivlp.mlm import IGNORE, mask_tokens, mlm_loss
 from minivlp.patch import from_patches, to_patches
 from minivlp.sinkhorn import cosine, sinkhorn, unit, unit_np
-from minivlp.tasks import hide_slots
-from minivlp.trained import WEIGHTS, load_trained
+from minivlp.training.trained import WEIGHTS, load_trained
 from tests.bugs.ipot import share
 from tests.notebook import hold
 

@@ -21,7 +21,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from PIL import Image
 
-from minivlp.atomic import whole_file
+from minivlp.core.files import whole_file
 
 CHAPTERS = Path(__file__).parent
 LARGEST = 150_000  # bytes

@@ -4,7 +4,7 @@ import argparse
 import json
 from datetime import datetime
 
-from minivlp.atomic import whole_file
+from minivlp.core.files import whole_file
 from tests.course import (
     ROOT,
     Exercise,

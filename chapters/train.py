@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minivlp import __main__ as minivlp_cli
-from minivlp import commands  # noqa: F401, imports every module that a training uses
-from minivlp.runs import run_folder
+from minivlp.training.run import run_folder
 from tests.attempts import load
 from tests.course import Exercise, exercises, find
 from tests.notebook import obeys

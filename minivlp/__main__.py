@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 
-from minivlp.screen import Screen
+from minivlp.training.screen import Screen
 
 PRESETS = ("cpu", "gpu", "captions")  # those of train.py, which imports torch
 MODELS = ("vilt", "clip", "siglip", "vse", "filip", "xvlm")  # clip to filip are those of dual_train.py

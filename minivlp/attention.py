@@ -29,21 +29,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse, stream
+from minivlp import stream
+from minivlp.core import require
 
 
 def _check_shapes(q, k, v, mask) -> tuple[int, ...]:
     """Refuse bad arrays and masks that do not fit them; return (B, H, Lq, Lk)."""
-    sizes = refuse.shapes(q=(q, "B H Lq d"), k=(k, "B H Lk d"), v=(v, "B H Lk d"))
-    refuse.floats(q=q, k=k, v=v)
+    sizes = require.shapes(q=(q, "B H Lq d"), k=(k, "B H Lk d"), v=(v, "B H Lk d"))
+    require.floats(q=q, k=k, v=v)
     if not sizes["Lk"] or not sizes["d"]:
-        refuse.refuse("k", "must hold at least one key of width ≥ 1", tuple(k.shape))
+        require.fail("k", "must hold at least one key of width ≥ 1", tuple(k.shape))
     full = tuple(sizes[letter] for letter in ("B", "H", "Lq", "Lk"))
     if mask is not None:
-        refuse.mask("mask", mask)
+        require.mask("mask", mask)
         trailing = full[len(full) - mask.ndim :]
         if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape, trailing, strict=True)):
-            refuse.refuse("mask", f"must broadcast to (B, H, Lq, Lk) = {full}", tuple(mask.shape))
+            require.fail("mask", f"must broadcast to (B, H, Lq, Lk) = {full}", tuple(mask.shape))
     return full
 
 
@@ -55,7 +56,7 @@ def _check(q, k, v, mask, causal: bool):
         past = torch.from_numpy(past).to(q.device) if isinstance(q, Tensor) else past
         mask = past if mask is None else mask & past
     if mask is not None:
-        refuse.mask("mask", mask, whole_rows=True)
+        require.mask("mask", mask, whole_rows=True)
     return mask
 
 
@@ -156,7 +157,7 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             stream.fold(attend_tile, x, y, z, mask, causal, top, total, out, scale=ctx.scale)
         if bool((top == -math.inf).any()):
-            refuse.refuse("mask", "must have a True in every row", "an all-False row")
+            require.fail("mask", "must have a True in every row", "an all-False row")
         out = out.div_(total[..., None]).view(q.shape).to(q.dtype)
         ctx.save_for_backward(q, k, v, mask, out, top.add_(total.log_()))
         return out

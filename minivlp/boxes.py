@@ -22,19 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse
+from minivlp.core import require
 
 
 def cxcywh_to_xyxy(boxes):
     """Boxes (…, 4) as centre and size → two opposite corners. Takes NumPy arrays and torch tensors."""
-    refuse.shapes(boxes=(boxes, "… 4"))
+    require.shapes(boxes=(boxes, "… 4"))
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return _join(centre - half, centre + half)
 
 
 def xyxy_to_cxcywh(boxes):
     """The inverse of `cxcywh_to_xyxy`."""
-    refuse.shapes(boxes=(boxes, "… 4"))
+    require.shapes(boxes=(boxes, "… 4"))
     low, high = boxes[..., :2], boxes[..., 2:]
     return _join((low + high) / 2, high - low)
 
@@ -44,18 +44,18 @@ def _join(first, second):
 
 
 def _check(a, b) -> None:
-    refuse.shapes(a=(a, "… 4"), b=(b, "… 4"))
-    refuse.floats(a=a, b=b)
+    require.shapes(a=(a, "… 4"), b=(b, "… 4"))
+    require.floats(a=a, b=b)
     if a.shape != b.shape:
-        refuse.refuse("b", f"must have the shape {tuple(a.shape)} of a", tuple(b.shape))
+        require.fail("b", f"must have the shape {tuple(a.shape)} of a", tuple(b.shape))
 
 
 def _check_loss(pred, target) -> None:
-    refuse.shapes(pred=(pred, "n 4"), target=(target, "n 4"))
-    refuse.floats(pred=pred, target=target)
+    require.shapes(pred=(pred, "n 4"), target=(target, "n 4"))
+    require.floats(pred=pred, target=target)
     if bool((abs(target - 0.5) > 0.5 + 1e-5).any()):
         got = f"an entry {float(abs(target - 0.5).max()):.3g} away from the middle"
-        refuse.refuse("target", "must be fractions of the image in [0, 1]", got)
+        require.fail("target", "must be fractions of the image in [0, 1]", got)
 
 
 def _area_np(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

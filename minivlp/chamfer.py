@@ -25,16 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse, stream
-from minivlp.scaling import SHORTEST
+from minivlp import stream
+from minivlp.core import require
+from minivlp.core.transport import SHORTEST
 from minivlp.sinkhorn import check_tokens, cosine, unit, unit_grad_np, unit_np
 
 
 def _check(x, y, x_mask, y_mask) -> None:
     """Refuse what is not `x (…, M, D)` and `y (…, N, D)` with equal leading axes and masks that fit them."""
-    refuse.shapes(x=(x, "… M D"), y=(y, "… N D"))
+    require.shapes(x=(x, "… M D"), y=(y, "… N D"))
     if x.shape[:-2] != y.shape[:-2]:
-        refuse.refuse("y", f"must have the leading axes {tuple(x.shape[:-2])} of x", tuple(y.shape))
+        require.fail("y", f"must have the leading axes {tuple(x.shape[:-2])} of x", tuple(y.shape))
     check_tokens(("x", x, "x_mask", x_mask), ("y", y, "y_mask", y_mask))
 
 
@@ -141,7 +142,7 @@ class _Fused(torch.autograd.Function):
         (x_best, a, x_veto, w), (y_best, b, y_veto, v) = _empty_state(x, x_mask), _empty_state(y, y_mask)
         if stream.path(x)[0] == "kernels":
             vetoes = (0.0 if veto is None else veto for veto in (x_veto, y_veto))
-            x_best, a, y_best, b = stream.load("kernels_losses.best_partners")(*rows, *vetoes)
+            x_best, a, y_best, b = stream.load("kernels.losses.best_partners")(*rows, *vetoes)
         else:
             p, q = map(unit, stream.working(*rows))
             stream.fold(partner_tile, p, q, x_best, a, x_veto, y_best, b, y_veto)
@@ -202,7 +203,7 @@ def mismatched(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tenso
     from. Every pair that has partners counts once. Raises ValueError when none has, and as `chamfer` does.
     """
     _check(x, y, x_mask, y_mask)
-    B = refuse.shapes(x=(x, "B M D"))["B"]
+    B = require.shapes(x=(x, "B M D"))["B"]
     real = y.new_ones(y.shape[:2], dtype=torch.bool) if y_mask is None else y_mask.expand(y.shape[:2])
     size = real.sum(1)  # (B,)
     total, partners = y.new_zeros(B), size.new_zeros(B)
@@ -211,7 +212,7 @@ def mismatched(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tenso
         total = total + chamfer(x, y.roll(shift, 0), x_mask, real.roll(shift, 0)) * equal
         partners = partners + equal
     if not bool(partners.any()):
-        refuse.refuse("y", "must hold two sets with equally many real tokens", f"sizes {size.tolist()}")
+        require.fail("y", "must hold two sets with equally many real tokens", f"sizes {size.tolist()}")
     return (total / partners.clamp_min(1))[partners > 0].mean()
 
 

@@ -9,31 +9,31 @@ from typing import Any
 
 import torch
 
-from minivlp.atomic import whole_file
 from minivlp.bench import bench, chosen
 from minivlp.bench.figure import bars
 from minivlp.bench.measure import cores
 from minivlp.bench.report import report as bench_report
 from minivlp.claims.command import run_claims
-from minivlp.curriculum import STAGES
+from minivlp.core.files import whole_file
+from minivlp.core.require import fail
 from minivlp.data import load_emojivl
-from minivlp.demo import demo
-from minivlp.dual_demo import search
-from minivlp.dual_job import draw_dual, dual_settings, measure_dual, train_dual
-from minivlp.dual_train import dual_config
-from minivlp.finetune import evaluate_task, report_task, task_settings, train_task
-from minivlp.gallery import draw_curves, draw_run
-from minivlp.own_captions import check_captions, evaluate_captions, read_captions, train_captions
-from minivlp.refuse import refuse
-from minivlp.runs import Onlooker, Run, existing, need_writable, run_folder, write_json
-from minivlp.scene_job import measure_scenes, train_scenes
-from minivlp.screen import Screen
-from minivlp.train import PRESETS, train_config
-from minivlp.trained import load_trained
-from minivlp.workers import Workers, joined, threads
-from minivlp.xvlm_demo import ground
-from minivlp.xvlm_job import draw_xvlm, measure_xvlm, train_xvlm, xvlm_settings
-from minivlp.xvlm_train import xvlm_config
+from minivlp.pictures.demo import demo
+from minivlp.pictures.gallery import draw_curves, draw_run
+from minivlp.pictures.ground import ground
+from minivlp.pictures.search import search
+from minivlp.recipes.curriculum import STAGES
+from minivlp.recipes.dual_job import draw_dual, dual_settings, measure_dual, train_dual
+from minivlp.recipes.dual_train import dual_config
+from minivlp.recipes.finetune import evaluate_task, report_task, task_settings, train_task
+from minivlp.recipes.own_captions import check_captions, evaluate_captions, read_captions, train_captions
+from minivlp.recipes.scene_job import measure_scenes, train_scenes
+from minivlp.recipes.train import PRESETS, train_config
+from minivlp.recipes.xvlm_job import draw_xvlm, measure_xvlm, train_xvlm, xvlm_settings
+from minivlp.recipes.xvlm_train import xvlm_config
+from minivlp.training.run import Onlooker, Run, existing, need_writable, run_folder, write_json
+from minivlp.training.screen import Screen
+from minivlp.training.trained import load_trained
+from minivlp.training.workers import Workers, joined, threads
 
 BENCH_FILES = ("bench.json", "report.md", "bench.png")
 
@@ -52,7 +52,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if found["cuda"] else "cpu"
     if not found[name]:
-        refuse("--device", "must be one that torch finds on this machine", name)
+        fail("--device", "must be one that torch finds on this machine", name)
     return name
 
 
@@ -98,7 +98,7 @@ def _job(settings: dict[str, Any], workers: Workers) -> Callable:
     if workers.size > 1 and (
         job not in (train_scenes, train_captions, train_dual) or kind in ("vse", "filip")
     ):
-        refuse("--model", "must be vilt without --task, clip or siglip for several processes", kind)
+        fail("--model", "must be vilt without --task, clip or siglip for several processes", kind)
     return job
 
 
@@ -111,19 +111,19 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of a new run. Raises ValueError for flags that do not go together."""
     for flag, needs in (("start", "task"), ("images", "captions"), ("on_error", "captions")):
         if getattr(args, flag) and not getattr(args, needs):
-            refuse(f"--{flag.replace('_', '-')}", f"must come with --{needs}", "none")
+            fail(f"--{flag.replace('_', '-')}", f"must come with --{needs}", "none")
     for flag in ("captions", "preset"):
         if args.task and getattr(args, flag):
-            refuse("--task", "must come alone: it starts from a trained run, with its sizes", f"--{flag}")
+            fail("--task", "must come alone: it starts from a trained run, with its sizes", f"--{flag}")
     about = {"command": args.command_line, "model": args.model, "task": None, "captions": None}
     if args.language and args.model in ("vilt", "xvlm"):
-        refuse("--language", "must come with a dual encoder, as in --model clip", args.model)
+        fail("--language", "must come with a dual encoder, as in --model clip", args.model)
     if args.without and args.model != "xvlm":
-        refuse("--without", "must come with --model xvlm", args.model)
+        fail("--without", "must come with --model xvlm", args.model)
     if args.model != "vilt":
         for flag in ("task", "captions"):
             if getattr(args, flag):
-                refuse(f"--{flag}", "must come with --model vilt", args.model)
+                fail(f"--{flag}", "must come with --model vilt", args.model)
         if args.model == "xvlm":
             return about | xvlm_settings(args.preset, args.without, _given(args))
         return about | dual_settings(args.model, args.language, args.preset, _given(args))
@@ -131,7 +131,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         return about | task_settings(args.task, args.start, _given(args))
     preset = args.preset or ("captions" if args.captions else "cpu")
     if not args.captions and preset not in STAGES:
-        refuse("--preset", f"must be {' or '.join(STAGES)} without --captions", preset)
+        fail("--preset", f"must be {' or '.join(STAGES)} without --captions", preset)
     about |= {"preset": preset, "train": asdict(replace(PRESETS[preset], **_given(args)))}
     if args.captions:
         about |= {"images": None} | _paths(args) | {"on_error": args.on_error or "skip"}
@@ -163,7 +163,7 @@ def _check_resumed(args: argparse.Namespace, settings: dict[str, Any]) -> None:
         began = settings["train"].get(key, settings.get(key))
         if value != began:
             rule = f"must be left out with --resume, or be what the run began with ({began})"
-            refuse(f"--{key.replace('_', '-')}", rule, value)
+            fail(f"--{key.replace('_', '-')}", rule, value)
 
 
 def evaluate_run(args: argparse.Namespace, screen: Screen) -> None:
@@ -177,7 +177,7 @@ def evaluate_run(args: argparse.Namespace, screen: Screen) -> None:
         results = measure(trained, emojivl, args.items, args.seed, device, screen)
     elif trained.settings.get("captions"):
         if args.data:
-            refuse("--data", "must be left out for a run on own captions", args.data)
+            fail("--data", "must be left out for a run on own captions", args.data)
         results = evaluate_captions(trained, read_captions(trained.settings, screen)[1], screen)
     elif trained.settings.get("task"):
         emojivl = load_emojivl(args.data)

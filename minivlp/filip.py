@@ -28,25 +28,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse
 from minivlp.chamfer import mean_max, mean_max_np
+from minivlp.core import require
 from minivlp.sinkhorn import check_tokens, logsumexp_np, solving, unit, unit_grad_np, unit_np
 
 
 def _check(x, y, x_mask, y_mask) -> None:
     """Refuse what is not `x (A, M, D)` and `y (B, N, D)` with A, B ≥ 1 and masks that fit them."""
-    refuse.shapes(x=(x, "A M D"), y=(y, "B N D"))
+    require.shapes(x=(x, "A M D"), y=(y, "B N D"))
     for name, tokens in (("x", x), ("y", y)):
         if not len(tokens):
-            refuse.refuse(name, "must hold at least one set of tokens", tuple(tokens.shape))
+            require.fail(name, "must hold at least one set of tokens", tuple(tokens.shape))
     check_tokens(("x", x, "x_mask", x_mask), ("y", y, "y_mask", y_mask))
 
 
 def _check_pairs(x, y, scale, x_mask, y_mask) -> int:
     """Also refuse unequal numbers of sets and `scale` ≤ 0; return the number of pairs B."""
-    B = refuse.shapes(x=(x, "B M D"), y=(y, "B N D"))["B"]
+    B = require.shapes(x=(x, "B M D"), y=(y, "B N D"))["B"]
     _check(x, y, x_mask, y_mask)
-    refuse.positive(scale=scale)
+    require.positive(scale=scale)
     return B
 
 

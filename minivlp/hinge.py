@@ -27,16 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse
+from minivlp.core import require
 
 
 def _check(x, y, margin: float) -> int:
     """Refuse what is not `x (B, D)`, `y (B, D)` with B ≥ 1 and `margin` > 0; return B."""
-    sizes = refuse.shapes(x=(x, "B D"), y=(y, "B D"))
+    sizes = require.shapes(x=(x, "B D"), y=(y, "B D"))
     if sizes["B"] < 1:
-        refuse.refuse("x", "must hold at least one pair", tuple(x.shape))
-    refuse.floats(x=x, y=y)
-    refuse.positive(margin=margin)
+        require.fail("x", "must hold at least one pair", tuple(x.shape))
+    require.floats(x=x, y=y)
+    require.positive(margin=margin)
     return sizes["B"]
 
 

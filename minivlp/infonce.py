@@ -32,16 +32,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minivlp import refuse, stream
+from minivlp import stream
+from minivlp.core import require
 
 
 def _check(x, y, scale) -> int:
     """Refuse what is not `x (B, D)`, `y (B, D)` with B ≥ 1 and `scale` > 0; return B."""
-    sizes = refuse.shapes(x=(x, "B D"), y=(y, "B D"))
+    sizes = require.shapes(x=(x, "B D"), y=(y, "B D"))
     if sizes["B"] < 1:
-        refuse.refuse("x", "must hold at least one pair", tuple(x.shape))
-    refuse.floats(x=x, y=y)
-    refuse.positive(scale=scale)
+        require.fail("x", "must hold at least one pair", tuple(x.shape))
+    require.floats(x=x, y=y)
+    require.positive(scale=scale)
     return sizes["B"]
 
 
@@ -132,7 +133,7 @@ def infonce_fused(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     in `infonce`.
     """
     _check(x, y, scale)
-    return stream.run(_Fused, "kernels_losses.infonce", x, y, scale)
+    return stream.run(_Fused, "kernels.losses.infonce", x, y, scale)
 
 
 class _Fused(stream.Ready):
@@ -170,7 +171,7 @@ def infonce_gathered(
     equal on all ranks, is already summed over them. (Gradients of the towers are not: sum those over ranks.)
     Raises ValueError, on every rank, when any rank holds what `infonce` refuses or shards differ in shape.
     """
-    refuse.on_every_rank(lambda: _check(x, y, scale), "x", x, group)
+    require.on_every_rank(lambda: _check(x, y, scale), "x", x, group)
     return _Gathered.apply(x, y, scale, group)
 
 

@@ -40,8 +40,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse, stream
-from minivlp.scaling import alignment_grads, cosines, gibbs, ipot_scalings
+from minivlp import stream
+from minivlp.core import require
+from minivlp.core.transport import alignment_grads, cosines, gibbs, ipot_scalings
 from minivlp.sinkhorn import (
     check_cost,
     check_iters,
@@ -58,12 +59,12 @@ from minivlp.sinkhorn import (
 
 def _check_plan(cost, beta, iters, row_mask, col_mask) -> None:
     check_cost(cost, row_mask, col_mask, iters)
-    refuse.positive(beta=beta)
+    require.positive(beta=beta)
 
 
 def _check_pairs(words, patches, word_mask, patch_mask) -> None:
     """Refuse what is not `words (B, L, D)` and `patches (B, N, D)`, none empty, with masks that fit them."""
-    refuse.shapes(words=(words, "B L D"), patches=(patches, "B N D"))
+    require.shapes(words=(words, "B L D"), patches=(patches, "B N D"))
     check_tokens(("words", words, "word_mask", word_mask), ("patches", patches, "patch_mask", patch_mask))
 
 
@@ -208,13 +209,13 @@ def wpa_fused(
     largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
     """
     _check_pairs(words, patches, word_mask, patch_mask)
-    refuse.positive(beta=beta)
+    require.positive(beta=beta)
     check_iters(iters)
     masks = (
         z.new_ones(z.shape[:2], dtype=torch.bool) if mask is None else mask.expand(z.shape[:2])
         for z, mask in ((words, word_mask), (patches, patch_mask))
     )
-    return stream.run(_Wpa, "kernels_wpa.wpa", words, patches, *masks, beta, iters)
+    return stream.run(_Wpa, "kernels.wpa.wpa", words, patches, *masks, beta, iters)
 
 
 class _Wpa(torch.autograd.Function):
@@ -283,7 +284,7 @@ def _gather(group, words, patches, word_mask, patch_mask, beta) -> _Group:
     x, y, rows, columns = cut if isinstance(pairs, slice) else (z.index_select(0, pairs) for z in cut)
     x, y = stream.working(x, y)
     S, per_x, per_y = cosines(x, y)
-    refuse.floats(cost=S)
+    require.floats(cost=S)
     padding = ~(rows[:, :, None] & columns[:, None])
     top = S.masked_fill_(padding, -torch.inf).amax((1, 2), keepdim=True)
     # A padded entry has cost 0 between tokens of weight 0: nothing reaches it, and nothing is 0/0.
@@ -304,8 +305,8 @@ def alignment_masks(text_mask: Tensor) -> Tensor:
     A caption without words gives an all-False row, which `wpa` refuses. Raises ValueError unless text_mask is
     bool (B, L).
     """
-    refuse.shapes(text_mask=(text_mask, "B L"))
-    refuse.mask("text_mask", text_mask)
+    require.shapes(text_mask=(text_mask, "B L"))
+    require.mask("text_mask", text_mask)
     so_far = text_mask.cumsum(1)  # (B, L), 1 at the first real token and the total at the last
     return text_mask & (so_far > 1) & (so_far < so_far[:, -1:])
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlp import refuse
+from minivlp.core import require
 
 
 def derangement(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -44,9 +44,9 @@ def derangement(n: int, rng: np.random.Generator) -> np.ndarray:
     (between 1/3 and 1/2 from n = 2 on), so about e draws of O(n) are needed on average, whatever n is.
     Raises ValueError for n < 2: a single pair has no other to swap with.
     """
-    refuse.generator(rng)
+    require.generator(rng)
     if n < 2:
-        refuse.refuse("n", "must be at least 2 for a swap", n)
+        require.fail("n", "must be at least 2 for a swap", n)
     identity = np.arange(n, dtype=np.int64)
     while True:
         drawn = rng.permutation(identity)
@@ -64,20 +64,20 @@ def hard_negatives(
     illegal as the diagonal. Rows draw independently; a column may serve several rows.
     Raises ValueError on bad shapes, dtypes or entries, and when a row has no legal column.
     """
-    B = refuse.shapes(similarity=(similarity, "B B"))["B"]
-    refuse.floats(similarity=similarity)
-    refuse.generator(rng)
+    B = require.shapes(similarity=(similarity, "B B"))["B"]
+    require.floats(similarity=similarity)
+    require.generator(rng)
     if B < 1:
-        refuse.refuse("similarity", "must hold at least two pairs", tuple(similarity.shape))
+        require.fail("similarity", "must hold at least two pairs", tuple(similarity.shape))
     if not np.isfinite(similarity).all():
-        refuse.refuse("similarity", "must be finite", "an infinite entry")
+        require.fail("similarity", "must be finite", "an infinite entry")
     ids = np.arange(B) if ids is None else ids
-    refuse.shapes(similarity=(similarity, "B B"), ids=(ids, "B"))
-    refuse.integers(ids=ids)
+    require.shapes(similarity=(similarity, "B B"), ids=(ids, "B"))
+    require.integers(ids=ids)
     illegal = ids[:, None] == ids  # (B, B), the diagonal included
     if illegal.all(1).any():
         rule = "must leave every row a column with another id"
-        refuse.refuse("ids", rule, f"none for row {int(illegal.all(1).argmax())} of {len(ids)}")
+        require.fail("ids", rule, f"none for row {int(illegal.all(1).argmax())} of {len(ids)}")
     # argmax_j (s_ij + g_ij) with Gumbel noise g is a draw from softmax(s_i); no weight can underflow to zero.
     noisy = similarity + rng.gumbel(size=similarity.shape)
     return np.where(illegal, -np.inf, noisy).argmax(1)
@@ -85,14 +85,14 @@ def hard_negatives(
 
 def _check(logits, labels) -> int:
     """Refuse what is not `logits (B, 2)` and `labels (B,)` of 0 and 1; return B."""
-    sizes = refuse.shapes(logits=(logits, "B 2"), labels=(labels, "B"))
-    refuse.floats(logits=logits)
-    refuse.integers(labels=labels)
+    sizes = require.shapes(logits=(logits, "B 2"), labels=(labels, "B"))
+    require.floats(logits=logits)
+    require.integers(labels=labels)
     if sizes["B"] < 1:
-        refuse.refuse("logits", "must hold at least one pair", tuple(logits.shape))
+        require.fail("logits", "must hold at least one pair", tuple(logits.shape))
     wrong = labels[(labels != 0) & (labels != 1)]
     if len(wrong):
-        refuse.refuse("labels", "must be 1 (match) or 0", int(wrong[0]))
+        require.fail("labels", "must be 1 (match) or 0", int(wrong[0]))
     return sizes["B"]
 
 

@@ -32,7 +32,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlp import refuse, stream
+from minivlp import stream
+from minivlp.core import require
 
 IGNORE = -100  # the label of a token that is not to be predicted, as in torch's cross-entropy
 
@@ -58,18 +59,18 @@ def mask_tokens(
     Returns `(inputs, labels)`, both (B, L) int64; labels hold the true ids of the chosen tokens and −100
     elsewhere; `ids` stays as it was. Raises ValueError on bad shapes, dtypes, ids or `p`.
     """
-    refuse.shapes(ids=(ids, "B L"), word_ids=(word_ids, "B L"))
-    refuse.integers(ids=ids, word_ids=word_ids)
-    refuse.generator(rng)
+    require.shapes(ids=(ids, "B L"), word_ids=(word_ids, "B L"))
+    require.integers(ids=ids, word_ids=word_ids)
+    require.generator(rng)
     special = np.unique([*special_ids, mask_id])
     for name, values in (("ids", ids), ("special_ids and mask_id", special)):
         outside = values[(values < 0) | (values >= vocab_size)]
         if outside.size:
-            refuse.refuse(name, f"must lie between 0 and vocab_size − 1 = {vocab_size - 1}", outside[0])
+            require.fail(name, f"must lie between 0 and vocab_size − 1 = {vocab_size - 1}", outside[0])
     if not 0 <= p <= 1:
-        refuse.refuse("p", "must be a probability", p)
+        require.fail("p", "must be a probability", p)
     if len(special) == vocab_size:
-        refuse.refuse("special_ids", "must leave an ordinary id to draw", f"all {vocab_size}")
+        require.fail("special_ids", "must leave an ordinary id to draw", f"all {vocab_size}")
 
     ids, word_ids = ids.astype(np.int64), word_ids.astype(np.int64)  # copies, wide enough for −100
     if whole_word:  # every piece looks at the coin of its word
@@ -88,14 +89,14 @@ def mask_tokens(
 
 def _check(hidden, embedding, bias, targets) -> None:
     """Refuse what is not `hidden (M, D)`, `embedding (V, D)`, `bias (V,)`, `targets (M,)` of ids or −100."""
-    sizes = refuse.shapes(
+    sizes = require.shapes(
         hidden=(hidden, "M D"), embedding=(embedding, "V D"), bias=(bias, "V"), targets=(targets, "M")
     )
-    refuse.floats(hidden=hidden, embedding=embedding, bias=bias)
-    refuse.integers(targets=targets)
+    require.floats(hidden=hidden, embedding=embedding, bias=bias)
+    require.integers(targets=targets)
     wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= sizes["V"]))]
     if len(wrong):
-        refuse.refuse("targets", f"must be {IGNORE} or lie between 0 and {sizes['V'] - 1}", int(wrong[0]))
+        require.fail("targets", f"must be {IGNORE} or lie between 0 and {sizes['V'] - 1}", int(wrong[0]))
 
 
 def mlm_loss_np(hidden: np.ndarray, embedding: np.ndarray, bias: np.ndarray, targets: np.ndarray):

@@ -34,22 +34,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlp import refuse, stream
+from minivlp import stream
+from minivlp.core import require
 
 
 def _check(score_data, score_noise, logp_data, logp_noise) -> tuple[int, int]:
     """Refuse what is not `score_data, logp_data (B,)`, `score_noise, logp_noise (B, K)`; return B and K."""
-    sizes = refuse.shapes(
+    sizes = require.shapes(
         score_data=(score_data, "B"),
         score_noise=(score_noise, "B K"),
         logp_data=(logp_data, "B"),
         logp_noise=(logp_noise, "B K"),
     )
     if sizes["B"] < 1:
-        refuse.refuse("score_data", "must hold at least one sample of data", tuple(score_data.shape))
+        require.fail("score_data", "must hold at least one sample of data", tuple(score_data.shape))
     if sizes["K"] < 1:
-        refuse.refuse("score_noise", "must hold at least one sample of noise", tuple(score_noise.shape))
-    refuse.floats(score_data=score_data, score_noise=score_noise, logp_data=logp_data, logp_noise=logp_noise)
+        require.fail("score_noise", "must hold at least one sample of noise", tuple(score_noise.shape))
+    require.floats(score_data=score_data, score_noise=score_noise, logp_data=logp_data, logp_noise=logp_noise)
     return sizes["B"], sizes["K"]
 
 

@@ -21,20 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivlp import refuse
+from minivlp.core import require
 
 
 def _check(images, weight, bias) -> int:
     """Refuse what is not `images (B, C, H, W)`, `weight (D, C, p, p)`, `bias (D,)`; return p."""
-    sizes = refuse.shapes(images=(images, "B C H W"), weight=(weight, "D C p p"), bias=(bias, "D"))
-    refuse.floats(images=images, weight=weight, bias=bias)
+    sizes = require.shapes(images=(images, "B C H W"), weight=(weight, "D C p p"), bias=(bias, "D"))
+    require.floats(images=images, weight=weight, bias=bias)
     _check_grid(sizes["H"], sizes["W"], sizes["p"])
     return sizes["p"]
 
 
 def _check_grid(height: int, width: int, p: int) -> None:
     if p < 1 or height % p or width % p or height < p or width < p:
-        refuse.refuse(
+        require.fail(
             "images", f"must have height and width that are multiples of p={p}", f"{height} × {width}"
         )
 
@@ -42,7 +42,7 @@ def _check_grid(height: int, width: int, p: int) -> None:
 def patches_a_side(image_size: int, patch: int) -> int:
     """Patches of `patch` pixels that fill the side of a square image. Raises ValueError when they do not."""
     if patch < 1 or image_size < patch or image_size % patch:
-        refuse.refuse("image_size", f"must be a multiple of patch={patch}", image_size)
+        require.fail("image_size", f"must be a multiple of patch={patch}", image_size)
     return image_size // patch
 
 
@@ -51,7 +51,7 @@ def to_patches(images, p: int):
 
     Takes NumPy arrays and torch tensors. Raises ValueError when H or W is not a multiple of p.
     """
-    sizes = refuse.shapes(images=(images, "B C H W"))
+    sizes = require.shapes(images=(images, "B C H W"))
     B, C, H, W = (sizes[k] for k in "BCHW")
     _check_grid(H, W, p)
     blocks = images.reshape(B, C, H // p, p, W // p, p)  # (B, C, rows, p, columns, p)
@@ -64,10 +64,10 @@ def from_patches(patches, p: int, height: int, width: int):
     """The inverse of `to_patches`: patches (B, N, C·p·p) back to images (B, C, height, width)."""
     _check_grid(height, width, p)
     rows, columns = height // p, width // p
-    sizes = refuse.shapes(patches=(patches, "B N K"))
+    sizes = require.shapes(patches=(patches, "B N K"))
     B, N, K = (sizes[k] for k in "BNK")
     if rows * columns != N or K % (p * p):
-        refuse.refuse(
+        require.fail(
             "patches", f"must hold {rows * columns} patches of C·{p}·{p} numbers", tuple(patches.shape)
         )
     C = K // (p * p)

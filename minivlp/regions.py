@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse
+from minivlp.core import require
 
 
 def patches_touched(boxes: np.ndarray, patch: int, height: int, width: int) -> np.ndarray:
@@ -35,13 +35,13 @@ def patches_touched(boxes: np.ndarray, patch: int, height: int, width: int) -> n
     `patch`. Columns floor(x1/p) to ceil(x2/p) − 1 and rows likewise; a box without area touches the patch
     that it lies in. Raises ValueError for bad shapes, swapped corners, boxes that reach outside, and NaN.
     """
-    refuse.shapes(boxes=(boxes, "R 4"))
+    require.shapes(boxes=(boxes, "R 4"))
     if patch < 1 or height < patch or width < patch or height % patch or width % patch:
-        refuse.refuse("patch", f"must divide the height and width {height} × {width}", patch)
+        require.fail("patch", f"must divide the height and width {height} × {width}", patch)
     low, high, ends = boxes[:, :2], boxes[:, 2:], np.array([width, height])
     if not ((low >= 0) & (low <= high) & (high <= ends)).all():
         rule = f"must have 0 ≤ x1 ≤ x2 ≤ {width} and 0 ≤ y1 ≤ y2 ≤ {height}"
-        refuse.refuse("boxes", rule, "one that has not")
+        require.fail("boxes", rule, "one that has not")
     first = np.minimum(low // patch, ends // patch - 1)  # a corner on the far edge lies in the last patch
     beyond = np.maximum(-(-high // patch), first + 1)  # at least one patch
     columns, rows = (np.arange(end // patch) for end in ends)
@@ -51,9 +51,9 @@ def patches_touched(boxes: np.ndarray, patch: int, height: int, width: int) -> n
 
 
 def _check(patches, inside) -> None:
-    refuse.shapes(patches=(patches, "R N D"), inside=(inside, "R N"))
-    refuse.floats(patches=patches)
-    refuse.mask("inside", inside, whole_rows=True)
+    require.shapes(patches=(patches, "R N D"), inside=(inside, "R N"))
+    require.floats(patches=patches)
+    require.mask("inside", inside, whole_rows=True)
 
 
 def region_tokens_np(patches: np.ndarray, inside: np.ndarray, grad: np.ndarray | None = None):

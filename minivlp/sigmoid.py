@@ -33,17 +33,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minivlp import refuse, stream
+from minivlp import stream
+from minivlp.core import require
 
 
 def _check(x, y, scale, bias) -> int:
     """Refuse what is not `x (B, D)`, `y (B, D)` with B ≥ 1, `scale` > 0 and a finite `bias`; return B."""
-    sizes = refuse.shapes(x=(x, "B D"), y=(y, "B D"))
+    sizes = require.shapes(x=(x, "B D"), y=(y, "B D"))
     if sizes["B"] < 1:
-        refuse.refuse("x", "must hold at least one pair", tuple(x.shape))
-    refuse.floats(x=x, y=y)
-    refuse.positive(scale=scale)
-    refuse.finite(bias=bias)
+        require.fail("x", "must hold at least one pair", tuple(x.shape))
+    require.floats(x=x, y=y)
+    require.positive(scale=scale)
+    require.finite(bias=bias)
     return sizes["B"]
 
 
@@ -111,7 +112,7 @@ def sigmoid_loss_fused(x: Tensor, y: Tensor, scale: float | Tensor, bias: float 
     its tiles stay in the cache. It can be differentiated once. Arguments and errors as in `sigmoid_loss`.
     """
     _check(x, y, scale, bias)
-    return stream.run(_Fused, "kernels_losses.sigmoid_loss", x, y, scale, bias)
+    return stream.run(_Fused, "kernels.losses.sigmoid_loss", x, y, scale, bias)
 
 
 class _Fused(stream.Ready):
@@ -149,7 +150,7 @@ def sigmoid_loss_ring(
     Raises ValueError, on every rank, when any rank holds what `sigmoid_loss` refuses or shards differ in
     shape.
     """
-    refuse.on_every_rank(lambda: _check(x, y, scale, bias), "x", x, group)
+    require.on_every_rank(lambda: _check(x, y, scale, bias), "x", x, group)
     return _Ring.apply(x, y, scale, bias, group)
 
 

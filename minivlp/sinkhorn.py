@@ -32,22 +32,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp import refuse, stream
-from minivlp.scaling import NOTHING, SHORTEST, alignment_grads, cosines, sinkhorn_scaled
+from minivlp import stream
+from minivlp.core import require
+from minivlp.core.transport import NOTHING, SHORTEST, alignment_grads, cosines, sinkhorn_scaled
 
 
 def check_axis(name: str, array, leading: tuple[int, ...], length: int) -> None:
     """Refuse a mask or weight vector that is neither (…, length) nor one (length,) for the whole batch."""
     shape = tuple(array.shape) if hasattr(array, "shape") else type(array).__name__
     if shape not in ((*leading, length), (length,)):
-        refuse.refuse(name, f"must have shape {(*leading, length)} or {(length,)}", shape)
+        require.fail(name, f"must have shape {(*leading, length)} or {(length,)}", shape)
 
 
 def check_mask(name: str, mask, leading: tuple[int, ...], length: int) -> None:
     """Refuse a mask that does not fit its axis, is not bool, or leaves a row without a token."""
     if mask is not None:
         check_axis(name, mask, leading, length)
-        refuse.mask(name, mask, whole_rows=True)
+        require.mask(name, mask, whole_rows=True)
 
 
 def check_tokens(*sets: tuple) -> None:
@@ -56,22 +57,22 @@ def check_tokens(*sets: tuple) -> None:
     That is: none in a set, no floats or NaN, masks that do not fit, two different dtypes.
     """
     for name, tokens, mask_name, mask in sets:
-        refuse.floats(**{name: tokens})
+        require.floats(**{name: tokens})
         if tokens.shape[-2] == 0:
-            refuse.refuse(name, "must hold at least one token", tuple(tokens.shape))
+            require.fail(name, "must hold at least one token", tuple(tokens.shape))
         if tokens.dtype != sets[0][1].dtype:
-            refuse.refuse(name, f"must have the dtype {sets[0][1].dtype} of {sets[0][0]}", tokens.dtype)
+            require.fail(name, f"must have the dtype {sets[0][1].dtype} of {sets[0][0]}", tokens.dtype)
         check_mask(mask_name, mask, tuple(tokens.shape[:-2]), tokens.shape[-2])
 
 
 def check_cost(cost, row_mask, col_mask, iters: int) -> None:
     """Refuse what is not a finite `cost (…, M, N)`, masks that do not fit it, and iters < 1."""
-    sizes = refuse.shapes(cost=(cost, "… M N"))
-    refuse.floats(cost=cost)
+    sizes = require.shapes(cost=(cost, "… M N"))
+    require.floats(cost=cost)
     if sizes["M"] * sizes["N"] == 0:
-        refuse.refuse("cost", "must have at least one row and one column", tuple(cost.shape))
+        require.fail("cost", "must have at least one row and one column", tuple(cost.shape))
     if bool((abs(cost) == float("inf")).any()):
-        refuse.refuse("cost", "must be finite", "an infinite entry")
+        require.fail("cost", "must be finite", "an infinite entry")
     check_mask("row_mask", row_mask, tuple(cost.shape[:-2]), sizes["M"])
     check_mask("col_mask", col_mask, tuple(cost.shape[:-2]), sizes["N"])
     check_iters(iters)
@@ -79,22 +80,22 @@ def check_cost(cost, row_mask, col_mask, iters: int) -> None:
 
 def check_iters(iters: int) -> None:
     if not isinstance(iters, int | np.integer) or iters < 1:
-        refuse.refuse("iters", "must be a whole number ≥ 1", iters)
+        require.fail("iters", "must be a whole number ≥ 1", iters)
 
 
 def check_weights(name: str, weights, mask, leading: tuple[int, ...], length: int) -> None:
     """Refuse weights that are negative, do not sum to one, or lie on a padded token. Zeros are legal."""
     check_axis(name, weights, leading, length)
-    refuse.floats(**{name: weights})
+    require.floats(**{name: weights})
     if bool((weights < 0).any()):
-        refuse.refuse(name, "must not be negative", float(weights.min()))
+        require.fail(name, "must not be negative", float(weights.min()))
     finfo = torch.finfo if isinstance(weights, Tensor) else np.finfo
     total = weights.sum(-1)
     off = float(abs(total - 1).max()) if total.size != 0 else 0.0
     if off > max(1e-6, length * float(finfo(weights.dtype).eps)):
-        refuse.refuse(name, "must sum to one", f"a sum that is off by {off:.3g}")
+        require.fail(name, "must sum to one", f"a sum that is off by {off:.3g}")
     if mask is not None and bool(((weights > 0) & ~mask).any()):
-        refuse.refuse(name, "must be zero where the mask is False", "weight on a padded token")
+        require.fail(name, "must be zero where the mask is False", "weight on a padded token")
 
 
 def log_weights_np(weights: np.ndarray | None, mask: np.ndarray | None, length: int) -> np.ndarray:
@@ -182,7 +183,7 @@ def _check(cost, a, b, eps, iters, row_mask, col_mask) -> None:
 
 
 def _check_marginals(shape, a, b, eps, row_mask=None, col_mask=None) -> None:
-    refuse.positive(eps=eps)
+    require.positive(eps=eps)
     for name, weights, mask, axis in (("a", a, row_mask, -2), ("b", b, col_mask, -1)):
         if weights is not None:
             check_weights(name, weights, mask, shape[:-2], shape[axis])
@@ -278,7 +279,7 @@ class _Fused(stream.Ready):
         with torch.autocast(x.device.type, enabled=False):
             p, q = stream.working(x, y)
             S, per_x, per_y = cosines(p, q)  # (M, N), (M, 1), (N, 1)
-            refuse.floats(cost=S)
+            require.floats(cost=S)
             a, b = (
                 S.new_full((n,), 1 / n) if weights is None else weights.to(S.dtype)
                 for weights, n in ((a, len(x)), (b, len(y)))
@@ -294,7 +295,7 @@ class _Fused(stream.Ready):
 
 
 def _check_rows(x, y) -> None:
-    refuse.shapes(x=(x, "M D"), y=(y, "N D"))
+    require.shapes(x=(x, "M D"), y=(y, "N D"))
     check_tokens(("x", x, "", None), ("y", y, "", None))
 
 

@@ -208,8 +208,8 @@ class _OnKernels(Ready):
 
 
 def load(kernel: str) -> Callable:
-    """The function "module.function" of the kernels, which are imported here and nowhere else."""
-    module, function = kernel.split(".")
+    """The function "kernels.module.function", which are imported here and nowhere else."""
+    module, _, function = kernel.rpartition(".")
     return getattr(importlib.import_module(f"minivlp.{module}"), function)
 
 
@@ -217,7 +217,7 @@ def path(x: Tensor, *others, kernel: str = "") -> tuple[str, str]:
     """Which path a fused rung takes for x, and why: ("tiles", …) is PyTorch, ("kernels", …) is Triton.
 
     It is the rule of InfoNCE, the sigmoid loss, Chamfer and word-patch alignment; other rungs have no kernel.
-    Word-patch alignment has a largest size, known from `(*inputs, kernel="kernels_wpa.wpa")`. With
+    Word-patch alignment has a largest size, known from `(*inputs, kernel="kernels.wpa.wpa")`. With
     TRITON_INTERPRET=1 in the environment kernels run on the CPU too, slowly, to be tested.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -229,6 +229,6 @@ def path(x: Tensor, *others, kernel: str = "") -> tuple[str, str]:
         return "tiles", "x is empty"
     if importlib.util.find_spec("triton") is None:
         return "tiles", "Triton is not installed"
-    if kernel == "kernels_wpa.wpa" and (why := load("kernels_wpa.unfit")(x, *others)):
+    if kernel == "kernels.wpa.wpa" and (why := load("kernels.wpa.unfit")(x, *others)):
         return "tiles", why
     return "kernels", "Triton interprets them" if interpreted else f"x is {x.dtype} on {x.device.type}"

@@ -39,8 +39,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minivlp import refuse
-from minivlp.atomic import whole_file
+from minivlp.core import require
+from minivlp.core.files import whole_file
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
@@ -164,7 +164,7 @@ def learn_vocab(
     learned = dict.fromkeys([*SPECIALS, *sorted(singles)])
     if len(learned) > vocab_size:
         rule = f"must be at least {len(learned)}, the special tokens and single characters"
-        refuse.refuse("vocab_size", rule, vocab_size)
+        require.fail("vocab_size", rule, vocab_size)
     heap = sorted(rank(pair) for pair, n in pair_count.items() if n >= min_count)  # sorted is a heap
     while heap and len(learned) < vocab_size:
         best = heapq.heappop(heap)
@@ -208,10 +208,10 @@ class WordPiece:
         self.vocab = {token: i for i, token in enumerate(self.tokens)}
         if len(self.vocab) < len(self.tokens):
             repeated = Counter(self.tokens).most_common(1)[0][0]
-            refuse.refuse("vocabulary", "must not repeat a token", repr(repeated))
+            require.fail("vocabulary", "must not repeat a token", repr(repeated))
         for token in SPECIALS:
             if token not in self.vocab:
-                refuse.refuse("vocabulary", f"must hold {', '.join(SPECIALS)}", f"none that is {token}")
+                require.fail("vocabulary", f"must hold {', '.join(SPECIALS)}", f"none that is {token}")
         self.special_ids = tuple(self.vocab[token] for token in SPECIALS)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
         self._remembered: dict[str, tuple[tuple[int, ...], ...]] = {}
@@ -226,11 +226,11 @@ class WordPiece:
         Raises ValueError for a corpus without words and for a vocabulary too small for its single characters.
         """
         if isinstance(corpus, str):
-            refuse.refuse("corpus", "must be an iterable of texts", "one str")
+            require.fail("corpus", "must be an iterable of texts", "one str")
         words = Counter(word for text in corpus for word in split_words(text, lowercase))
         counts = {word: n for word, n in words.items() if word not in SPECIALS}
         if not counts:
-            refuse.refuse("corpus", "must hold at least one word", "none")
+            require.fail("corpus", "must hold at least one word", "none")
         return cls(learn_vocab(counts, vocab_size, **limits), lowercase)
 
     @classmethod
@@ -247,7 +247,7 @@ class WordPiece:
             content = json.loads(Path(path).read_text("utf-8"))
             tokens, lowercase = content["tokens"], content["lowercase"]
         except (ValueError, KeyError, TypeError) as error:
-            refuse.refuse("path", "must be a file written by WordPiece.save", f"{path} ({error!r})")
+            require.fail("path", "must be a file written by WordPiece.save", f"{path} ({error!r})")
         return cls(tokens, lowercase)
 
     def save(self, path: str | Path) -> None:
@@ -259,7 +259,7 @@ class WordPiece:
     def _words(self, text: str) -> list[tuple[int, ...]]:
         """The ids of each word."""
         if not isinstance(text, str):
-            refuse.refuse("text", "must be a str", type(text).__name__)
+            require.fail("text", "must be a str", type(text).__name__)
         # No word crosses a space, so each chunk between spaces can be cut alone, and remembered.
         return [word for chunk in text.split(" ") for word in self._cut(chunk)]
 
@@ -289,7 +289,7 @@ class WordPiece:
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < len(self):
-                refuse.refuse("ids", f"must lie between 0 and {len(self) - 1}", i)
+                require.fail("ids", f"must lie between 0 and {len(self) - 1}", i)
         frame = (self.cls_id, self.sep_id, self.pad_id)
         return " ".join(self.tokens[i] for i in ids if i not in frame).replace(" ##", "")
 
@@ -301,9 +301,9 @@ class WordPiece:
         True off the padding. Raises ValueError for an empty batch, a str in place of a sequence, max_len < 2.
         """
         if isinstance(texts, str) or not len(texts):
-            refuse.refuse("texts", "must be a sequence of at least one text", repr(texts))
+            require.fail("texts", "must be a sequence of at least one text", repr(texts))
         if max_len < 2:
-            refuse.refuse("max_len", "must leave room for [CLS] and [SEP]", max_len)
+            require.fail("max_len", "must leave room for [CLS] and [SEP]", max_len)
         rows = [[(i, w) for w, word in enumerate(self._words(t)) for i in word][: max_len - 2] for t in texts]
         shape = len(rows), max(map(len, rows)) + 2  # (B, L)
         ids = np.full(shape, self.pad_id, dtype=np.int64)

@@ -27,14 +27,14 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from minivlp import refuse
 from minivlp.attention import attention
+from minivlp.core import require
 
 
 def _check(x, weight, bias, eps: float) -> None:
-    refuse.shapes(x=(x, "… D"), weight=(weight, "D"), bias=(bias, "D"))
-    refuse.floats(x=x, weight=weight, bias=bias)
-    refuse.positive(eps=eps)
+    require.shapes(x=(x, "… D"), weight=(weight, "D"), bias=(bias, "D"))
+    require.floats(x=x, weight=weight, bias=bias)
+    require.positive(eps=eps)
 
 
 def layer_norm_np(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-6, grad=None):
@@ -80,7 +80,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int, eps: float = 1e-6, activation: Callable = gelu):
         super().__init__()
         if heads < 1 or dim % heads:
-            refuse.refuse("heads", f"must divide dim={dim}", heads)
+            require.fail("heads", f"must divide dim={dim}", heads)
         self.heads, self.activation = heads, activation
         self.norm1 = nn.LayerNorm(dim, eps)
         self.qkv = nn.Linear(dim, 3 * dim)  # one product for queries, keys and values, its rows in this order

@@ -23,7 +23,8 @@ import pytest
 import torch
 from hypothesis.errors import Flaky
 
-from minivlp import scaling, stream
+from minivlp import stream
+from minivlp.core import transport as scaling
 from tests.course import Exercise, Todo, shown
 from tests.laws import BUGS, LAWS, Bug, Law, Subject, load_bugs
 

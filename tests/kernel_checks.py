@@ -13,7 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: see tests/requirements-peers.txt")
 
-from minivlp import chamfer, infonce, ipot, kernels, kernels_losses, kernels_wpa, sigmoid, stream
+from minivlp import chamfer, infonce, ipot, sigmoid, stream
+from minivlp.kernels import losses as kernels_losses
+from minivlp.kernels import walks as kernels
+from minivlp.kernels import wpa as kernels_wpa
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -100,7 +103,7 @@ def test_word_patch_alignment(L, N, D, dtype):
 def test_alignment_keeps_to_what_the_chip_can_hold():
     """Otherwise the tiles take the pairs, and say why."""
     few, many, patches = (torch.zeros(1, n, 4, device=DEVICE) for n in (40, 65, 240))
-    ask = functools.partial(stream.path, kernel="kernels_wpa.wpa")
+    ask = functools.partial(stream.path, kernel="kernels.wpa.wpa")
     assert ask(few, patches)[0] == "kernels"
     assert ask(many, patches) == (
         "tiles",

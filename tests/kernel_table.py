@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minivlp import kernels, kernels_wpa
+from minivlp.kernels import walks as kernels
+from minivlp.kernels import wpa as kernels_wpa
 
 # KB of shared memory that one program may take: CUDA C++ programming guide, table of compute capabilities.
 KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}

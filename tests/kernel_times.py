@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from minivlp import chamfer, infonce, ipot, mlm, sigmoid, stream, traffic
+from minivlp import chamfer, infonce, ipot, mlm, sigmoid, stream
+from minivlp.kernels import traffic
 
 RUNS = 10
 

@@ -6,10 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minivlp.claims.clock import archetype, parts
-from minivlp.claims.settings import FULL, QUICK
-from minivlp.claims.world import archetype_loss, world
-from minivlp.models.archetypes import (
+from minivlp.claims.archetypes import (
     ARCHETYPES,
     CONTROL,
     Archetype,
@@ -18,6 +15,9 @@ from minivlp.models.archetypes import (
     new_archetype,
     parameters,
 )
+from minivlp.claims.clock import archetype, parts
+from minivlp.claims.settings import FULL, QUICK
+from minivlp.claims.world import archetype_loss, world
 
 EVERYONE = (*ARCHETYPES, CONTROL)
 SMALL = {"vocab_size": 40, "max_text_len": 12, "dim": 16, "heads": 2, "image_size": 16}

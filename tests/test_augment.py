@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlp import augment
-from minivlp.augment import OPERATIONS, SIGNED, magnitude, rand_augment
+from minivlp.data import augment
+from minivlp.data.augment import OPERATIONS, SIGNED, magnitude, rand_augment
 
 # ViLT's ranges: name → (low, high).
 RANGES = {

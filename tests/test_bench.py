@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from minivlp import bench as bench_module
-from minivlp import commands, runs
+from minivlp import commands
 from minivlp.__main__ import main
 from minivlp.bench import bench, chosen, comparison, fresh, measure
 from minivlp.bench import peers as bench_peers
@@ -20,6 +20,7 @@ from minivlp.bench.problems import bare_products
 from minivlp.bench.report import GOALS, goals, report
 from minivlp.bench.task import measure as measure_here
 from minivlp.ipot import wpa
+from minivlp.training import run as runs
 
 MB = 1 << 20
 

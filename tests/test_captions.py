@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlp.captions import FORMATS, Captions, captions_folder, coco_captions, split
+from minivlp.data.own import FORMATS, Captions, captions_folder, coco_captions, split
 
 
 def picture(folder: Path, name: str = "a.png", colour=(200, 30, 60), size=(5, 4)) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_problem(tmp_path):
 
 
 def test_each_picture_is_decoded_once_for_the_check(tmp_path, monkeypatch):
-    from minivlp import captions
+    from minivlp.data import own as captions
 
     picture(tmp_path), picture(tmp_path, "b.png")
     decoded, read_rgb = [], captions.read_rgb
@@ -356,7 +356,7 @@ def test_coco_refusals(tmp_path):
 
 
 def many(names: list[str], problems: tuple[str, ...] = ()) -> Captions:
-    from minivlp.captions import Entry
+    from minivlp.data.own import Entry
 
     entries = [Entry(name, f"{name} {k}", "captions.jsonl:1") for k in range(2) for name in names]
     return Captions(Path("."), entries, list(problems))

@@ -14,8 +14,8 @@ import pytest
 
 from chapters import build, desk, train
 from chapters.__main__ import main
-from minivlp import scene_job
 from minivlp.bench.measure import cores
+from minivlp.recipes import scene_job
 from tests import tiny
 from tests.course import ROOT, exercises, find
 from tests.test_course import ONE_DIRECTION, RIGHT, write
@@ -247,10 +247,10 @@ def test_the_real_model_trains_with_the_learners_functions(folder, tmp_path, mon
     monkeypatch.setattr(train, "NAME", tmp_path / "attempt")
     write("mlm_loss", MLM_LOSS)
     write("itm_loss_np", ITM_LOSS_NP)
-    before = dict(vars(sys.modules["minivlp.train"]))
+    before = dict(vars(sys.modules["minivlp.recipes.train"]))
     assert main(["train", "--use", "mlm_loss,itm_loss_np", "--steps", "3", "--threads", "1"]) == 0
     assert re.search(r"calls: mlm_loss [1-9]\d*, itm_loss_np [1-9]", capsys.readouterr().out)
-    assert dict(vars(sys.modules["minivlp.train"])) == before
+    assert dict(vars(sys.modules["minivlp.recipes.train"])) == before
     assert (tmp_path / "attempt-vilt-1" / "checkpoint.pt").exists()
     # A function that the training does not call is noticed after the first step.
     monkeypatch.setattr(train, "_named", lambda function: [])

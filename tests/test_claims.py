@@ -18,6 +18,7 @@ from PIL import Image
 from minivlp.__main__ import main
 from minivlp.claims import chunks as chunks_module
 from minivlp.claims import command, exam, work
+from minivlp.claims.archetypes import CONTROL, new_archetype
 from minivlp.claims.chunks import chunks
 from minivlp.claims.claim import Claim
 from minivlp.claims.exam import counterparts, winoground
@@ -38,11 +39,10 @@ from minivlp.claims.verdict import (
 )
 from minivlp.claims.work import EXPERIMENTS, do_all, done, made_with, results
 from minivlp.claims.world import MASKINGS, apart, archetype_loss, world
-from minivlp.curriculum import stage_at
+from minivlp.data.probes import swapped
 from minivlp.mlm import IGNORE
-from minivlp.models.archetypes import CONTROL, new_archetype
-from minivlp.screen import Screen
-from minivlp.tasks import swapped
+from minivlp.recipes.curriculum import stage_at
+from minivlp.training.screen import Screen
 from tests.course import ROOT
 from tests.tiny import told
 

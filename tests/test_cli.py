@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlp import commands, demo, emojivl, runs, train
+from minivlp import commands
 from minivlp.__main__ import main
-from minivlp.captions import captions_folder, split
-from minivlp.data import CPU_NOUNS, FOLDER, RELATIONS, load_emojivl
-from minivlp.evaluate import MEASURES
-from minivlp.runs import Run, load_checkpoint
-from minivlp.trained import load_trained, ship
+from minivlp.data import CPU_NOUNS, FOLDER, RELATIONS, emojivl, load_emojivl
+from minivlp.data.own import captions_folder, split
+from minivlp.evaluation.vilt import MEASURES
+from minivlp.pictures import demo
+from minivlp.recipes import train
+from minivlp.training import run as runs
+from minivlp.training.run import Run, load_checkpoint
+from minivlp.training.trained import load_trained, ship
 from tests.test_train import equal, timeless
 from tests.tiny import SIZES, commands_with, told, trained
 

@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from minivlp.crowds import KINDS, Crowds, phrases
 from minivlp.data import RELATIONS, held_out, load_emojivl
+from minivlp.data.crowds import KINDS, Crowds, phrases
 
 EMOJIVL = load_emojivl()
 CROWDS = Crowds(EMOJIVL, seed=3)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minivlp import captions, data, scenes
-from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, Scenes, load_emojivl
+from minivlp import data
+from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, Scenes, load_emojivl, scenes
+from minivlp.data import own as captions
 
 
 @pytest.fixture(scope="module")

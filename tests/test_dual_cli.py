@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minivlp.models.dual import load_clip, load_siglip
-from minivlp.trained import load_trained, ship
+from minivlp.training.trained import load_trained, ship
 from tests.test_cli import SENTENCE, same_run
 from tests.test_train import equal
 from tests.tiny import commands_with, few, trained, use_few
@@ -123,7 +123,7 @@ def test_the_demo_needs_a_word_it_knows(query, got, command, tmp_path, capsys):
 
 
 def test_the_models_own_run_comes_before_the_shipped_one(command, tmp_path, monkeypatch, capsys):
-    from minivlp import trained as module
+    from minivlp.training import trained as module
 
     monkeypatch.setattr(module, "HOME", tmp_path)
     monkeypatch.setattr(module, "WEIGHTS", tmp_path)
@@ -159,7 +159,7 @@ def test_what_cannot_be_is_refused(line, message, command, tmp_path, capsys):
 
 def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path, monkeypatch):
     """Stopped at the fifth step, after a checkpoint at the fourth."""
-    from minivlp import dual_job
+    from minivlp.recipes import dual_job
 
     real, calls = dual_job.dual_loss, []
 
@@ -185,7 +185,7 @@ def test_report_is_markdown_of_one_width_a_table():
 
 @pytest.mark.slow
 def test_the_run_folder_is_named_after_the_model(command, monkeypatch, tmp_path):
-    from minivlp import runs
+    from minivlp.training import run as runs
 
     monkeypatch.setattr(runs, "HOME", tmp_path)
     assert command("train", "--model", "vse", "--items", 8) == 0

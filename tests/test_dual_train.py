@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from minivlp.__main__ import MODELS
-from minivlp.data import TRAINING_ARTISTS, held_out, load_emojivl
-from minivlp.dual_train import (
+from minivlp.data import TRAINING_ARTISTS, held_out, load_emojivl, trained_concepts
+from minivlp.data.names import name_tokenizer
+from minivlp.infonce import infonce
+from minivlp.recipes.dual_train import (
     OBJECTIVES,
     OF_MODEL,
     PRESETS,
@@ -19,12 +21,9 @@ from minivlp.dual_train import (
     dual_config,
     dual_loss,
     new_dual,
-    trained_concepts,
 )
-from minivlp.fit import fit, optimizers
-from minivlp.infonce import infonce
-from minivlp.naming import name_tokenizer
-from minivlp.runs import Run
+from minivlp.training.fit import fit, optimizers
+from minivlp.training.run import Run
 from tests.test_train import equal, timeless
 from tests.tiny import DUAL_SIZES, few
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minivlp.models.dual import Dual, DualConfig, load_clip, load_siglip, save_clip, save_siglip
-from minivlp.models.dual_weights import CLIP, SIGLIP, to_hugging_face
-from minivlp.weights import write_safetensors
+from minivlp.models.published.clip_siglip import CLIP, SIGLIP, to_hugging_face
+from minivlp.models.published.safetensors import write_safetensors
 from tests.test_dual import FORMS, SMALL, batch, clip, compare, siglip, tiny
 
 LOAD, SAVE = {"clip": load_clip, "siglip": load_siglip}, {"clip": save_clip, "siglip": save_siglip}

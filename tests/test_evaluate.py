@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from minivlp import evaluate as ev
-from minivlp import pointing, ranking
-from minivlp.batches import scene_pixels
-from minivlp.data import CPU_NOUNS, RELATIONS, EmojiVL, Scenes
-from minivlp.interval import interval
+from minivlp.data import CPU_NOUNS, RELATIONS, EmojiVL, Scenes, scene_pixels
+from minivlp.evaluation import point as pointing
+from minivlp.evaluation import rank as ranking
+from minivlp.evaluation import vilt as ev
+from minivlp.evaluation.interval import interval
 from minivlp.models.vilt import Vilt, ViltConfig
 from minivlp.text import WordPiece
 from tests.test_tasks import EMOJIVL, holds

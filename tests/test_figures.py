@@ -8,8 +8,8 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from minivlp import figures
-from minivlp.figures import GREEN, GREY, alignment, curves, masked_words, retrieval_grid
+from minivlp.pictures import figures
+from minivlp.pictures.figures import GREEN, GREY, alignment, curves, masked_words, retrieval_grid
 
 LONG = (
     "a very long caption about $5 and $6, a man with a hat standing beside a bicycle in front of a window "

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minivlp import finetune
 from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, load_emojivl
-from minivlp.finetune import Pools, Task, task_settings, with_head
-from minivlp.questions import questions, statements
-from minivlp.runs import load_checkpoint
-from minivlp.scenes import held_out
+from minivlp.data.scenes import held_out
+from minivlp.recipes import finetune
+from minivlp.recipes.finetune import Pools, Task, task_settings, with_head
+from minivlp.recipes.questions import questions, statements
+from minivlp.recipes.train import TrainConfig, scene_tokenizer
 from minivlp.text import WordPiece
-from minivlp.train import TrainConfig, scene_tokenizer
-from minivlp.trained import load_trained
+from minivlp.training.run import load_checkpoint
+from minivlp.training.trained import load_trained
 from tests.test_train import equal, timeless
 from tests.tiny import commands_with, told, trained
 

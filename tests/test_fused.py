@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from minivlp import attention, ipot, nce, patch, scaling, sinkhorn, stream
+from minivlp import attention, ipot, nce, patch, sinkhorn, stream
+from minivlp.core import transport as scaling
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:

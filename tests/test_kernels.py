@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minivlp import stream, traffic
+from minivlp import stream
+from minivlp.kernels import traffic
 
 ROOT = Path(__file__).parent.parent
 TRITON = pytest.importorskip("triton", reason="Triton is not installed: see tests/requirements-peers.txt")
@@ -64,7 +65,7 @@ def test_kernels_compile_without_spills(chip, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_spill_is_seen(monkeypatch):
     """A tile of 64 × 64 × 64 in float32 does not fit the registers of 128 threads."""
-    from minivlp import kernels
+    from minivlp.kernels import walks as kernels
     from tests import kernel_table
 
     monkeypatch.setattr(
@@ -76,7 +77,7 @@ def test_a_spill_is_seen(monkeypatch):
 
 def test_the_kernels_open_with_the_table_of_traffic():
     """Digit for digit, so that the numbers in the docstring are those that are worked out."""
-    source = (ROOT / "minivlp" / "kernels.py").read_text(encoding="utf-8")
+    source = (ROOT / "minivlp" / "kernels" / "walks.py").read_text(encoding="utf-8")
     table = "\n".join("    " + line for line in traffic.table())
     assert table in ast.get_docstring(ast.parse(source), clean=False)
     assert (

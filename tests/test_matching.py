@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from minivlp.dual_train import DualTrain, new_dual
-from minivlp.matching import Matcher, ranks, similarities
-from minivlp.naming import PROMPTS, name_tokenizer, named
+from minivlp.data.names import PROMPTS, name_tokenizer, named
+from minivlp.evaluation.match import Matcher, ranks, similarities
+from minivlp.recipes.dual_train import DualTrain, new_dual
 from tests.tiny import DUAL_SIZES, few
 
 CONCEPTS = [c for c in few().concepts if c.artists][:12]

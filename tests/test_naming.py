@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minivlp.data import load_emojivl
-from minivlp.naming import PHRASES, PROMPTS, caption, name_tokenizer, named, words_of
+from minivlp.data.names import PHRASES, PROMPTS, caption, name_tokenizer, named, words_of
 
 EMOJIVL = load_emojivl()
 TRAINED = [c for c in EMOJIVL.concepts if c.split == "train"]

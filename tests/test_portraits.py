@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minivlp.data import EmojiVL
-from minivlp.portraits import FILLED, Portraits, Variation, _places
+from minivlp.data.drawings import FILLED, Portraits, Variation, _places
 from tests.tiny import few
 
 STILL = Variation(

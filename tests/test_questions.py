@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from minivlp import questions as q
 from minivlp.data import CPU_NOUNS
 from minivlp.models.vilt import Vilt, ViltConfig
+from minivlp.recipes import questions as q
 from minivlp.text import WordPiece
 from tests.test_tasks import EMOJIVL, holds, stands
 

@@ -9,8 +9,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-from minivlp import runs
-from minivlp.runs import Run, load_checkpoint, need_writable, read_json, run_folder, tensor_bytes
+from minivlp.training import run as runs
+from minivlp.training.run import Run, load_checkpoint, need_writable, read_json, run_folder, tensor_bytes
 
 SETTINGS = {"command": "python -m minivlp train", "train": {"steps": 3, "nouns": ("dog", "key")}}
 STATE = {"step": 3, "tokens": ["[PAD]", "dog"], "model": {"weight": torch.arange(6.0)}}

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from minivlp import tasks
 from minivlp.data import RELATIONS, Scene, Scenes, held_out, load_emojivl
+from minivlp.data import probes as tasks
 from minivlp.text import WordPiece
 
 EMOJIVL = load_emojivl()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from minivlp.models.published.pixels import resized
 from minivlp.models.vilt import vilt_pixels
-from minivlp.models.vilt_pixels import resized
 
 HUGGING_FACE_PIXELS = "transformers.models.vilt.image_processing_pil_vilt"
 

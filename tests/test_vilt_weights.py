@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
+from minivlp.models.published.safetensors import write_safetensors
+from minivlp.models.published.vilt import to_hugging_face
 from minivlp.models.vilt import load_vilt, save_vilt
-from minivlp.models.vilt_weights import to_hugging_face
-from minivlp.weights import write_safetensors
 from tests.test_vilt import CLASSES, batch, tiny
 
 # Written down from the original's state dict, apart from the loader's own table.

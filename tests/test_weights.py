@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minivlp import weights
-from minivlp.atomic import whole_file
-from minivlp.weights import DTYPES, load_state, read_safetensors, write_safetensors
+from minivlp.core.files import whole_file
+from minivlp.models.published import safetensors as weights
+from minivlp.models.published.safetensors import DTYPES, load_state, read_safetensors, write_safetensors
 
 
 def tensors(dtypes=DTYPES):

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from minivlp.dual_train import dual_loss, new_dual
-from minivlp.fit import Step, fit
-from minivlp.runs import Onlooker, Run
-from minivlp.train import new_model, pretraining_loss
-from minivlp.workers import ALONE, Workers, threads
+from minivlp.recipes.dual_train import dual_loss, new_dual
+from minivlp.recipes.train import new_model, pretraining_loss
+from minivlp.training.fit import Step, fit
+from minivlp.training.run import Onlooker, Run
+from minivlp.training.workers import ALONE, Workers, threads
 from tests import test_dual_train, test_train
 from tests.course import ROOT
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from minivlp.trained import load_trained
+from minivlp.training.trained import load_trained
 from tests.test_cli import SENTENCE
 from tests.test_train import equal
 from tests.tiny import commands_with, trained

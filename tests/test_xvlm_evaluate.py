@@ -4,15 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from minivlp import evaluate as vilt_evaluate
-from minivlp.batches import scene_pixels
-from minivlp.crowds import KINDS, Crowds, phrases
-from minivlp.data import CPU_NOUNS, held_out, load_emojivl
-from minivlp.grounding_sheet import grounding_sheet
-from minivlp.models.xvlm import Xvlm, XvlmConfig
-from minivlp.pointing import patches_inside
-from minivlp.train import scene_tokenizer
-from minivlp.xvlm_evaluate import (
+from minivlp.data import CPU_NOUNS, held_out, load_emojivl, scene_pixels
+from minivlp.data.crowds import KINDS, Crowds, phrases
+from minivlp.evaluation import vilt as vilt_evaluate
+from minivlp.evaluation.point import patches_inside
+from minivlp.evaluation.xvlm import (
     CONSTANTS,
     NAMES,
     _similarity,
@@ -23,6 +19,9 @@ from minivlp.xvlm_evaluate import (
     questions,
     report_xvlm,
 )
+from minivlp.models.xvlm import Xvlm, XvlmConfig
+from minivlp.pictures.grounding_sheet import grounding_sheet
+from minivlp.recipes.train import scene_tokenizer
 
 EMOJIVL = load_emojivl()
 NOUNS = EMOJIVL.nouns(

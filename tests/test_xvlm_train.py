@@ -8,13 +8,21 @@ import torch
 
 from minivlp.boxes import cxcywh_to_xyxy
 from minivlp.data import load_emojivl
-from minivlp.fit import fit, optimizers
+from minivlp.data.probes import meaning
 from minivlp.models.xvlm import whole
-from minivlp.runs import Run
-from minivlp.tasks import meaning
-from minivlp.train import scene_tokenizer
-from minivlp.xvlm_rows import RegionRows, RegionSource, first_of_each
-from minivlp.xvlm_train import ABLATIONS, PRESETS, XvlmTrain, matching_pairs, new_xvlm, xvlm_config, xvlm_loss
+from minivlp.recipes.train import scene_tokenizer
+from minivlp.recipes.xvlm_rows import RegionRows, RegionSource, first_of_each
+from minivlp.recipes.xvlm_train import (
+    ABLATIONS,
+    PRESETS,
+    XvlmTrain,
+    matching_pairs,
+    new_xvlm,
+    xvlm_config,
+    xvlm_loss,
+)
+from minivlp.training.fit import fit, optimizers
+from minivlp.training.run import Run
 
 EMOJIVL = load_emojivl()
 CONFIG = replace(

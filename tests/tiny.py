@@ -18,21 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minivlp import (
-    commands,
-    dual_evaluate,
-    dual_job,
-    emojivl,
-    evaluate,
-    finetune,
-    gallery,
-    runs,
-    scene_job,
-    xvlm_job,
-)
+from minivlp import commands
 from minivlp.__main__ import main
-from minivlp.data import EmojiVL, Scene, load_emojivl
-from minivlp.train import PRESETS
+from minivlp.data import EmojiVL, Scene, emojivl, load_emojivl
+from minivlp.evaluation import dual as dual_evaluate
+from minivlp.evaluation import vilt as evaluate
+from minivlp.pictures import gallery
+from minivlp.recipes import dual_job, finetune, scene_job, xvlm_job
+from minivlp.recipes.train import PRESETS
+from minivlp.training import run as runs
 
 SIZES = dict(dim=16, layers=1, heads=2, hidden=32, steps=12, batch=16, warmup=2, save_every=4, report_every=3)
 

@@ -21,9 +21,9 @@ import torch
 from minivlp import stream
 from minivlp.bench.cases import BARE, CASES, Case, Size
 from minivlp.bench.measure import OWN_PAGES, cores, exponent, machine, quartiles, ratios
-from minivlp.refuse import refuse
-from minivlp.runs import HOME
-from minivlp.screen import Tick
+from minivlp.core.require import fail
+from minivlp.training.run import HOME
+from minivlp.training.screen import Tick
 
 SECONDS = {"tiny": 0.0, "default": 3.0, "full": 30.0}  # to repeat a case, after its first four repetitions
 PROCESSES = {"tiny": 1, "default": 1, "full": 3}  # for the memory of a variant
@@ -36,7 +36,7 @@ def chosen(only: str | None) -> list[str]:
     names = list(CASES) if only is None else [name.strip() for name in only.split(",")]
     for name in names:
         if name not in CASES:
-            refuse("--only", f"must name some of {', '.join(CASES)}", repr(name))
+            fail("--only", f"must name some of {', '.join(CASES)}", repr(name))
     return list(dict.fromkeys(names))
 
 

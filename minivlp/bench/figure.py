@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from minivlp.bench.cases import BARE
 from minivlp.bench.measure import quartiles
 from minivlp.bench.report import described
-from minivlp.figures import BLUE, DPI, GREY, VERMILION, WIDTH, save_figure
-from minivlp.refuse import refuse
+from minivlp.core.require import fail
+from minivlp.pictures.figures import BLUE, DPI, GREY, VERMILION, WIDTH, save_figure
 
 COLOURS = {"fused": VERMILION, "torch": BLUE}  # and grey for the peers
 LABELS, GAP, BAR, HEADING = 2.2, 0.35, 0.24, 0.5  # inches
@@ -24,7 +24,7 @@ def bars(path: str | Path, results: Mapping[str, Any]) -> None:
     """Draw the cases of a bench to a PNG file. Raises ValueError when there is none."""
     entries = [entry for entry in results["cases"] if entry["seconds"] or entry["memory"]]
     if not entries:
-        refuse("results", "must hold a case that was measured", "none")
+        fail("results", "must hold a case that was measured", "none")
     variants = [[v for v in dict.fromkeys([*e["seconds"], *e["memory"]]) if v != BARE] for e in entries]
     height = sum(HEADING + BAR * len(names) for names in variants) + 0.55
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)

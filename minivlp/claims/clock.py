@@ -14,9 +14,9 @@ from statistics import median
 import torch
 
 from minivlp.bench.measure import interleaved
+from minivlp.claims.archetypes import ARCHETYPES, Archetype, ArchetypeConfig, new_archetype
 from minivlp.claims.settings import ClockSize
 from minivlp.claims.verdict import Sample
-from minivlp.models.archetypes import ARCHETYPES, Archetype, ArchetypeConfig, new_archetype
 
 PARTS = ("picture", "text", "meeting")
 WORDS = 128  # of the vocabulary

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from minivlp.atomic import whole_file
 from minivlp.claims.pictures import draw
 from minivlp.claims.report import report
 from minivlp.claims.settings import FULL, QUICK, Settings
 from minivlp.claims.table import CLAIMS, chosen
 from minivlp.claims.work import do_all, results, spent
+from minivlp.core.files import whole_file
 from minivlp.data import load_emojivl
-from minivlp.runs import HOME, need_writable
-from minivlp.screen import Screen
+from minivlp.training.run import HOME, need_writable
+from minivlp.training.screen import Screen
 
 OF_MODE = {True: QUICK, False: FULL}  # by --quick
 

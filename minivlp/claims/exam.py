@@ -29,16 +29,23 @@ from itertools import count
 import numpy as np
 import torch
 
-from minivlp.batches import scene_pixels
+from minivlp.claims.archetypes import Archetype
 from minivlp.claims.layers import layers
 from minivlp.claims.verdict import Sample
 from minivlp.claims.world import TEST_SEED, World
-from minivlp.data import Scene
-from minivlp.evaluate import BATCH, encoded, whole_rows
-from minivlp.models.archetypes import Archetype
-from minivlp.pointing import patches_inside, transport
-from minivlp.questions import ONE, SAME, statements
-from minivlp.tasks import false_captions, hide_slots, meaning, noun_spans, retrieval_sets, swapped, takes
+from minivlp.data import Scene, scene_pixels
+from minivlp.data.probes import (
+    false_captions,
+    hide_slots,
+    meaning,
+    noun_spans,
+    retrieval_sets,
+    swapped,
+    takes,
+)
+from minivlp.evaluation.point import patches_inside, transport
+from minivlp.evaluation.vilt import BATCH, encoded, whole_rows
+from minivlp.recipes.questions import ONE, SAME, statements
 
 CHANCE = {
     "swapped": 1 / 2,

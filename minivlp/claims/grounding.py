@@ -14,20 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minivlp.batches import scene_pixels
 from minivlp.claims.settings import RegionsSize
 from minivlp.claims.training import train
 from minivlp.claims.verdict import Sample
-from minivlp.crowds import Crowds
-from minivlp.data import load_emojivl
-from minivlp.evaluate import whole_rows
+from minivlp.data import load_emojivl, scene_pixels
+from minivlp.data.crowds import Crowds
+from minivlp.evaluation.point import patches_inside
+from minivlp.evaluation.vilt import whole_rows
+from minivlp.evaluation.xvlm import answers, iou, questions
 from minivlp.models.xvlm import Xvlm
-from minivlp.pointing import patches_inside
+from minivlp.recipes.train import scene_tokenizer
+from minivlp.recipes.xvlm_rows import RegionSource
+from minivlp.recipes.xvlm_train import ABLATIONS, new_xvlm, xvlm_loss
 from minivlp.regions import patches_touched, region_tokens
-from minivlp.train import scene_tokenizer
-from minivlp.xvlm_evaluate import answers, iou, questions
-from minivlp.xvlm_rows import RegionSource
-from minivlp.xvlm_train import ABLATIONS, new_xvlm, xvlm_loss
 
 WITH, WITHOUT = "regions", "captions"
 TEST_SEED = 1_000_000  # of the test scenes, which no training seed draws

@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp.batches import scene_pixels
 from minivlp.chamfer import chamfer, mismatched
+from minivlp.claims.archetypes import Archetype
 from minivlp.claims.verdict import Sample
 from minivlp.claims.world import World
-from minivlp.data import Scene
-from minivlp.evaluate import equal_lengths
+from minivlp.data import Scene, scene_pixels
+from minivlp.data.probes import meaning
+from minivlp.evaluation.vilt import equal_lengths
 from minivlp.ipot import alignment_masks
-from minivlp.models.archetypes import Archetype
-from minivlp.tasks import meaning
 
 
 @torch.inference_mode()

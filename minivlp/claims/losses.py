@@ -19,14 +19,14 @@ from torch import Tensor
 from minivlp.claims.settings import NamesSize
 from minivlp.claims.training import train
 from minivlp.claims.verdict import Sample
-from minivlp.data import TRAINING_ARTISTS, EmojiVL, load_emojivl
-from minivlp.dual_train import DualTrain, PairSource, trained_concepts
+from minivlp.data import TRAINING_ARTISTS, EmojiVL, load_emojivl, trained_concepts
+from minivlp.data.drawings import Portraits
+from minivlp.data.names import name_tokenizer, named
+from minivlp.evaluation.match import Matcher, ranks, similarities
 from minivlp.infonce import infonce
-from minivlp.matching import Matcher, ranks, similarities
 from minivlp.models.dual import Dual, DualConfig
 from minivlp.models.dual_start import start_mean
-from minivlp.naming import name_tokenizer, named
-from minivlp.portraits import Portraits
+from minivlp.recipes.dual_train import DualTrain, PairSource
 from minivlp.sigmoid import sigmoid_loss
 from minivlp.text import WordPiece
 

@@ -12,12 +12,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from minivlp.claims.archetypes import ARCHETYPES, CONTROL, new_archetype
 from minivlp.claims.exam import exam
 from minivlp.claims.settings import WorldSize
 from minivlp.claims.training import train
 from minivlp.claims.verdict import Sample
 from minivlp.claims.world import archetype_loss, world
-from minivlp.models.archetypes import ARCHETYPES, CONTROL, new_archetype
 
 VARIANTS = (*ARCHETYPES, CONTROL, "unaligned", "words", "pieces")
 

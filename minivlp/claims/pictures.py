@@ -19,7 +19,17 @@ from minivlp.claims.clock import PARTS
 from minivlp.claims.report import told
 from minivlp.claims.settings import Settings
 from minivlp.claims.verdict import Interval, interval
-from minivlp.figures import BLUE, COLOURS, DPI, GREY, VERMILION, WIDTH, label_ends, save_figure, wrapped
+from minivlp.pictures.figures import (
+    BLUE,
+    COLOURS,
+    DPI,
+    GREY,
+    VERMILION,
+    WIDTH,
+    label_ends,
+    save_figure,
+    wrapped,
+)
 
 Numbers = Mapping[str, tuple[Interval, list[float]]]  # of each label, with the mean of each seed
 LEFT, TOP, ROW = 1.9, 0.75, 0.27  # inches

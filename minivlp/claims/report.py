@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from minivlp.claims.archetypes import CONTROL
 from minivlp.claims.claim import Claim, Results, samples
 from minivlp.claims.settings import Settings
 from minivlp.claims.table import CLAIMS
 from minivlp.claims.verdict import Interval, interval
-from minivlp.models.archetypes import CONTROL
 
 
 def report(names: Sequence[str], results: Results, settings: Settings, command: str, seconds: float) -> str:

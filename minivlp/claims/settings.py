@@ -6,10 +6,10 @@ with, so a number changed here costs the experiments that it belongs to and no o
 
 from dataclasses import dataclass, replace
 
-from minivlp.curriculum import Part, Stage
-from minivlp.dual_train import DualTrain
-from minivlp.train import TrainConfig
-from minivlp.xvlm_train import XvlmTrain
+from minivlp.recipes.curriculum import Part, Stage
+from minivlp.recipes.dual_train import DualTrain
+from minivlp.recipes.train import TrainConfig
+from minivlp.recipes.xvlm_train import XvlmTrain
 
 # Eight things of different colour and shape.
 NOUNS = ("dog", "guitar", "tomato", "key", "sunflower", "candle", "cloud", "trophy")

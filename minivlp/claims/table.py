@@ -6,13 +6,13 @@ The number is a mean over seeds and test items of one measure, of one experiment
 
 from collections.abc import Callable, Sequence
 
+from minivlp.claims.archetypes import ARCHETYPES, CONTROL
 from minivlp.claims.claim import Claim, Which
 from minivlp.claims.clock import PARTS
 from minivlp.claims.exam import CHANCE
 from minivlp.claims.losses import LOSSES
 from minivlp.claims.settings import Settings
-from minivlp.models.archetypes import ARCHETYPES, CONTROL
-from minivlp.refuse import refuse
+from minivlp.core.require import fail
 
 
 def always(name: str, measure: str) -> Callable[[Settings], Which]:
@@ -214,7 +214,7 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     names = list(CLAIMS) if names is None else list(dict.fromkeys(names))
     for name in names:
         if name not in CLAIMS:
-            refuse("--only", f"must name some of {', '.join(CLAIMS)}", repr(name))
+            fail("--only", f"must name some of {', '.join(CLAIMS)}", repr(name))
     if not names:
-        refuse("--only", f"must name some of {', '.join(CLAIMS)}", "none")
+        fail("--only", f"must name some of {', '.join(CLAIMS)}", "none")
     return names

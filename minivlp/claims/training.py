@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from minivlp.fit import Loss, Rates, fit
-from minivlp.runs import Run
 from minivlp.text import WordPiece
+from minivlp.training.fit import Loss, Rates, fit
+from minivlp.training.run import Run
 
 
 def train(

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minivlp.refuse import refuse
+from minivlp.core.require import fail
 
 HOLDS, FAILS, OPEN = "holds here", "does not hold here", "cannot be told at this size"
 # Student's t at 97.5 %, by degrees of freedom; beyond the table two terms of its expansion.
@@ -53,7 +53,7 @@ class Interval:
 def student(freedom: int) -> float:
     """Student's t at 97.5 % for whole degrees of freedom from 1 on."""
     if freedom < 1:
-        refuse("freedom", "must be at least 1", freedom)
+        fail("freedom", "must be at least 1", freedom)
     if freedom <= len(STUDENT):
         return STUDENT[freedom - 1]
     z = 1.96
@@ -67,12 +67,12 @@ def interval(seeds: Sequence[Sample]) -> Interval:
     and counts as 0. Raises ValueError for fewer than two seeds, for no items, and for unequal items.
     """
     if len(seeds) < 2:
-        refuse("seeds", "must be at least two, for their spread to be seen", len(seeds))
+        fail("seeds", "must be at least two, for their spread to be seen", len(seeds))
     clusters = list(seeds[0].clusters)
     x = [np.asarray(s.items, dtype=float) for s in seeds]
     if not len(clusters) or any(len(row) != len(clusters) or list(s.clusters) != clusters
                                 for row, s in zip(x, seeds, strict=True)):  # fmt: skip
-        refuse("seeds", "must hold the same test items, at least one", [len(row) for row in x])
+        fail("seeds", "must hold the same test items, at least one", [len(row) for row in x])
     x = np.stack(x)  # (S, n)
     m, S, n = x.mean(), len(x), x.shape[1]
     a = student(S - 1) * x.mean(1).std(ddof=1) / math.sqrt(S)
@@ -88,11 +88,11 @@ def interval(seeds: Sequence[Sample]) -> Interval:
 def difference(first: Sequence[Sample], second: Sequence[Sample]) -> list[Sample]:
     """Seed by seed and item by item, the first minus the second. Raises ValueError when they do not pair."""
     if len(first) != len(second):
-        refuse("second", f"must hold the {len(first)} seeds of the first", len(second))
+        fail("second", f"must hold the {len(first)} seeds of the first", len(second))
     pairs = []
     for a, b in zip(first, second, strict=True):
         if list(a.clusters) != list(b.clusters) or len(a.items) != len(b.items):
-            refuse("second", "must hold the same test items as the first", len(b.items))
+            fail("second", "must hold the same test items as the first", len(b.items))
         pairs.append(Sample((np.asarray(a.items, float) - np.asarray(b.items, float)).tolist(), a.clusters))
     return pairs
 

@@ -35,8 +35,8 @@ from minivlp.claims.losses import LOSSES, names
 from minivlp.claims.pairs import VARIANTS, paired
 from minivlp.claims.settings import Settings
 from minivlp.claims.verdict import Sample
-from minivlp.refuse import refuse
-from minivlp.runs import read_json, write_json
+from minivlp.core.require import fail
+from minivlp.training.run import read_json, write_json
 
 VERSION = 1  # to be raised when an experiment does something else with the same settings
 Samples = dict[str, Sample]
@@ -111,7 +111,7 @@ def results(names: Iterable[str], settings: Settings, folder: Path) -> dict[str,
     for name in names:
         for seed in range(settings.seeds):
             if not done((name, seed), settings, folder):
-                refuse("results", "must be complete", f"none of {name}, seed {seed}")
+                fail("results", "must be complete", f"none of {name}, seed {seed}")
             samples = read_json(_path(folder, (name, seed)))["samples"]
             found.setdefault(name, []).append({key: Sample(**sample) for key, sample in samples.items()})
     return found

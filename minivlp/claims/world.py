@@ -27,17 +27,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp.batches import Rows, SceneRows
+from minivlp.claims.archetypes import Archetype, ArchetypeConfig
 from minivlp.claims.settings import WorldSize
-from minivlp.curriculum import Part, stage_at
 from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl
+from minivlp.data.probes import meaning
 from minivlp.infonce import infonce
 from minivlp.itm import itm_loss
 from minivlp.mlm import IGNORE, mask_tokens
-from minivlp.models.archetypes import Archetype, ArchetypeConfig
-from minivlp.tasks import meaning
+from minivlp.recipes.curriculum import Part, stage_at
+from minivlp.recipes.train import pretraining_loss, scene_texts
+from minivlp.recipes.vilt_batches import Rows, SceneRows
 from minivlp.text import WordPiece
-from minivlp.train import pretraining_loss, scene_texts
 
 MASKINGS = ("curriculum", "words", "pieces")
 

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from minivlp import refuse
-from minivlp.atomic import whole_file
-from minivlp.models import dual_config, dual_weights
+from minivlp.core import require
+from minivlp.core.files import whole_file
 from minivlp.models.dual_towers import ACTIVATIONS, ImageTower, TextTower
+from minivlp.models.published import clip_siglip as dual_weights
+from minivlp.models.published import clip_siglip_config as dual_config
+from minivlp.models.published.safetensors import load_state, write_safetensors
 from minivlp.patch import patches_a_side
-from minivlp.weights import load_state, write_safetensors
 
 __all__ = ["Dual", "DualConfig", "load_clip", "load_siglip", "save_clip", "save_siglip"]
 
@@ -70,13 +71,13 @@ class DualConfig:
             ("activation", tuple(ACTIVATIONS)),
         ]:
             if getattr(self, name) not in allowed:
-                refuse.refuse(name, f"must be one of {', '.join(allowed)}", getattr(self, name))
+                require.fail(name, f"must be one of {', '.join(allowed)}", getattr(self, name))
         patches_a_side(self.image_size, self.patch)
         if self.image_pool == "map" and self.embed != self.image_dim:
-            refuse.refuse("embed", f"must be image_dim={self.image_dim} with image_pool 'map'", self.embed)
+            require.fail("embed", f"must be image_dim={self.image_dim} with image_pool 'map'", self.embed)
         if self.eot is not None and not 0 <= self.eot < self.vocab_size:
-            refuse.refuse("eot", f"must lie in [0, {self.vocab_size})", self.eot)
-        refuse.positive(eps=self.eps, init_scale=self.init_scale)
+            require.fail("eot", f"must lie in [0, {self.vocab_size})", self.eot)
+        require.positive(eps=self.eps, init_scale=self.init_scale)
 
 
 class Dual(nn.Module):
@@ -177,7 +178,7 @@ def _load(form: dual_weights.Form, source, heads, activation, eot) -> Dual:
         model = Dual(config)
     for name, empty in model.state_dict().items():
         if tensors[name].shape != empty.shape:
-            refuse.refuse(spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape))
+            require.fail(spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape))
     model.to_empty(device="cpu").load_state_dict(tensors)
     return model
 

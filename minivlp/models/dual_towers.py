@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from minivlp import refuse
 from minivlp.attention import attention
+from minivlp.core import require
 from minivlp.patch import PatchEmbed
 from minivlp.transformer import Encoder, normal_init
 
@@ -79,9 +79,9 @@ class ImageTower(nn.Module):
 
     def states(self, pixels: Tensor) -> Tensor:
         """The tokens after the final norm: (B, N, D), or (B, 1+N, D) with [CLS] first."""
-        B = refuse.shapes(pixels=(pixels, "B 3 H W"))["B"]
+        B = require.shapes(pixels=(pixels, "B 3 H W"))["B"]
         if tuple(pixels.shape[2:]) != (self.size, self.size):
-            refuse.refuse("pixels", f"must be {self.size} × {self.size}", tuple(pixels.shape))
+            require.fail("pixels", f"must be {self.size} × {self.size}", tuple(pixels.shape))
         z = self.patch(pixels)  # (B, N, D)
         if self.cls is None:
             return self.encoder(z + self.position)
@@ -115,15 +115,15 @@ class TextTower(nn.Module):
 
     def states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """The tokens after the final norm, (B, L, D)."""
-        L, (longest, V) = refuse.shapes(ids=(ids, "B L"))["L"], (len(self.position), len(self.word.weight))
-        refuse.integers(ids=ids)
+        L, (longest, V) = require.shapes(ids=(ids, "B L"))["L"], (len(self.position), len(self.word.weight))
+        require.integers(ids=ids)
         if not 1 <= L <= longest:
-            refuse.refuse("ids", f"must have 1 to {longest} words", L)
+            require.fail("ids", f"must have 1 to {longest} words", L)
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= V):
-            refuse.refuse("ids", f"must lie in [0, {V})", f"{int(ids.min())} to {int(ids.max())}")
+            require.fail("ids", f"must lie in [0, {V})", f"{int(ids.min())} to {int(ids.max())}")
         if mask is not None:
-            refuse.shapes(ids=(ids, "B L"), mask=(mask, "B L"))
-            refuse.mask("mask", mask, whole_rows=True)
+            require.shapes(ids=(ids, "B L"), mask=(mask, "B L"))
+            require.mask("mask", mask, whole_rows=True)
         keys = None if mask is None or bool(mask.all()) else mask[:, None, None]
         return self.encoder(self.word(ids) + self.position[:L], keys, self.causal)
 
@@ -133,7 +133,7 @@ class TextTower(nn.Module):
             return ids.argmax(1)
         found = ids == self.eot
         if not bool(found.any(1).all()):  # argmax would say 0: every such text the same vector
-            refuse.refuse("ids", f"must hold the end-of-text id {self.eot} in every row", "a row without")
+            require.fail("ids", f"must hold the end-of-text id {self.eot} in every row", "a row without")
         return found.int().argmax(1)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:

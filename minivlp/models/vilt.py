@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, linear, pad
 
-from minivlp import refuse
-from minivlp.atomic import whole_file
-from minivlp.models import vilt_weights
-from minivlp.models.vilt_pixels import vilt_pixels
+from minivlp.core import require
+from minivlp.core.files import whole_file
+from minivlp.models.published import vilt as vilt_weights
+from minivlp.models.published.pixels import vilt_pixels
+from minivlp.models.published.safetensors import load_state, write_safetensors
 from minivlp.patch import PatchEmbed, patches_a_side
 from minivlp.transformer import Encoder, normal_init
-from minivlp.weights import load_state, write_safetensors
 
 __all__ = ["Vilt", "ViltConfig", "load_vilt", "resize_positions", "save_vilt", "vilt_pixels"]
 
@@ -61,7 +61,7 @@ class ViltConfig:
     def __post_init__(self):
         patches_a_side(self.image_size, self.patch)
         if self.nlvr2 and self.image_types < 2:
-            refuse.refuse("image_types", "must be at least 2 for the nlvr2 head", self.image_types)
+            require.fail("image_types", "must be at least 2 for the nlvr2 head", self.image_types)
 
     @property
     def grid(self) -> int:
@@ -130,7 +130,7 @@ class Vilt(nn.Module):
         text = self.embed_text(ids, text_mask)  # (B, L, D)
         image, image_mask = self.embed_image(pixels, pixel_mask, image_type)  # (B, N+1, D), (B, N+1)
         if len(text) != len(image):
-            refuse.refuse("pixels", f"must hold one image per text, B={len(text)}", tuple(pixels.shape))
+            require.fail("pixels", f"must hold one image per text, B={len(text)}", tuple(pixels.shape))
         mask = torch.cat([text_mask, image_mask], 1)  # (B, L+N+1)
         keys = None if bool(mask.all()) else mask[:, None, None]  # no padding, no mask to apply
         z = self.encoder(torch.cat([text, image], 1), keys)  # (B, L+N+1, D)
@@ -141,13 +141,13 @@ class Vilt(nn.Module):
     def embed_text(self, ids: Tensor, text_mask: Tensor) -> Tensor:
         """Rows of words before the first block, (B, L, D); arguments and errors as of `encode`."""
         c = self.config
-        L = refuse.shapes(ids=(ids, "B L"), text_mask=(text_mask, "B L"))["L"]
-        refuse.integers(ids=ids)
-        refuse.mask("text_mask", text_mask, whole_rows=True)
+        L = require.shapes(ids=(ids, "B L"), text_mask=(text_mask, "B L"))["L"]
+        require.integers(ids=ids)
+        require.mask("text_mask", text_mask, whole_rows=True)
         if not 1 <= L <= c.max_text_len:
-            refuse.refuse("ids", f"must have 1 to {c.max_text_len} words", L)
+            require.fail("ids", f"must have 1 to {c.max_text_len} words", L)
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= c.vocab_size):
-            refuse.refuse("ids", f"must lie in [0, {c.vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
+            require.fail("ids", f"must lie in [0, {c.vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
         words = self.word(ids) + (self.text_position.weight[:L] + self.segment.weight[0])  # (B, L, D)
         return self.text_norm(words) + self.modality.weight[0]
 
@@ -156,9 +156,9 @@ class Vilt(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rows of the image [CLS] and of patches before the first block, (B, N+1, D), and their mask."""
         c = self.config
-        B, H, W = (refuse.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "BHW")
+        B, H, W = (require.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "BHW")
         if not 1 <= image_type <= c.image_types:
-            refuse.refuse("image_type", f"must lie in [1, {c.image_types}]", image_type)
+            require.fail("image_type", f"must lie in [1, {c.image_types}]", image_type)
         patches = self.patch(pixels)  # (B, N, D)
         grid, stored = (H // c.patch, W // c.patch), self.position[1:].view(c.grid, c.grid, c.dim)
         valid = None if pixel_mask is None else self._valid_patches(pixel_mask, (B, H, W))
@@ -175,15 +175,15 @@ class Vilt(nn.Module):
 
     def _valid_patches(self, pixel_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Which patches are real, (B, H/p, W/p) bool: they must fill a rectangle from the upper left."""
-        refuse.mask("pixel_mask", pixel_mask)
+        require.mask("pixel_mask", pixel_mask)
         if tuple(pixel_mask.shape) != shape:
-            refuse.refuse("pixel_mask", f"must have shape (B, H, W) = {shape}", tuple(pixel_mask.shape))
+            require.fail("pixel_mask", f"must have shape (B, H, W) = {shape}", tuple(pixel_mask.shape))
         valid = pixel_mask[:, :: self.config.patch, :: self.config.patch]
         rows, columns = valid[:, :, 0], valid[:, 0]
         # The left and the upper edge, each cut at its first False, span the rectangle that the mask must be.
         rectangle = rows.cummin(1).values[:, :, None] & columns.cummin(1).values[:, None, :]
         if not bool(valid[:, 0, 0].all()) or not torch.equal(rectangle, valid):
-            refuse.refuse("pixel_mask", "must be a rectangle from the upper left corner", "another shape")
+            require.fail("pixel_mask", "must be a rectangle from the upper left corner", "another shape")
         return valid
 
     def _padded_positions(self, stored: Tensor, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -194,7 +194,7 @@ class Vilt(nn.Module):
     def _head(self, name: str) -> nn.Module:
         head = getattr(self, name)
         if head is None:
-            refuse.refuse("model", f"must have the {name} head", "a configuration without it")
+            require.fail("model", f"must have the {name} head", "a configuration without it")
         return head
 
     @property
@@ -271,7 +271,7 @@ def load_vilt(
         model = Vilt(config)
     for name, empty in model.state_dict().items():
         if tensors[name].shape != empty.shape:
-            refuse.refuse(
+            require.fail(
                 published.spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape)
             )
     model.to_empty(device="cpu").load_state_dict(tensors)

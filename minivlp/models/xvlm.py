@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, normalize
 
-from minivlp import refuse
 from minivlp.attention import attention
+from minivlp.core import require
 from minivlp.infonce import InfoNCE
 from minivlp.models.vilt import MlmHead, classifier, resize_positions
 from minivlp.patch import PatchEmbed, patches_a_side
@@ -121,7 +121,7 @@ class Xvlm(nn.Module):
 
         Raises ValueError on other shapes, dtypes and NaN.
         """
-        c, (H, W) = self.config, (refuse.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "HW")
+        c, (H, W) = self.config, (require.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "HW")
         z = self.patch(pixels)  # (B, N, D)
         stored = self.position.view(c.grid, c.grid, c.dim)
         return self.image(z + resize_positions(stored, H // c.patch, W // c.patch).flatten(0, 1))
@@ -132,13 +132,13 @@ class Xvlm(nn.Module):
         Raises ValueError on bad shapes, dtypes, ids outside the vocabulary and texts without words.
         """
         c = self.config
-        L = refuse.shapes(ids=(ids, "R L"), text_mask=(text_mask, "R L"))["L"]
-        refuse.integers(ids=ids)
-        refuse.mask("text_mask", text_mask, whole_rows=True)
+        L = require.shapes(ids=(ids, "R L"), text_mask=(text_mask, "R L"))["L"]
+        require.integers(ids=ids)
+        require.mask("text_mask", text_mask, whole_rows=True)
         if not 1 <= L <= c.max_text_len:
-            refuse.refuse("ids", f"must have 1 to {c.max_text_len} words", L)
+            require.fail("ids", f"must have 1 to {c.max_text_len} words", L)
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= c.vocab_size):
-            refuse.refuse("ids", f"must lie in [0, {c.vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
+            require.fail("ids", f"must lie in [0, {c.vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
         z = self.text_norm(self.word(ids) + self.text_position.weight[:L])
         return self.text(z, _keys(text_mask))
 
@@ -162,8 +162,8 @@ class Xvlm(nn.Module):
 
         text_mask (R, L) and token_mask (R, K) bool, True = real. Raises ValueError when they do not fit.
         """
-        refuse.shapes(words=(words, "R L D"), text_mask=(text_mask, "R L"))
-        refuse.shapes(words=(words, "R L D"), tokens=(tokens, "R K D"), token_mask=(token_mask, "R K"))
+        require.shapes(words=(words, "R L D"), text_mask=(text_mask, "R L"))
+        require.shapes(words=(words, "R L D"), tokens=(tokens, "R K D"), token_mask=(token_mask, "R K"))
         return self.cross(words, tokens, _keys(text_mask), _keys(token_mask))
 
     def encode(
@@ -176,10 +176,10 @@ class Xvlm(nn.Module):
         "image_mask" (B, N+1) all True and "pooled" (B, D), the fused [CLS]. Raises ValueError as they do.
         """
         if pixel_mask is not None:
-            refuse.refuse("pixel_mask", "must be None: pictures of a batch have one size", "a mask")
+            require.fail("pixel_mask", "must be None: pictures of a batch have one size", "a mask")
         words, patches = self.text_words(ids, text_mask), self.image_patches(pixels)
         if len(words) != len(patches):
-            refuse.refuse("pixels", f"must hold one image per text, B={len(words)}", tuple(pixels.shape))
+            require.fail("pixels", f"must hold one image per text, B={len(words)}", tuple(pixels.shape))
         image = whole(patches)
         mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         fused = self.fuse(words, text_mask, image, mask)

@@ -1,0 +1,1 @@
+"""What the ideas may import: checks of arguments, transport kernels, files written whole."""

@@ -1,0 +1,153 @@
+"""What a loss moves through memory and multiplies: counted on the plain rungs, predicted for the kernels.
+
+Plain rung: `passes` runs it on a small input, forward and backward, and counts how often an operation reads
+or writes an array as large as S. Each operation is taken to read and write an entry once.
+
+Kernels: each launch reads its rows and its columns, and an accumulate writes its gradient in float32. That
+holds while the columns stay in the cache of the chip; when they do not fit, every strip of 64 rows reads them
+again (`cached`).
+
+Times are bounds, not measurements: the plain rung multiplies at full rate and moves at full rate, one after
+the other; a kernel does both at once. The chip is that of a laptop, with its published rates.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minivlp.chamfer import chamfer
+from minivlp.infonce import infonce
+from minivlp.ipot import wpa
+from minivlp.mlm import mlm_loss
+from minivlp.sigmoid import sigmoid_loss
+
+STRIP = 64  # rows of S that a program walks along
+
+
+class Chip(NamedTuple):
+    """Float32 flops a second, bytes a second from memory, bytes of L2. Half precisions are twice as fast."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    cache: int
+
+    def balance(self, size: int) -> float:
+        """Flops that the chip makes while one byte arrives, for operands of `size` bytes."""
+        return self.rate(size) / self.bandwidth
+
+    def rate(self, size: int) -> float:
+        return self.flops * (2 if size == 2 else 1)
+
+
+# 3072 cores × 2 flops × 1.89 GHz.
+LAPTOP = Chip("GeForce RTX 4060 Laptop", 3072 * 2 * 1.89e9, 256e9, 32 * 2**20)
+
+
+class Case(NamedTuple):
+    """A loss of P problems of M × N at width D: launches of its kernels, its plain rung and its products."""
+
+    name: str
+    P: int
+    M: int
+    N: int
+    D: int
+    folds: int
+    accumulates: int
+    plain: Callable[..., Any]
+    products: int  # of the plain rung, forward and backward: 2·P·M·N·D flops each
+
+
+def _rows(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def _words(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return mlm_loss(x[0], y[0], _rows(y.shape[1]), torch.arange(x.shape[1]))
+
+
+def _scores(loss: Callable[..., Any], scalars: int) -> Callable[..., Any]:
+    return lambda x, y: loss(x[0], y[0], *(_rows(1)[0].exp() for _ in range(scalars)))
+
+
+CASES = [
+    Case("InfoNCE", 1, 8192, 8192, 512, 2, 2, _scores(infonce, 1), 3),
+    Case("sigmoid loss", 1, 8192, 8192, 512, 0, 2, _scores(sigmoid_loss, 2), 3),
+    Case("masked words", 1, 4096, 30522, 768, 1, 2, _words, 3),
+    Case("Chamfer", 1, 8192, 8192, 512, 2, 0, chamfer, 3),
+    Case("word-patch", 64, 40, 240, 768, 1, 2, wpa, 3),
+]  # fmt: skip
+
+
+@functools.cache
+def passes(case: Case) -> float:
+    """How often the plain rung reads or writes an entry of an array as large as S, forward and backward."""
+    P, M, N = 3, 37, 41  # no array but those like S has P · M · N entries
+    P = 1 if case.P == 1 else P
+    N = M if case.M == case.N else N
+    counter = _Counter(P * M * N)
+    with counter:
+        case.plain(_rows(P, M, 8), _rows(P, N, 8)).sum().backward()
+    return counter.bytes / (4 * P * M * N)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the bytes of all operands and results with so many entries; a view moves nothing."""
+
+    def __init__(self, entries: int):
+        super().__init__()
+        self.entries, self.bytes = entries, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        if not operation.is_view:
+            for t in torch.utils._pytree.tree_leaves((args, kwargs, made)):
+                if isinstance(t, torch.Tensor) and t.numel() == self.entries:
+                    self.bytes += t.numel() * t.element_size()
+        return made
+
+
+def plain_bytes(case: Case, size: int) -> float:
+    """Moved by the plain rung, forward and backward, with entries of `size` bytes."""
+    return passes(case) * case.P * case.M * case.N * size
+
+
+def kernel_bytes(case: Case, size: int, cached: bool) -> int:
+    """Moved by the kernels: rows and columns of each launch, read from memory, and gradients written."""
+    total, sides = 0, ((case.M, case.N), (case.N, case.M))
+    for launches, written in ((case.folds, 0), (case.accumulates, 4)):
+        for rows, columns in sides[:launches]:  # the second launch has the sides exchanged
+            total += (rows + columns * (1 if cached else -(-rows // STRIP))) * size + rows * written
+    if not case.accumulates:  # the gradient is gathered: rows, their partners, and what they add up to
+        total += 3 * (case.M + case.N) * 4
+    return total * case.P * case.D
+
+
+def fits(case: Case, size: int, chip: Chip) -> bool:
+    """Do the columns of a problem stay in the cache, whichever side they are?"""
+    return max(case.M, case.N) * case.D * size <= chip.cache
+
+
+def row(case: Case, size: int, chip: Chip = LAPTOP) -> str:
+    """One line of the table."""
+    cached, flops = fits(case, size, chip), 2 * case.P * case.M * case.N * case.D
+    plain, kernel = plain_bytes(case, size), kernel_bytes(case, size, cached)
+    products = case.folds + 2 * case.accumulates
+    before = case.products * flops / chip.rate(size) + plain / chip.bandwidth
+    after = max(products * flops / chip.rate(size), kernel / chip.bandwidth)
+    return (
+        f"{case.name:14}{8 * size:4}{plain / 1e6:12,.0f}{kernel / 1e6:10,.0f}{plain / kernel:8.1f}"
+        f"{case.products:8}{products:6}{before * 1e3:11.1f}{after * 1e3:9.1f}"
+    )
+
+
+def table(chip: Chip = LAPTOP) -> list[str]:
+    """The traffic table that opens minivlp/kernels/walks.py."""
+    head = [
+        "                         MB moved              products      bound, ms",
+        "              bits     plain    kernel   ratio   plain kernel   plain   kernel",
+    ]
+    return head + [row(case, size, chip) for case in CASES for size in (4, 2)]

@@ -1,0 +1,170 @@
+"""Weight files: read them without running the code a file may carry, and write them whole or not at all.
+
+A safetensors file is three parts: the header's length as an unsigned 64-bit little-endian number, the header
+in JSON, and one block of raw little-endian numbers. The header gives every tensor's place in that block,
+
+    {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, …},
+
+beside an optional "__metadata__" of texts, and the places must tile the block: no gap, no overlap, nothing
+left over. So a reader can check all of it before it believes any of it. A torch file (.bin, .ckpt) is a
+pickle, read here with `weights_only=True`, which builds tensors and plain containers and nothing else.
+
+Sources: the format section of the safetensors documentation; the dtype names are its own.
+Left out: sharded models, mapping a file into memory, and machines whose own numbers are big-endian.
+"""
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minivlp.core import require
+from minivlp.core.files import whole_file
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+):
+    """Write named tensors and, if given, a dictionary of texts; the file is replaced whole or not at all.
+
+    Raises ValueError for a dtype that the format does not have.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    begin = 0
+    # Widest numbers first: every tensor then starts at a multiple of its own item size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in ordered:
+        if tensor.dtype not in NAMES:
+            require.fail(name, f"must have one of the dtypes {', '.join(DTYPES)}", tensor.dtype)
+        end = begin + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # spaces align the block
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file, on CPU. Raises ValueError when the file breaks the format."""
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        _need(
+            size >= 8 and length <= min(LONGEST_HEADER, size - 8), path, "have a header that fits in the file"
+        )
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} must have a header in JSON, got {error}") from error
+        _need(isinstance(header, dict), path, "have a header that is a JSON object")
+        header.pop("__metadata__", None)
+        places = sorted(
+            (_place(path, name, entry) for name, entry in header.items()), key=lambda p: (p[0], p[1])
+        )
+        reached, tensors = 0, {}
+        for begin, end, _, _, name in places:
+            _need(
+                begin == reached, path, f"hold tensors without gap or overlap, but {name!r} starts at {begin}"
+            )
+            reached = end
+        _need(reached == size - 8 - length, path, f"end where its last tensor ends, {reached} bytes of data")
+        for begin, end, dtype, shape, name in places:
+            buffer = bytearray(end - begin)  # a buffer of its own: tensors stay aligned, and free one by one
+            _need(file.readinto(buffer) == len(buffer), path, f"hold all of {name!r}")
+            numbers = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+            tensors[name] = numbers.reshape(shape)
+    return tensors
+
+
+def _need(rule_holds: bool, path: str | os.PathLike, rule: str) -> None:
+    if not rule_holds:
+        require.fail(str(path), f"must {rule}", "a broken safetensors file")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name twice")
+    return dict(pairs)
+
+
+def _place(path: str | os.PathLike, name: str, entry: Any) -> tuple[int, int, torch.dtype, list[int], str]:
+    """(begin, end, dtype, shape, name) of one header entry, checked in itself."""
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    _need(whole, path, f"give {name!r} a known dtype, a shape and two offsets")
+    _need(end - begin == math.prod(shape) * dtype.itemsize, path, f"give {name!r} as many bytes as its shape")
+    return begin, end, dtype, shape, name
+
+
+def load_state(source: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a model's tensors and its config.json: `(state, config)`, the config {} where there is none.
+
+    source: a state dict; a `.safetensors`, `.bin`, `.ckpt`, `.pt` or `.pth` file; or a folder with
+    `model.safetensors` or `pytorch_model.bin`. A config.json beside the file is read. A training checkpoint
+    that keeps its model under "state_dict" is unwrapped. Raises ValueError when the source is none of these
+    or does not load.
+    """
+    if isinstance(source, Mapping):
+        return _tensors(source), {}
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        if not found:
+            require.fail(
+                "source", "must be a folder with model.safetensors or pytorch_model.bin", f"{path} without"
+            )
+        path = found[0]
+    if not path.is_file():
+        require.fail("source", "must be a state dict, a file or a folder", f"{path}, which does not exist")
+    if path.suffix == ".safetensors":
+        state = read_safetensors(path)
+    elif path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            rule = "must be a torch file of tensors that loads with weights_only=True"
+            raise ValueError(f"source {rule}, got {path}: {reason}") from error
+    else:
+        require.fail("source", "must end in .safetensors, .bin, .ckpt, .pt or .pth", path.name)
+    beside = path.parent / "config.json"
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{beside} must be JSON, got {error}") from error
+    if not isinstance(config, dict):
+        require.fail(str(beside), "must be a JSON object", type(config).__name__)
+    return _tensors(state), config
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+        require.fail("source", "must hold named tensors", type(state).__name__)
+    return dict(state)

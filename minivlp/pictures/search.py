@@ -1,0 +1,87 @@
+"""Search drawings with words: every drawing of an unseen artist ranked for a query, the best on a sheet.
+
+Left out: an index. All drawings are encoded anew in about a second; a real search would do it once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from minivlp.core.require import fail
+from minivlp.data import EmojiVL, load_emojivl
+from minivlp.data.drawings import Portraits
+from minivlp.data.names import named
+from minivlp.evaluation.match import Matcher, similarities
+from minivlp.pictures.contact_sheet import contact_sheet
+from minivlp.text import split_words
+from minivlp.training.run import need_writable
+from minivlp.training.screen import Screen
+from minivlp.training.trained import Trained
+
+SHOWN, TOLD = 18, 5
+PAPER = 235  # grey value behind the drawings of a sheet
+
+
+class Gallery:
+    """All drawings by one artist, the first unseen one where there is one, encoded once."""
+
+    def __init__(self, trained: Trained, emojivl: EmojiVL, device: str = "cpu"):
+        self.language = trained.settings["train"]["language"]
+        self.artist = (*emojivl.unseen_artists, *emojivl.sheets)[0]
+        self.concepts = [c for c in emojivl.concepts if self.artist in c.artists]
+        self.matcher = Matcher(trained.model.to(device), trained.tokenizer, trained.kind == "filip")
+        portraits = Portraits(emojivl, trained.canvas)
+        ids = [c.id for c in self.concepts]
+        self.pictures = self.matcher.pictures(portraits.plain(ids, [self.artist] * len(ids)))
+        self._sheet = emojivl.sheets[self.artist]
+
+    def scores(self, query: str) -> np.ndarray:
+        """The similarity of the query with every drawing, (n,) in [−1, 1]."""
+        return similarities(self.matcher.texts([query]), self.pictures)[0]
+
+    def sheet(
+        self, query: str, shown: int = SHOWN, title: str = ""
+    ) -> tuple[str, list[tuple[np.ndarray, str, bool]]]:
+        """An entry of `contact_sheet`; a frame marks concepts that training never showed.
+
+        title: in place of the query, which may be in a script that the font lacks.
+        """
+        best = np.argsort(-self.scores(query), kind="stable")[:shown]
+        return title or query, [
+            (self._image(i), named(self.concepts[i], "en"), self.concepts[i].split != "train") for i in best
+        ]
+
+    def _image(self, i: int) -> np.ndarray:
+        """The drawing as it is in the data, on light grey."""
+        tile = self._sheet[self.concepts[i].id].astype(np.float32)  # (64, 64, 4)
+        alpha = tile[..., 3:] / 255
+        return (tile[..., :3] * alpha + PAPER * (1 - alpha)).astype(np.uint8)
+
+
+def unread(words: Sequence[str], trained: Trained) -> list[str]:
+    """The words that training never showed, in any form."""
+    return [w for w in words if trained.tokenizer.unk_id in trained.tokenizer.encode(w)]
+
+
+def search(query: str, trained: Trained, out: Path, device: str, screen: Screen) -> None:
+    """Rank, print, and write demo.png into the folder `out`. Raises ValueError without one known word."""
+    words, emojivl = split_words(query), load_emojivl()
+    unknown = unread(words, trained)
+    if len(unknown) == len(words):
+        got = ", ".join(map(repr, unknown)) or "none"
+        fail("caption", "must hold at least one word the model has read", got)
+    need_writable(out / "demo.png", make_folder=True)
+    gallery = Gallery(trained, emojivl, device)
+    scores = gallery.scores(query)
+    screen.say(f"{len(scores)} drawings by {gallery.artist}")
+    if unknown:
+        screen.say(f"never read in training, so passed over: {', '.join(unknown)}")
+    screen.say("rank  cosine  the drawing shows")
+    for place, i in enumerate(np.argsort(-scores, kind="stable")[:TOLD], start=1):
+        concept = gallery.concepts[i]
+        new = "" if concept.split == "train" else "  (never shown in training)"
+        screen.say(f"{place:4d}  {scores[i]:+6.3f}  {named(concept, gallery.language)}{new}")
+    title = "" if gallery.language == "en" else "what was asked for in Chinese"
+    contact_sheet(out / "demo.png", [gallery.sheet(query, title=title)])
+    screen.say(f"wrote {out / 'demo.png'}")

@@ -1,0 +1,1 @@
+"""Training runs: the loop, the run folder, trained models, several processes, what the screen shows."""
