@@ -6,14 +6,19 @@ torch is imported by the command that needs it, so that `--help` and a mistyped 
 """
 
 import argparse
+import importlib
 import math
 import shlex
 import sys
+from pathlib import Path
+from typing import Any
 
+from minivlp.recipes import FLAGS, MODELS, TASKS, recipe_name
 from minivlp.training.screen import Screen
 
-PRESETS = ("cpu", "gpu", "captions")  # those of train.py, which imports torch
-MODELS = ("vilt", "clip", "siglip", "vse", "filip", "xvlm")  # clip to filip are those of dual_train.py
+PRESETS = ("cpu", "gpu", "captions")  # of all recipes together
+NUMBERS = ("steps", "batch", "lr", "seed")  # flags that stand in place of a preset's numbers
+PATHS = ("captions", "images", "start")
 RUN = "a run folder, checkpoint.pt or .safetensors (default: runs/vilt, else the shipped model)"
 
 
@@ -24,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"minivlp: {message} (all flags: {self.prog} --help)\n")
 
 
-def whole(least: int, multiple: int = 1):
+def integer_from(least: int, multiple: int = 1):
     """The argparse type of whole numbers from `least` on, multiples of `multiple`."""
 
     def number(text: str) -> int:
@@ -64,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         if device:
             devices = ["auto", "cpu", "cuda", "mps"]
             sub.add_argument("--device", default="auto", choices=devices, help="auto: cuda if there is one")
-        sub.add_argument("--threads", type=whole(1), help="CPU threads (default: all cores, at most 4)")
+        sub.add_argument(
+            "--threads", type=integer_from(1), help="CPU threads (default: all cores, at most 4)"
+        )
         return sub
 
     train = command("train", "Train a model, evaluate it, draw pictures.", "train --captions my_pictures")
@@ -74,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--without", choices=["boxes", "regions"], help="what xvlm is to do without")
     train.add_argument("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
-    train.add_argument("--task", choices=["vqa", "nlvr2"], help="fine-tune a trained run on this task")
+    train.add_argument("--task", choices=TASKS, help="fine-tune a trained run on this task")
     train.add_argument("--start", metavar="RUN", help=f"where --task starts: {RUN}")
     train.add_argument(
         "--captions", metavar="DIR", help="own data: a folder with captions.jsonl, or a COCO JSON file"
@@ -92,18 +99,18 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with the run of this name, with the settings it began with",
     )
-    train.add_argument("--steps", type=whole(1), help="in place of the preset's")
-    train.add_argument("--batch", type=whole(2), help="rows a step, in place of the preset's")
+    train.add_argument("--steps", type=integer_from(1), help="in place of the preset's")
+    train.add_argument("--batch", type=integer_from(2), help="rows a step, in place of the preset's")
     train.add_argument("--lr", type=positive, help="in place of the preset's")
-    train.add_argument("--seed", type=whole(0), help="of weights and data, in place of the preset's")
+    train.add_argument("--seed", type=integer_from(0), help="of weights and data, in place of the preset's")
 
     evaluation = command("eval", "Measure a trained model on a folder of sheets.", "eval --run runs/vilt")
     evaluation.add_argument("--data", metavar="DIR", help="a folder with meta.json (default: data_tiny)")
     evaluation.add_argument("--out", metavar="FILE", help="also write the results as JSON")
-    evaluation.add_argument("--seed", type=whole(0), default=1, help="of the test scenes (default: 1)")
+    evaluation.add_argument("--seed", type=integer_from(0), default=1, help="of the test scenes (default: 1)")
     for sub in (train, evaluation):
         sub.add_argument(
-            "--items", type=whole(4, 2), default=2000, help="test items a measure (default: 2000)"
+            "--items", type=integer_from(4, 2), default=2000, help="test items a measure (default: 2000)"
         )
 
     demo = command(
@@ -143,6 +150,145 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def train(args: argparse.Namespace, screen: Screen) -> None:
+    """Train the recipe that the flags name, and its controls; then evaluate and draw."""
+    from minivlp.recipes.base import open_recipe, ship
+    from minivlp.training.loop import finish, train_and_say
+    from minivlp.training.run import open_run, run_folder
+    from minivlp.training.workers import joined
+
+    name = recipe_name(vars(args))
+    folder = run_folder(args.name or name)
+    with joined(_device(args.device)) as workers:
+        screen = Screen(silent=True) if workers.rank else screen
+        settings = None if args.resume or workers.rank else _new_settings(args, folder, workers.size)
+        run = open_run(folder, settings, workers)
+        if args.resume:
+            _resumed(args, run.settings)
+        start = "python" if workers.size == 1 else f"torchrun --nproc-per-node={workers.size}"
+        args.go_on = f"{start} -m minivlp train --resume --name {args.name or folder.name}"
+        recipe = open_recipe(run, screen.say)
+        train_and_say(recipe, run, screen, workers)
+        for control, settings in recipe.controls().items():
+            beside = open_run(folder / control, settings, workers, resume=(folder / control).exists())
+            train_and_say(open_recipe(beside), beside, screen, workers)
+        if workers.rank == 0:
+            finish(recipe, run, args.items, ship, screen)
+
+
+def _new_settings(args: argparse.Namespace, folder: Path, processes: int) -> dict[str, Any]:
+    """The settings of a new run. Raises ValueError, before anything is written, for flags that cannot be."""
+    import torch
+
+    from minivlp.core.require import fail
+    from minivlp.recipes import recipe_class
+    from minivlp.training.run import Run
+
+    Run(folder, {}).need_new()
+    name = recipe_name(vars(args))
+    for flag, (recipes, needs) in FLAGS.items():
+        if getattr(args, flag) and name not in recipes:
+            fail(f"--{flag.replace('_', '-')}", f"must come with {needs}", name)
+    for flag in ("captions", "preset"):
+        if args.task and getattr(args, flag):
+            fail("--task", "must come alone: it starts from a trained run, with its sizes", f"--{flag}")
+    for flag in ("task", "captions"):
+        if getattr(args, flag) and args.model != MODELS[0]:
+            fail(f"--{flag}", f"must come with --model {MODELS[0]}", args.model)
+    recipe = recipe_class(name)
+    if processes > 1 and not recipe.several_processes:
+        fail("--model", "must be vilt without --task, clip or siglip for several processes", name)
+    about = {"command": args.command_line, "model": args.model, "task": args.task, "captions": None}
+    flags = {k: v for k, v in vars(args).items() if v is not None} | _paths(args)
+    machine = {"device": _device(args.device), "threads": torch.get_num_threads()}
+    return about | recipe.begin(flags) | machine
+
+
+def _paths(args: argparse.Namespace) -> dict[str, str]:
+    """The paths that were given, made absolute: a run may be resumed from another folder."""
+    return {key: str(Path(getattr(args, key)).absolute()) for key in PATHS if getattr(args, key)}
+
+
+def _resumed(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Refuse flags that ask for what the run did not begin with; take its threads, and a new device."""
+    import torch
+
+    from minivlp.core.require import fail
+
+    names = ("preset", "task", "on_error", "language", "without", *NUMBERS)
+    asked = {key: getattr(args, key) for key in names if getattr(args, key) is not None} | _paths(args)
+    if args.model != MODELS[0]:
+        asked["model"] = args.model
+    for key, value in asked.items():
+        began = settings["train"].get(key, settings.get(key))
+        if value != began:
+            rule = f"must be left out with --resume, or be what the run began with ({began})"
+            fail(f"--{key.replace('_', '-')}", rule, value)
+    if args.device != "auto":
+        settings["device"] = args.device
+    # The number of threads decides the order of sums, and with it the last bits.
+    torch.set_num_threads(args.threads or settings["threads"])
+
+
+def evaluate(args: argparse.Namespace, screen: Screen) -> None:
+    """Measure a trained model: on sheets, or, trained on own captions, on those kept back."""
+    from minivlp.recipes.base import load_trained, recipe_of
+    from minivlp.training.loop import measure
+    from minivlp.training.run import need_writable, write_json
+
+    if args.out:
+        need_writable(Path(args.out))
+    device, trained = _device(args.device), load_trained(args.run)
+    recipe = recipe_of(trained, data=args.data, say=screen.say)
+    results = measure(recipe, trained, args.items, args.seed, device, screen)
+    if args.out:
+        write_json(Path(args.out), results)
+
+
+def demo(args: argparse.Namespace, screen: Screen) -> None:
+    """Scenes for a caption, with a dual encoder all drawings for a query, with X-VLM boxes."""
+    from minivlp.recipes.base import load_trained, recipe_of
+
+    trained = load_trained(args.run, args.model)
+    recipe_of(trained).demo(trained, args.caption, Path(args.out), _device(args.device), screen)
+
+
+def figures(args: argparse.Namespace, screen: Screen) -> None:
+    """Draw the pictures of a run again."""
+    from minivlp.recipes.base import load_trained, recipe_of
+    from minivlp.training.run import Run
+
+    run = Run.resume(args.run or "runs/vilt")
+    trained = load_trained(run.folder)
+    for path in recipe_of(trained).draw(trained, run.folder, run.records()):
+        screen.say(f"wrote {path}")
+
+
+def _device(name: str) -> str:
+    """The device to use. Raises ValueError when torch does not find it."""
+    import torch
+
+    from minivlp.core.require import fail
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[name]:
+        fail("--device", "must be one that torch finds on this machine", name)
+    return name
+
+
+# command → module (this one, or one that is imported when it is asked for) and function
+COMMANDS = {
+    "train": (__name__, "train"),
+    "eval": (__name__, "evaluate"),
+    "demo": (__name__, "demo"),
+    "figures": (__name__, "figures"),
+    "bench": ("minivlp.bench.command", "run_bench"),
+    "claims": ("minivlp.claims.command", "run_claims"),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 after one sentence on stderr, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -153,9 +299,13 @@ def main(arguments: list[str] | None = None) -> int:
     args.command_line = shlex.join(["python", "-m", "minivlp", *arguments])
     args.go_on = None  # the command that goes on, once there is something to go on with
     try:
-        from minivlp import commands
+        import torch
 
-        commands.run(args, Screen())
+        from minivlp.training.workers import cores, threads
+
+        torch.set_num_threads(args.threads or threads(cores()))
+        module, name = COMMANDS[args.job]
+        getattr(importlib.import_module(module), name)(args, Screen())
     except KeyboardInterrupt:
         print("stopped" + (f"; go on with: {args.go_on}" if args.go_on else ""), file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from minivlp import stream
 from minivlp.bench.cases import BARE, CASES, Case, Size
 from minivlp.bench.measure import OWN_PAGES, cores, exponent, machine, quartiles, ratios
 from minivlp.core.require import fail
-from minivlp.training.run import HOME
 from minivlp.training.screen import Tick
 
 SECONDS = {"tiny": 0.0, "default": 3.0, "full": 30.0}  # to repeat a case, after its first four repetitions
@@ -108,7 +108,7 @@ def _run(tasks: list[Task], workers: int, tick: Tick) -> dict[int, Answer]:
 def fresh(task: Task) -> Answer:
     """The answer of a new process; one that dies, for want of memory perhaps, has failed for all variants."""
     allocator = OWN_PAGES if task["do"] == "memory" else {}
-    paths = [str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "minivlp.bench.task", json.dumps(task)],
         capture_output=True,

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from minivlp.training.workers import cores
+
 KERNEL = Path("/proc/self")  # Linux tells what a process holds, and forgets the peak when asked to
 # Asks glibc to give every array of 128 kB or more pages of its own and to give them back when it is freed, as
 # it does at first; otherwise the limit rises to 32 MB and the peak holds gaps that depend on history.
@@ -107,11 +109,6 @@ def _highest() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(threads: int) -> dict[str, object]:

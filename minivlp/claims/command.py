@@ -13,7 +13,7 @@ from minivlp.claims.table import CLAIMS, chosen
 from minivlp.claims.work import do_all, results, spent
 from minivlp.core.files import whole_file
 from minivlp.data import load_emojivl
-from minivlp.training.run import HOME, need_writable
+from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen
 
 OF_MODE = {True: QUICK, False: FULL}  # by --quick
@@ -21,7 +21,7 @@ OF_MODE = {True: QUICK, False: FULL}  # by --quick
 
 def run_claims(args: argparse.Namespace, screen: Screen) -> None:
     """The command; as many experiments at once as there are threads, one thread each."""
-    names, folder = chosen(args.only), Path(HOME / args.out)
+    names, folder = chosen(args.only), Path(args.out)
     need_writable(folder / "claims.md", make_folder=True)
     load_emojivl()  # refuses a damaged file before anything takes time
     args.go_on = args.command_line  # what is done is not done again

@@ -28,3 +28,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def packaged(name: str) -> Path:
+    """The folder "data" or "weights" of the library: inside the package when installed, else in the clone."""
+    package = Path(__file__).parents[1]
+    installed = package / f"packaged_{name}"
+    clone = {"data": "data_tiny", "weights": "chapters/weights"}[name]
+    return installed if installed.is_dir() else package.parent / clone

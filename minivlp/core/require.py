@@ -13,6 +13,10 @@ import numpy as np
 import torch.distributed as dist
 
 
+class NotFinite(ValueError):
+    """Raised where an array holds NaN, so that a training loop can tell this fault from others."""
+
+
 def fail(argument: str, rule: str, got: object) -> None:
     """Raise the ValueError that every public function of the library uses."""
     raise ValueError(f"{argument} {rule}, got {got}")
@@ -49,7 +53,7 @@ def floats(**arrays: Any) -> None:
             fail(name, "must have a floating dtype", array.dtype)
         # A sum is one cheap pass; it is NaN when any entry is, and also for inf - inf, hence the second look.
         if array.sum() != array.sum() and bool((array != array).any()):
-            fail(name, "must not contain NaN", f"{int((array != array).sum())} NaN entries")
+            raise NotFinite(f"{name} must not contain NaN, got {int((array != array).sum())} NaN entries")
 
 
 def integers(**arrays: Any) -> None:

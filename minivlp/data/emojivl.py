@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from minivlp.core.files import packaged
 from minivlp.core.require import fail
 
-FOLDER = Path(__file__).parents[2] / "data_tiny"
+FOLDER = packaged("data")
 TRAINING_ARTISTS = ("noto", "twemoji", "emojione", "blob", "fxemoji")
 # The two nouns of the README's example, then the 30 one-word nouns that the training artists draw most alike
 # (tests/test_data.py computes the ranking; the unseen artist has no say).

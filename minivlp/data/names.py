@@ -21,6 +21,7 @@ import numpy as np
 from minivlp.core.require import fail
 from minivlp.data import RELATIONS, Concept
 from minivlp.data.probes import ARTICLES
+from minivlp.data.questions import WORDS
 from minivlp.text import SPECIALS, WordPiece, split_words
 
 PROMPTS = {
@@ -104,3 +105,20 @@ def name_tokenizer(concepts: Sequence[Concept], language: str) -> WordPiece:
         if not (word.endswith("s") and word[:-1] in singular):
             singular.add(word)
     return WordPiece([*SPECIALS, "##s", *sorted(singular)])
+
+
+def scene_texts(nouns: Sequence[Concept]) -> list[str]:
+    """Every noun in every frame of the scenes and of the questions about them."""
+    frames = (
+        *("{a} left of the middle", "{a} right of {a}", "{a} above {a}", "{a} below {a}"),
+        *("{a} between {a} and {a}", "one {n}", "two {p}", "three {p}", "four {p}"),
+    )
+    return [
+        *(f.format(a=f"{c.article} {c.noun}", n=c.noun, p=c.plural) for c in nouns for f in frames),
+        *WORDS,
+    ]
+
+
+def scene_tokenizer(nouns: Sequence[Concept], vocab_size: int) -> WordPiece:
+    """A vocabulary learned from `scene_texts`."""
+    return WordPiece.train(scene_texts(nouns), vocab_size, min_count=1)

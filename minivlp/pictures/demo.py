@@ -13,12 +13,12 @@ import numpy as np
 
 from minivlp.core.require import fail
 from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl, scene_pixels
+from minivlp.data.names import scene_texts
 from minivlp.data.probes import hide_nouns, meaning
+from minivlp.data.questions import COUNTS
 from minivlp.evaluation.rank import rank
 from minivlp.pictures import figures
 from minivlp.pictures.gallery import aligned
-from minivlp.recipes.questions import COUNTS
-from minivlp.recipes.train import scene_texts
 from minivlp.text import split_words
 from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen

@@ -3,7 +3,7 @@
 Left out: choosing pretty examples. The scenes are the first ones of a fixed seed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
@@ -20,29 +20,20 @@ from minivlp.text import WordPiece
 from minivlp.training.trained import Trained
 
 SEED = 7
-CHANCE = {"masked_relation": 1 / 4, "itm_random": 1 / 2, "itm_swapped": 1 / 2, "accuracy": 1 / 2}
 
 
-def draw_run(folder: Path, records: Sequence[dict], trained: Trained, emojivl: EmojiVL) -> list[Path]:
-    """Write curves, masked_words, retrieval and alignment.png into the folder; return their paths."""
+def draw_answers(folder: Path, trained: Trained, emojivl: EmojiVL) -> list[Path]:
+    """Write masked_words, retrieval and alignment.png into the folder; return their paths."""
     model, tokenizer, nouns = trained.model, trained.tokenizer, trained.nouns(emojivl)
     artists = emojivl.unseen_artists or tuple(emojivl.sheets)
     unseen = Scenes(emojivl, nouns, artists, trained.canvas, pairs="held_out", seed=SEED)
     scenes = [unseen[i] for i in range(6)]
     (candidates,) = retrieval_sets((unseen[i] for i in count()), 1)
-    paths = [folder / f"{name}.png" for name in ("curves", "masked_words", "retrieval", "alignment")]
-    draw_curves(folder, records, {"masked_object": 1 / (len(nouns) - 1)})
-    figures.masked_words(paths[1], [_filled(model, tokenizer, scene, i) for i, scene in enumerate(scenes)])
-    figures.retrieval_grid(paths[2], [_retrieved(model, tokenizer, candidates, i) for i in range(5)])
-    figures.alignment(paths[3], [aligned(model, tokenizer, scene) for scene in scenes[:5]])
+    paths = [folder / f"{name}.png" for name in ("masked_words", "retrieval", "alignment")]
+    figures.masked_words(paths[0], [_filled(model, tokenizer, scene, i) for i, scene in enumerate(scenes)])
+    figures.retrieval_grid(paths[1], [_retrieved(model, tokenizer, candidates, i) for i in range(5)])
+    figures.alignment(paths[2], [aligned(model, tokenizer, scene) for scene in scenes[:5]])
     return paths
-
-
-def draw_curves(folder: Path, records: Sequence[dict], more: Mapping[str, float] | None = None) -> Path:
-    """Write curves.png into the folder: losses, and those accuracies of CHANCE and `more` that it has."""
-    chance = {name: one for name, one in ((more or {}) | CHANCE).items() if any(name in r for r in records)}
-    figures.curves(folder / "curves.png", records, chance)
-    return folder / "curves.png"
 
 
 @torch.inference_mode()

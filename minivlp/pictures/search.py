@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from minivlp.core.require import fail
-from minivlp.data import EmojiVL, load_emojivl
+from minivlp.data import EmojiVL
 from minivlp.data.drawings import Portraits
 from minivlp.data.names import named
 from minivlp.evaluation.match import Matcher, similarities
@@ -24,13 +24,16 @@ PAPER = 235  # grey value behind the drawings of a sheet
 
 
 class Gallery:
-    """All drawings by one artist, the first unseen one where there is one, encoded once."""
+    """All drawings by one artist, the first unseen one where there is one, encoded once.
 
-    def __init__(self, trained: Trained, emojivl: EmojiVL, device: str = "cpu"):
-        self.language = trained.settings["train"]["language"]
+    tokens: compare token by token, as filip does.
+    """
+
+    def __init__(self, trained: Trained, emojivl: EmojiVL, device: str = "cpu", tokens: bool = False):
+        self.trained, self.language = trained, trained.settings["train"]["language"]
         self.artist = (*emojivl.unseen_artists, *emojivl.sheets)[0]
         self.concepts = [c for c in emojivl.concepts if self.artist in c.artists]
-        self.matcher = Matcher(trained.model.to(device), trained.tokenizer, trained.kind == "filip")
+        self.matcher = Matcher(trained.model.to(device), trained.tokenizer, tokens)
         portraits = Portraits(emojivl, trained.canvas)
         ids = [c.id for c in self.concepts]
         self.pictures = self.matcher.pictures(portraits.plain(ids, [self.artist] * len(ids)))
@@ -64,15 +67,14 @@ def unread(words: Sequence[str], trained: Trained) -> list[str]:
     return [w for w in words if trained.tokenizer.unk_id in trained.tokenizer.encode(w)]
 
 
-def search(query: str, trained: Trained, out: Path, device: str, screen: Screen) -> None:
+def search(query: str, gallery: Gallery, out: Path, screen: Screen) -> None:
     """Rank, print, and write demo.png into the folder `out`. Raises ValueError without one known word."""
-    words, emojivl = split_words(query), load_emojivl()
-    unknown = unread(words, trained)
+    words = split_words(query)
+    unknown = unread(words, gallery.trained)
     if len(unknown) == len(words):
         got = ", ".join(map(repr, unknown)) or "none"
         fail("caption", "must hold at least one word the model has read", got)
     need_writable(out / "demo.png", make_folder=True)
-    gallery = Gallery(trained, emojivl, device)
     scores = gallery.scores(query)
     screen.say(f"{len(scores)} drawings by {gallery.artist}")
     if unknown:

@@ -1,4 +1,4 @@
-"""Words and patches read apart: a loss by which words find their patches before both are read together.
+"""A noun finds its picture: a contrast by which words find their patches before both are read together.
 
 A pair's alignment distance falls as soon as the model knows that the pair matches: it can move all words and
 all patches together, and then no word points. A word that has not seen the picture cannot know. So captions
@@ -17,6 +17,8 @@ aligning before fusing.
 Left out: towers and projections of their own, which ALBEF has: these are the blocks that read pairs.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm
@@ -24,12 +26,13 @@ from torch.nn.functional import cross_entropy, layer_norm
 from minivlp.core.require import fail
 from minivlp.filip import late_interaction
 from minivlp.models.vilt import Vilt
-from minivlp.training.workers import ALONE, Workers
+from minivlp.recipes.vilt_batches import ViltBatch
+from minivlp.training.workers import ONE_PROCESS, Workers
 
 SCALE = 20.0  # one over the temperature
 
 
-def encode_apart(
+def encode_separately(
     model: Vilt, ids: Tensor, text_mask: Tensor, pixels: Tensor, layers: int
 ) -> tuple[Tensor, Tensor]:
     """Words and patches that pass the first `layers` blocks without seeing each other.
@@ -46,8 +49,8 @@ def encode_apart(
     return text, image[:, 1:]
 
 
-def apart_loss(
-    model: Vilt, ids: Tensor, text_mask: Tensor, noun: Tensor, pixels: Tensor, workers: Workers = ALONE
+def noun_contrast_loss(
+    model: Vilt, ids: Tensor, text_mask: Tensor, noun: Tensor, pixels: Tensor, workers: Workers = ONE_PROCESS
 ) -> Tensor:
     """Do nouns find their pictures, and pictures their nouns? A mean over both, scalar in nats.
 
@@ -57,7 +60,7 @@ def apart_loss(
     ValueError as `Vilt.encode` and `late_interaction` do.
     """
     half = (model.config.layers + 1) // 2
-    text, patches = encode_apart(model, ids, text_mask, pixels, half)
+    text, patches = encode_separately(model, ids, text_mask, pixels, half)
     text, patches = (layer_norm(z, z.shape[-1:]) for z in (text, patches))
     ids, noun, text, patches = (workers.gathered(z) for z in (ids, noun, text, patches))
     first = noun.int().argsort(dim=1, descending=True, stable=True)[:, : noun.sum(1).max()]  # (B, P)
@@ -67,3 +70,20 @@ def apart_loss(
     S = S.masked_fill(same & ~torch.eye(len(S), dtype=torch.bool, device=S.device), -torch.inf)
     own = torch.arange(len(S), device=S.device)
     return (cross_entropy(S, own) + cross_entropy(S.T, own)) / 2
+
+
+def noun_contrast(model: Vilt, batches: Sequence[ViltBatch], workers: Workers = ONE_PROCESS) -> Tensor | None:
+    """The mean of `noun_contrast_loss` over the examples that take part, None where no batch has any.
+
+    An example is compared with all others of its batch.
+    """
+    batches = [batch for batch in batches if batch.noun is not None]
+    if not batches:
+        return None
+    counts = workers.mean([int(batch.noun.any(1).sum()) for batch in batches], batches[0].ids.device)
+    loss = 0.0
+    for batch, count in zip(batches, counts, strict=True):
+        rows = batch.noun.any(1)  # (B,)
+        pairs = (z[rows] for z in (batch.contrast_ids, batch.contrast_mask, batch.noun, batch.pixels))
+        loss = loss + count / sum(counts) * noun_contrast_loss(model, *pairs, workers)
+    return loss

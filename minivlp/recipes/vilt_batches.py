@@ -1,8 +1,18 @@
-"""What one training step sees: scenes, or your own captioned pictures, as rows of ids, labels and pixels.
+"""What one step of ViLT sees: which scenes are drawn, and what is asked of each.
 
-A row is one forward pass of one text with one picture, and serves one objective: masked words (a true pair
-with words hidden) or matching (whole words, a true or a wrong pair; true and random pairs also serve the
-alignment). The rows of a step depend on (seed, step) alone, so a run that stops can go on as if it had not.
+An example is one forward pass of one text with one picture, and serves one objective: masked words (a true
+pair with words hidden) or matching (whole words, a true or a wrong pair; true and random pairs also serve the
+alignment). The batches of a step depend on (seed, step) alone, so a run that stops can go on as if it had
+not.
+
+The scenes follow a curriculum. Words attach to patches and to places long before they attach to pairs of
+patches, so easy scenes come first: single objects on a small canvas (few patches, many scenes a second; ViLT
+reads any size), then one object and where it lies ("a dog left of the middle"), then the same with another
+object in the picture, so that the word has to find its own, and only then pairs ("a dog left of a guitar").
+Without the third stage the model learns the axis of a relation and not its order. Earlier kinds keep a share
+of every batch, because what is not seen is forgotten. Single objects, whose canvas needs a forward pass of
+its own, leave when pairs come. In all stages nouns also have to find their pictures (noun_contrast.py), which
+takes half a forward pass: in the last and longest stage only half of the examples do so.
 """
 
 import math
@@ -15,8 +25,6 @@ import torch
 from torch import Tensor
 
 from minivlp.data import Concept, EmojiVL, Scene, Scenes, scene_pixels
-from minivlp.data.augment import rand_augment
-from minivlp.data.own import Captions
 from minivlp.data.probes import (
     hide_relation,
     hide_slots,
@@ -27,48 +35,98 @@ from minivlp.data.probes import (
     text_rows,
 )
 from minivlp.itm import derangement
-from minivlp.mlm import IGNORE, mask_tokens
-from minivlp.models.published.pixels import vilt_pixels
-from minivlp.recipes.curriculum import Part, Stage, stage_at
+from minivlp.recipes.base import Batch
 from minivlp.text import WordPiece
 
-TRUE_PAIR, RANDOM_PAIR, OTHER = 1.0, -1.0, 0.0  # what the alignment does with a row: pull, push, leave alone
+TRUE_PAIR, RANDOM_PAIR, OTHER = 1.0, -1.0, 0.0  # what the alignment does with a pair: pull, push, leave alone
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows whose pictures have one size.
+class Wrong:
+    """How wrong pairs with two objects are made: shares; the rest has the picture of another scene."""
 
-    ids, labels (B, L) and text_mask (B, L) bool; labels −100 where nothing is to be predicted. pixels
-    (B, 3, H, W) in [−1, 1], pixel_mask (B, H, W) bool or None. match (B,) is 1 for a true pair, 0 for a
-    wrong one, −1 for a row that does not serve matching; align (B,) is +1, −1 or 0: pull together, push
-    apart, leave alone. Where words and patches are also read apart, captions (B, L') holds what is true of
-    each picture with one noun shown, caption_mask (B, L') its real words, and noun (B, L') that noun, in the
-    rows so read.
-    """
-
-    ids: Tensor
-    text_mask: Tensor
-    labels: Tensor
-    match: Tensor
-    align: Tensor
-    pixels: Tensor
-    pixel_mask: Tensor | None = None
-    captions: Tensor | None = None
-    caption_mask: Tensor | None = None
-    noun: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> "Rows":
-        moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
-        return replace(self, **moved)
-
-    def part(self, rank: int, size: int) -> "Rows":
-        """Every `size`-th row, beginning with `rank`: so each kind of row is shared evenly."""
-        return replace(self, **{k: v[rank::size] for k, v in vars(self).items() if v is not None})
+    places: float = 0.0  # the right nouns in the wrong places
+    relation: float = 0.0  # the wrong relation
+    noun: float = 0.0  # one wrong noun
 
 
-class SceneRows:
-    """The main job's rows: `rows(step)` → one Rows per size of picture in the stage at this step."""
+@dataclass(frozen=True)
+class Part:
+    """A share of a batch. Shares and probabilities lie in [0, 1]; sizes are shares of the canvas."""
+
+    kind: str  # of scene
+    share: float  # of the batch
+    canvas: int = 48  # pixels
+    sizes: tuple[float, float] = (0.32, 0.48)  # side of an object
+    matching: float = 0.5  # share of examples that serve matching; the others have masked words
+    relations: float = 0.5  # probability that the relation phrase is what is hidden
+    all_nouns: float = 0.5  # probability that every noun is hidden, not one
+    wrong: Wrong = Wrong(places=0.5)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Parts that make up every batch until the given share of the run is over."""
+
+    until: float
+    parts: tuple[Part, ...]
+    contrast: float = 0.0  # share of the examples whose noun has to find its picture (noun_contrast.py)
+
+
+def stage_at(stages: Sequence[Stage], share: float) -> Stage:
+    """The stage after `share` of the run, in [0, 1)."""
+    return next(stage for stage in stages if share < stage.until)
+
+
+SINGLE = Part("one", 1.0, canvas=24, sizes=(0.5, 0.77), matching=0.5)
+CPU_STAGES = (
+    Stage(0.11, (replace(SINGLE, matching=0.6),), contrast=1.0),
+    Stage(0.21, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4)), contrast=1.0),
+    Stage(0.4, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8)), contrast=1.0),
+    Stage(1.0, (Part("pick", 0.15), Part("pair", 0.85, wrong=Wrong(0.3, 0.1, 0.3))), contrast=0.5),
+)
+# The same scenes at twice the size.
+GPU_STAGES = tuple(
+    replace(stage, parts=tuple(replace(part, canvas=2 * part.canvas) for part in stage.parts))
+    for stage in CPU_STAGES
+)
+STAGES = {"cpu": CPU_STAGES, "gpu": GPU_STAGES}
+
+
+@dataclass(frozen=True)
+class ViltBatch(Batch):
+    """Examples whose pictures have one size."""
+
+    ids: Tensor  # (B, L) words, some of them [MASK]
+    text_mask: Tensor  # (B, L) bool, True = a word
+    labels: Tensor  # (B, L) the words under the masks, −100 where nothing is to be predicted
+    match: Tensor  # (B,) 1 = a true pair, 0 = a wrong one, −1 = does not serve matching
+    align: Tensor  # (B,) +1 = pull together, −1 = push apart, 0 = leave alone
+    pixels: Tensor  # (B, 3, H, W) in [−1, 1]
+    pixel_mask: Tensor | None = None  # (B, H, W) bool, None = all real
+    contrast_ids: Tensor | None = None  # (B, L') what is true of each picture, one noun shown
+    contrast_mask: Tensor | None = None  # (B, L') its real words
+    noun: Tensor | None = None  # (B, L') that noun, in the examples whose noun has to find its picture
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The examples of one part, in order."""
+
+    scenes: list[Scene]
+    texts: list[str]  # with [MASK]s
+    answers: list[Sequence[int]]  # the ids under them
+    match: np.ndarray  # (n,) as in ViltBatch
+    align: np.ndarray  # (n,)
+    picture: np.ndarray  # (n,) whose picture the example shows
+
+    @property
+    def shown(self) -> list[Scene]:
+        return [self.scenes[i] for i in self.picture]
+
+
+class SceneBatches:
+    """The main job's examples: `batches(step)` → a ViltBatch for each size of picture in the stage."""
 
     def __init__(
         self,
@@ -81,32 +139,29 @@ class SceneRows:
         seed: int,
     ):
         self.tokenizer, self.stages, self.steps, self.batch, self.seed = tokenizer, stages, steps, batch, seed
-        parts = {part for stage in stages for part in stage.parts}
         self._scenes = {
             part: Scenes(
-                emojivl,
-                nouns,
-                canvas=part.canvas,
-                kinds={part.kind: 1},
-                sizes=part.sizes,
-                seed=seed,
+                emojivl, nouns, canvas=part.canvas, kinds={part.kind: 1}, sizes=part.sizes, seed=seed
             )
-            for part in parts
+            for part in {part for stage in stages for part in stage.parts}
         }
 
-    def __call__(self, step: int) -> list[Rows]:
+    def __call__(self, step: int) -> list[ViltBatch]:
         rng = np.random.default_rng((self.seed, step))
-        by_size: dict[int, list[tuple]] = {}  # pictures of one size share a forward pass
         stage = stage_at(self.stages, step / self.steps)
+        by_size: dict[int, list[Drawn]] = {}  # pictures of one size share a forward pass
         for part in stage.parts:
             by_size.setdefault(part.canvas, []).append(self._drawn(part, step, rng))
-        groups = [(self._joined(drawn), _shown(drawn)) for drawn in by_size.values()]
-        if not stage.apart:
-            return [rows for rows, _ in groups]
-        return [replace(rows, **self._captions(shown, stage.apart, rng)) for rows, shown in groups]
+        batches = [self._joined(parts) for parts in by_size.values()]
+        if not stage.contrast:
+            return batches
+        shown = [list(chain(*(part.shown for part in parts))) for parts in by_size.values()]
+        return [
+            replace(batch, **self._contrast(scenes, stage.contrast, rng))
+            for batch, scenes in zip(batches, shown, strict=True)
+        ]
 
-    def _drawn(self, part: Part, step: int, rng: np.random.Generator) -> tuple:
-        """One part: scenes, texts, ids under the masks, match, align, and the picture of each row."""
+    def _drawn(self, part: Part, step: int, rng: np.random.Generator) -> Drawn:
         n = max(1, round(part.share * self.batch))
         scenes = [self._scenes[part][step * self.batch + i] for i in range(n)]
         texts, answers = [], []
@@ -126,13 +181,13 @@ class SceneRows:
                         picture[i], match[i], align[i] = other[i], 0, RANDOM_PAIR
             texts.append(text)
             answers.append(hidden)
-        return scenes, texts, answers, match, align, picture
+        return Drawn(scenes, texts, answers, match, align, picture)
 
     def _false_caption(self, part: Part, scene: Scene, rng: np.random.Generator) -> str | None:
         """A caption that is false of a scene of two objects, or None for the picture of another scene."""
         if len(scene.objects) < 2:
             return None
-        places, relation, noun = np.cumsum(part.wrong)
+        places, relation, noun = np.cumsum([part.wrong.places, part.wrong.relation, part.wrong.noun])
         draw = rng.random()
         if draw < places:
             return misplaced(scene)
@@ -140,25 +195,28 @@ class SceneRows:
             return misrelated(scene, rng)
         return misnamed(scene, self._scenes[part], rng) if draw < noun else None
 
-    def _joined(self, drawn: list[tuple]) -> Rows:
-        _, texts, answers, match, align, _ = zip(*drawn, strict=True)
-        ids, mask, labels = text_rows(self.tokenizer, list(chain(*texts)), list(chain(*answers)))
-        match, align = torch.from_numpy(np.concatenate(match)), torch.from_numpy(np.concatenate(align))
-        return Rows(ids, mask, labels, match, align, scene_pixels(_shown(drawn)))
+    def _joined(self, parts: Sequence[Drawn]) -> ViltBatch:
+        texts, answers, shown = (
+            list(chain(*(getattr(p, name) for p in parts))) for name in ("texts", "answers", "shown")
+        )
+        match, align = (
+            torch.from_numpy(np.concatenate([getattr(p, name) for p in parts])) for name in ("match", "align")
+        )
+        return ViltBatch(*text_rows(self.tokenizer, texts, answers), match, align, scene_pixels(shown))
 
-    def _captions(self, scenes: Sequence[Scene], apart: float, rng: np.random.Generator) -> dict[str, Tensor]:
-        """What is true of these pictures: captions that show one noun, caption_mask, and where it stands.
+    def _contrast(self, scenes: Sequence[Scene], share: float, rng: np.random.Generator) -> dict[str, Tensor]:
+        """What is true of these pictures: captions that show one noun, and where it stands.
 
         Of two nouns, one would find the picture for both, and the other would not learn what its object looks
-        like. The share that is read apart has its noun marked.
+        like. The noun is marked in the `share` of the examples that are to find their pictures.
         """
         shown = [int(rng.integers(len(scene.slots))) for scene in scenes]
         texts = [self._showing(scene, slot) for scene, slot in zip(scenes, shown, strict=True)]
         ids, _, mask = self.tokenizer.batch(texts)
         noun = np.zeros_like(mask)
-        for row in rng.permutation(len(scenes))[: math.ceil(apart * len(scenes))]:
+        for row in rng.permutation(len(scenes))[: math.ceil(share * len(scenes))]:
             noun[row, noun_spans(scenes[row], self.tokenizer)[shown[row]]] = True  # a [MASK] a hidden piece
-        arrays = {"captions": ids, "caption_mask": mask, "noun": noun}
+        arrays = {"contrast_ids": ids, "contrast_mask": mask, "noun": noun}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _showing(self, scene: Scene, slot: int) -> str:
@@ -175,57 +233,3 @@ class SceneRows:
         if len(scene.slots) > 1 and rng.random() >= part.all_nouns:
             which = [int(rng.integers(len(scene.slots)))]
         return hide_slots(scene, which, self.tokenizer)
-
-
-def _shown(drawn: list[tuple]) -> list[Scene]:
-    """The scene whose picture each row of these parts shows: a fresh gather, no picture is overwritten."""
-    return [scenes[i] for scenes, *_, picture in drawn for i in picture]
-
-
-class CaptionRows:
-    """Rows of your own captioned pictures: ViLT's own recipe, whole-word masking and half of the pairs wrong.
-
-    size: the shorter side in pixels; augment: RandAugment(2, 9) on every picture.
-    """
-
-    def __init__(
-        self,
-        captions: Captions,
-        tokenizer: WordPiece,
-        size: int,
-        patch: int,
-        max_text_len: int,
-        batch: int,
-        seed: int,
-        p: float = 0.15,
-        augment: bool = True,
-    ):
-        self.captions, self.tokenizer, self.size, self.patch = captions, tokenizer, size, patch
-        self.max_text_len, self.batch, self.seed, self.p, self.augment = max_text_len, batch, seed, p, augment
-
-    def __call__(self, step: int) -> list[Rows]:
-        rng = np.random.default_rng((self.seed, step))
-        n = min(self.batch, len(self.captions))
-        items = [self.captions[int(i)] for i in rng.choice(len(self.captions), n, replace=False)]
-        images = [rand_augment(item.image, rng) if self.augment else item.image for item in items]
-        pixels, pixel_mask = vilt_pixels(images, self.size, self.patch)
-        ids, word_ids, mask = self.tokenizer.batch([item.caption for item in items], self.max_text_len)
-        t = self.tokenizer
-        hidden, labels = mask_tokens(ids, word_ids, rng, len(t), t.mask_id, t.special_ids, self.p)
-        picture, match = np.arange(n), np.ones(n, np.int64)
-        if n > 1:
-            wrong = rng.permutation(n)[: n // 2]
-            picture[wrong], match[wrong] = derangement(n, rng)[wrong], 0
-            # Two captions of one picture, or one caption twice, are no wrong pair.
-            for i in wrong:
-                j = picture[i]
-                if items[i].caption == items[j].caption or np.array_equal(items[i].image, items[j].image):
-                    picture[i], match[i] = i, 1
-        nothing, unused = np.full_like(labels, IGNORE), np.full(n, -1)
-        # An empty caption has no word to align.
-        align = np.where(match == 1, TRUE_PAIR, RANDOM_PAIR) * (word_ids >= 0).any(1)
-        masked = (hidden, mask, labels, unused, np.zeros(n), np.arange(n))
-        matched = (ids, mask, nothing, match, align, picture)
-        both = [torch.from_numpy(np.concatenate([a, b])) for a, b in zip(masked, matched, strict=True)]
-        ids, mask, labels, match, align, picture = both
-        return [Rows(ids, mask, labels, match, align.float(), pixels[picture], pixel_mask[picture])]

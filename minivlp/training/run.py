@@ -21,9 +21,9 @@ import torch
 
 from minivlp.core.files import whole_file
 from minivlp.core.require import fail
+from minivlp.training.workers import Workers
 
 FORMAT = "minivlp-1"
-HOME = Path(__file__).parents[2]  # the clone, whatever folder a command is called from
 
 
 class Run:
@@ -122,7 +122,7 @@ class Run:
             file.write("".join(kept).encode())
 
 
-class Onlooker(Run):
+class ReadOnlyRun(Run):
     """The run as a process sees it that must not write: another writes for it."""
 
     def need_space(self, checkpoint_bytes: int) -> None:
@@ -136,6 +136,21 @@ class Onlooker(Run):
 
     def forget_after(self, step: int) -> None:
         pass
+
+
+def open_run(folder: Path, settings: Mapping[str, Any] | None, workers: Workers, resume: bool = False) -> Run:
+    """A new run with these settings; the one that is there, for None or where it is to be resumed.
+
+    Of several processes the first opens the run, and the others see it without writing.
+    """
+    if workers.rank:
+        run = ReadOnlyRun(folder, {})
+    elif settings is None or resume:
+        run = Run.resume(folder)
+    else:
+        run = Run.begin(folder, settings)
+    run.settings = workers.broadcast(run.settings)
+    return run
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -158,15 +173,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def run_folder(name: str) -> Path:
-    """runs/<name> in the clone; an absolute path is taken as it is. Raises ValueError for what is no name."""
+    """runs/<name> in the current folder, or an absolute path as it is. Raises ValueError for no name."""
     if not name.strip() or ".." in Path(name).parts:
         fail("--name", "must be a name or an absolute path", repr(name))
-    return HOME / "runs" / name
-
-
-def existing(path: str | Path) -> Path:
-    """A relative path that does not exist here is looked for in the clone, so "runs/vilt" works anywhere."""
-    return Path(path) if Path(path).exists() else HOME / path
+    return Path("runs") / name
 
 
 def need_writable(path: Path, make_folder: bool = False) -> None:

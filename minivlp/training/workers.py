@@ -55,7 +55,7 @@ class Workers:
         dist.all_reduce(total)
         return (total / self.size).tolist()
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What process 0 holds."""
         if self.size == 1:
             return value
@@ -75,10 +75,10 @@ class Workers:
         arrived = [torch.empty_like(sent) for _ in counts]
         dist.all_gather(arrived, sent)
         rows = [part[:n].to(x.dtype) for part, n in zip(arrived, counts, strict=True)]
-        rows[self.rank] = self.amplified(x)
+        rows[self.rank] = self.scale_gradient(x)
         return torch.cat(rows)
 
-    def amplified(self, x: Tensor) -> Tensor:
+    def scale_gradient(self, x: Tensor) -> Tensor:
         """x, whose gradient arrives `size` times as large.
 
         A loss of the whole batch that every process holds gives each the gradient of its own rows. DDP then
@@ -89,7 +89,12 @@ class Workers:
         return x
 
 
-ALONE = Workers()
+ONE_PROCESS = Workers()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(cores: int) -> int:
@@ -99,13 +104,13 @@ def threads(cores: int) -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[Workers]:
-    """The processes of this job, or ALONE when torchrun did not start this one.
+    """The processes of this job, or ONE_PROCESS when torchrun did not start this one.
 
     Raises ConnectionError when they lose each other, as when one was killed: the others see their connections
     break, or are told to stop by torchrun, whichever comes first.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
+        yield ONE_PROCESS
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

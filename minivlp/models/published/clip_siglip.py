@@ -93,6 +93,11 @@ SIGLIP = Form(
 )  # fmt: skip
 
 
+def form_of(config: Any) -> Form:
+    """The form that a DualConfig has."""
+    return SIGLIP if config.text_pool == "last" else CLIP
+
+
 def _rows(form: Form, text_layers: int, image_layers: int) -> list[tuple[str, str]]:
     """(ours, theirs) for every tensor of a model with that many layers in its towers."""
     rows = list(form.rows)

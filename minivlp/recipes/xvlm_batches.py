@@ -1,4 +1,4 @@
-"""What one training step of X-VLM sees: regions with phrases, or whole pictures with captions, in one form.
+"""What one step of X-VLM sees: regions with phrases, or whole pictures with captions, in one form.
 
 A region batch holds crowds and a phrase for every object, an image batch holds pairs and their captions; a
 caption's region is the whole picture. Steps of both kinds alternate at random. The rows of a step depend on
@@ -13,7 +13,7 @@ Left out: random crops around a box.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,42 +24,32 @@ from minivlp.data import Concept, EmojiVL, Scene, Scenes, scene_pixels
 from minivlp.data.crowds import Crowds, phrases
 from minivlp.data.probes import meaning
 from minivlp.mlm import mask_tokens
+from minivlp.recipes.base import Batch
 from minivlp.regions import patches_touched
 from minivlp.text import WordPiece
 
 
 @dataclass(frozen=True)
-class RegionRows:
-    """R texts, each with its region of one of B pictures.
+class RegionBatch(Batch):
+    """R texts, each with its region of one of B pictures."""
 
-    ids, hidden, labels (R, L) integers: the text, the text with words masked, the masked ids (−100
-    elsewhere); text_mask (R, L) bool. pixels (B, 3, H, W) in [−1, 1]; picture (R,) which of them; inside
-    (R, N) bool, the patches of the region; boxes (R, 4) cxcywh in [0, 1]; located (R,) bool, False for
-    captions of whole pictures, whose box is no answer to anything. contrast (R,) bool: rows whose texts
-    differ in meaning, all of them; match (R,) bool: rows of different pictures; same (R,) integers, equal
-    where a text is true of the other's region. step: of the run.
-    """
-
-    ids: Tensor
-    hidden: Tensor
-    labels: Tensor
-    text_mask: Tensor
-    pixels: Tensor
-    picture: Tensor
-    inside: Tensor
-    boxes: Tensor
-    located: Tensor
-    contrast: Tensor
-    match: Tensor
-    same: Tensor
-    step: int
-
-    def to(self, device: torch.device | str) -> "RegionRows":
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
+    ids: Tensor  # (R, L) the texts
+    hidden: Tensor  # (R, L) the texts with words masked
+    labels: Tensor  # (R, L) the masked ids, −100 elsewhere
+    text_mask: Tensor  # (R, L) bool
+    pixels: Tensor  # (B, 3, H, W) in [−1, 1]
+    picture: Tensor  # (R,) which of them
+    inside: Tensor  # (R, N) bool, the patches of the region
+    boxes: Tensor  # (R, 4) cxcywh in [0, 1]
+    located: Tensor  # (R,) bool, False for captions of whole pictures: no phrase asks for their box
+    contrast: Tensor  # (R,) bool, rows whose texts differ in meaning, all of them
+    match: Tensor  # (R,) bool, rows of different pictures
+    same: Tensor  # (R,) integers, equal where a text is true of the other's region
+    step: int  # of the run
 
 
-class RegionSource:
-    """`source(step)` → the step's rows, in a list of one.
+class RegionBatches:
+    """`batches(step)` → one RegionBatch.
 
     pictures: a step; regions: share of the steps that are region batches; mask: probability of hiding a word.
     """
@@ -81,14 +71,14 @@ class RegionSource:
         self._crowds = Crowds(emojivl, nouns, canvas=canvas, seed=seed)
         self._pairs = Scenes(emojivl, nouns, canvas=canvas, seed=seed)
 
-    def __call__(self, step: int) -> list[RegionRows]:
+    def __call__(self, step: int) -> list[RegionBatch]:
         rng = np.random.default_rng((self.seed, step))
         of_regions = rng.random() < self.regions
         source = self._crowds if of_regions else self._pairs
         scenes = [source[step * self.pictures + i] for i in range(self.pictures)]
         return [self._regions(scenes, step, rng) if of_regions else self._captions(scenes, step, rng)]
 
-    def _regions(self, scenes: Sequence[Scene], step: int, rng: np.random.Generator) -> RegionRows:
+    def _regions(self, scenes: Sequence[Scene], step: int, rng: np.random.Generator) -> RegionBatch:
         """One phrase for every object: of the kinds that it has, each equally likely."""
         picture, texts, boxes, names = [], [], [], []
         for b, scene in enumerate(scenes):
@@ -110,7 +100,7 @@ class RegionSource:
         located = np.ones(len(texts), bool)
         return self._rows(scenes, texts, picture, np.array(boxes), located, contrast, match, same, step, rng)
 
-    def _captions(self, scenes: Sequence[Scene], step: int, rng: np.random.Generator) -> RegionRows:
+    def _captions(self, scenes: Sequence[Scene], step: int, rng: np.random.Generator) -> RegionBatch:
         n, (H, W) = len(scenes), scenes[0].image.shape[:2]
         meanings = [meaning(scene) for scene in scenes]
         same = np.unique(meanings, axis=0, return_inverse=True)[1].ravel()
@@ -120,7 +110,7 @@ class RegionSource:
         nowhere, all_of_them = np.zeros(n, bool), np.ones(n, bool)
         return self._rows(scenes, texts, range(n), boxes, nowhere, contrast, all_of_them, same, step, rng)
 
-    def _rows(self, scenes, texts, picture, boxes, located, contrast, match, same, step, rng) -> RegionRows:
+    def _rows(self, scenes, texts, picture, boxes, located, contrast, match, same, step, rng) -> RegionBatch:
         t, (H, W) = self.tokenizer, scenes[0].image.shape[:2]
         ids, word_ids, text_mask = t.batch(texts)
         hidden, labels = mask_tokens(ids, word_ids, rng, len(t), t.mask_id, t.special_ids, self.mask)
@@ -138,7 +128,7 @@ class RegionSource:
             same=same,
         )
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return RegionRows(**tensors, pixels=scene_pixels(scenes), step=step)
+        return RegionBatch(**tensors, pixels=scene_pixels(scenes), step=step)
 
 
 def first_of_each(keys: Sequence[Hashable], rows: Sequence[int]) -> list[int]:

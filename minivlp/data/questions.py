@@ -26,20 +26,13 @@ Left out: VQA's soft scores from ten annotators: every answer here is certain.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from minivlp.core.require import fail
-from minivlp.data import Concept, EmojiVL, Scene, Scenes, scene_pixels
+from minivlp.data.emojivl import Concept, EmojiVL
 from minivlp.data.probes import article_and_noun, meaning, takes
-from minivlp.evaluation.interval import measured
-from minivlp.evaluation.vilt import equal_lengths, whole_rows
-from minivlp.models.vilt import Vilt
-from minivlp.text import WordPiece
+from minivlp.data.scenes import Scene, Scenes
 
 COUNTS = ("one", "two", "three", "four")
 NOTHING = "nothing"
@@ -168,128 +161,3 @@ def _block(F: tuple[Scene, Scene], G: tuple[Scene, Scene], kind: str) -> Iterato
 def _check_size(n: int) -> None:
     if n < 16 or n % 16:
         fail("n", "must be a positive multiple of 16, for the balance", n)
-
-
-# Batches. `blind` leaves out one half of the input: "image" gives mid-grey pictures, "text" empty texts.
-
-
-def vqa_batch(
-    items: Sequence[Question],
-    tokenizer: WordPiece,
-    answers: Sequence[str],
-    blind: str | None = None,
-    longest: int = 40,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """`(inputs of model.encode, targets (B, answers) of 0 and 1)`, for a binary cross-entropy per answer.
-
-    Raises ValueError for a question longer than `longest` tokens or whose answer is not among `answers`.
-    """
-    number = {answer: k for k, answer in enumerate(answers)}
-    targets = torch.zeros(len(items), len(answers))
-    for row, item in zip(targets, items, strict=True):
-        if item.answer not in number:
-            fail("answers", "must hold the answer of every question", repr(item.answer))
-        row[number[item.answer]] = 1
-    return _inputs([q.text for q in items], [q.scene for q in items], tokenizer, blind, longest), targets
-
-
-def nlvr2_batch(
-    items: Sequence[Statement], tokenizer: WordPiece, blind: str | None = None, longest: int = 40
-) -> tuple[tuple[dict, dict], Tensor]:
-    """`((inputs of the first, of the second model.encode), targets (B,) int64)`, 1 = true.
-
-    Raises ValueError for a statement longer than `longest` tokens.
-    """
-    texts = [item.text for item in items]
-    first, second = (_inputs(texts, [s.scenes[k] for s in items], tokenizer, blind, longest) for k in (0, 1))
-    return (first, second | {"image_type": 2}), torch.tensor([int(item.truth) for item in items])
-
-
-def _inputs(texts, scenes, tokenizer, blind, longest) -> dict[str, Tensor]:
-    if blind not in (None, "image", "text"):
-        fail("blind", 'must be None, "image" or "text"', repr(blind))
-    ids, mask = whole_rows(tokenizer, [""] * len(texts) if blind == "text" else texts, longest)
-    pixels = scene_pixels(scenes)
-    if blind == "image":
-        pixels = torch.zeros_like(pixels)
-    return {"ids": torch.from_numpy(ids), "text_mask": torch.from_numpy(mask), "pixels": pixels}
-
-
-def vqa_logits(model: Vilt, inputs: dict[str, Tensor]) -> Tensor:
-    """A batch of questions → (B, answers), on the device of the model."""
-    return model.vqa_logits(model.encode(**_moved(inputs, model))["pooled"])
-
-
-def nlvr2_pooled(model: Vilt, inputs: tuple[dict, dict]) -> tuple[Tensor, Tensor]:
-    """A batch of statements, read with the first and with the second picture → (B, D) each."""
-    first, second = (model.encode(**_moved(one, model))["pooled"] for one in inputs)
-    return first, second
-
-
-def nlvr2_logits(model: Vilt, inputs: tuple[dict, dict]) -> Tensor:
-    """A batch of statements → (B, 2), column 1 = true, on the device of the model."""
-    return model.nlvr2_logits(*nlvr2_pooled(model, inputs))
-
-
-def _moved(inputs: dict, model: Vilt) -> dict:
-    device = next(model.parameters()).device
-    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in inputs.items()}
-
-
-@torch.inference_mode()
-def vqa_accuracy(
-    model: Vilt,
-    tokenizer: WordPiece,
-    items: Sequence[Question],
-    answers: Sequence[str],
-    blind: str | None = None,
-) -> dict[str, dict]:
-    """{"all", "how many", "what is shown", "where": {"value", "low", "high", "chance", "objects", …}}.
-
-    chance: for "all", 1/2, what the picture alone can reach by construction (the text alone reaches less);
-    for one kind, what the text alone can reach. objects: the ceiling for one who knows which objects a
-    picture shows and how many, but not where.
-    """
-
-    def best(rows: np.ndarray) -> np.ndarray:
-        inputs, targets = vqa_batch([items[i] for i in rows], tokenizer, answers, blind, longest)
-        return (vqa_logits(model, inputs).argmax(-1).cpu() == targets.argmax(-1)).numpy()
-
-    longest, nouns = model.config.max_text_len, len(answers) - len(COUNTS) - 1
-    hits = _hits(tokenizer, [item.text for item in items], longest, best)
-    chances = {"all": 1 / 2, "how many": 1 / 4, "what is shown": 1 / nouns, "where": 1 / 2}
-    ceilings = {"all": 3 / 4, "how many": 1, "what is shown": 1, "where": 1 / 2}
-    clusters = [tuple(sorted(set(item.scene.objects))) for item in items]
-    return _by_kind(hits, clusters, [item.kind for item in items], chances, ceilings)
-
-
-@torch.inference_mode()
-def nlvr2_accuracy(
-    model: Vilt, tokenizer: WordPiece, items: Sequence[Statement], blind: str | None = None
-) -> dict[str, dict]:
-    """{"all", "other objects", "same objects": {"value", "low", "high", "chance", "objects", …}}."""
-
-    def best(rows: np.ndarray) -> np.ndarray:
-        inputs, targets = nlvr2_batch([items[i] for i in rows], tokenizer, blind, model.config.max_text_len)
-        return (nlvr2_logits(model, inputs).argmax(-1).cpu() == targets).numpy()
-
-    hits = _hits(tokenizer, [item.text for item in items], model.config.max_text_len, best)
-    chances = dict.fromkeys(("all", "other objects", "same objects"), 1 / 2)
-    ceilings = {"all": 3 / 4, "other objects": 1, "same objects": 1 / 2}
-    return _by_kind(hits, [item.pair for item in items], [item.kind for item in items], chances, ceilings)
-
-
-def _hits(tokenizer, texts: Sequence[str], longest: int, best: Callable) -> np.ndarray:
-    hits = np.zeros(len(texts))
-    for rows, _ in equal_lengths(tokenizer, texts, longest):
-        hits[rows] = best(rows)
-    return hits
-
-
-def _by_kind(hits, clusters: list, kinds: list[str], chances: dict, ceilings: dict) -> dict[str, dict]:
-    found = {}
-    for kind in chances:
-        which = [i for i, one in enumerate(kinds) if kind in ("all", one)]
-        chosen = [clusters[i] for i in which]
-        found[kind] = measured(hits[which], chosen, chance=chances[kind], objects=ceilings[kind])
-    return found

@@ -1,0 +1,187 @@
+"""The main job: ViLT on composed scenes, by masked words + matching + 0.1 · word-patch alignment.
+
+A fourth term, which ViLT does not have, lets nouns find their pictures (noun_contrast.py). Without it words
+come to point at their own object in one run and not in the next.
+
+Sources: Kim, Son and Kim 2021 (ViLT), section 3.2.
+Left out: ViLT's own sizes (models/vilt.py's defaults), for which no laptop is enough.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minivlp.data import CPU_NOUNS, Scene, Scenes, scene_pixels
+from minivlp.data.probes import false_captions, hide_relation, hide_slots, swapped, text_rows
+from minivlp.evaluation.vilt import CANDIDATES, evaluate, report
+from minivlp.ipot import alignment_masks, wpa_fused
+from minivlp.itm import itm_loss
+from minivlp.mlm import IGNORE, mlm_loss
+from minivlp.models.published import vilt as names
+from minivlp.models.vilt import Vilt, ViltConfig
+from minivlp.models.vilt_start import start_small
+from minivlp.pictures.demo import demo
+from minivlp.pictures.gallery import draw_answers
+from minivlp.recipes.base import Batch, Recipe, Settings
+from minivlp.recipes.noun_contrast import noun_contrast
+from minivlp.recipes.vilt_batches import STAGES, SceneBatches, ViltBatch
+from minivlp.training.screen import Screen
+from minivlp.training.trained import Trained
+from minivlp.training.workers import ONE_PROCESS, Workers
+
+CHECKED = 128  # scenes asked about twenty times during training
+
+
+@dataclass(frozen=True)
+class ViltSettings(Settings):
+    """Everything that decides a run's weights, besides the data."""
+
+    nouns: tuple[str, ...] | None = CPU_NOUNS  # None = all countable training nouns
+    dim: int = 96
+    layers: int = 4
+    heads: int = 3
+    hidden: int = 192
+    vocab_size: int = 512
+    steps: int = 2800
+    wpa_weight: float = 0.1
+    mask: float = 0.15  # probability of hiding a word of one's own captions
+
+
+PRESETS = {
+    "cpu": ViltSettings(),
+    "gpu": ViltSettings(
+        nouns=None, canvas=96, patch=16, dim=256, layers=6, heads=4, hidden=1024, vocab_size=2048,
+        steps=30_000, batch=256, lr=1e-3, matrix_lr=0.005, warmup=300,
+    ),
+}  # fmt: skip
+
+
+class ViltRecipe(Recipe):
+    """ViLT on scenes; other recipes train the same model on other data."""
+
+    Settings, Config, Model = ViltSettings, ViltConfig, Vilt
+    presets = PRESETS
+    terms = ("mlm", "itm", "wpa", "apart")
+    several_processes = True
+
+    @cached_property
+    def batches(self) -> Callable[[int], list[ViltBatch]]:
+        s, stages = self.settings, STAGES[self.about.get("preset", "cpu")]
+        return SceneBatches(self.emojivl, self.nouns, self.tokenizer, stages, s.steps, s.batch, s.seed)
+
+    def loss(
+        self, model: Vilt, batches: Sequence[Batch], workers: Workers = ONE_PROCESS
+    ) -> dict[str, Tensor]:
+        return pretraining_loss(model, batches, self.settings.wpa_weight, workers)
+
+    def new_model(self) -> Vilt:
+        return start_small(super().new_model())
+
+    def matrices(self, model: Vilt) -> list[nn.Parameter]:
+        more = (model.pooler.weight, *([model.mlm.dense.weight] if model.mlm else []))
+        chosen = {id(p) for p in (*super().matrices(model), *more)}
+        return [p for p in model.parameters() if id(p) in chosen and p.requires_grad]
+
+    @property
+    def chance(self) -> dict[str, float]:
+        relation = {"masked_relation": 1 / 4, "itm_random": 1 / 2, "itm_swapped": 1 / 2}
+        return {"masked_object": 1 / (len(self.nouns) - 1)} | relation
+
+    @cached_property
+    def _fresh(self) -> list[Scene]:
+        s = self.settings
+        scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, pairs="held_out", seed=s.seed + 1)
+        return [scenes[i] for i in range(CHECKED)]
+
+    @torch.inference_mode()
+    def check(self, model: Vilt) -> dict[str, float]:
+        """Four of the evaluation's measures, in [0, 1], on scenes of pairs that training never shows."""
+        return quick_check(model, self.tokenizer, self._fresh, self.settings.seed + 1)
+
+    def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
+        what = (trained.tokenizer, self.emojivl, self.nouns, trained.canvas, items, -(-items // CANDIDATES))
+        return evaluate(trained.model, *what, seed, progress)
+
+    def report(self, results: Mapping[str, Any]) -> str:
+        return report(results)
+
+    def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
+        return super().draw(trained, folder, records) + draw_answers(folder, trained, self.emojivl)
+
+    def demo(self, trained: Trained, query: str, folder: Path, device: str, screen: Screen) -> None:
+        demo(query, trained, folder, device, screen)
+
+    @staticmethod
+    def to_published(model: Vilt) -> dict[str, Tensor]:
+        return names.to_hugging_face(model.state_dict())
+
+    @staticmethod
+    def from_published(model: Vilt, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return names.from_published(tensors).tensors
+
+
+def pretraining_loss(
+    model: Vilt, batches: Sequence[ViltBatch], wpa_weight: float, workers: Workers = ONE_PROCESS
+) -> dict[str, Tensor]:
+    """The weighted terms of one step: means over its hidden words, its matching pairs, its contrasted nouns.
+
+    Of several workers each has its part of the examples, and the mean of what they return is the whole.
+    """
+    words, labels, pooled, match, moved = [], [], [], [], []
+    for b in batches:
+        out = model.encode(b.ids, b.text_mask, b.pixels, b.pixel_mask)
+        hidden, paired, aligned = b.labels != IGNORE, b.match >= 0, b.align != 0
+        words, labels = [*words, out["text"][hidden]], [*labels, b.labels[hidden]]
+        pooled, match = [*pooled, out["pooled"][paired]], [*match, b.match[paired]]
+        if wpa_weight and aligned.any():
+            real, image_real = alignment_masks(b.text_mask[aligned]), out["image_mask"][aligned, 1:]
+            cost = wpa_fused(out["text"][aligned], out["image"][aligned, 1:], real, image_real)  # (B',)
+            moved.append(b.align[aligned] * cost)
+    words, labels, pooled, match = (torch.cat(parts) for parts in (words, labels, pooled, match))
+    all_words, all_pairs = (max(n, 1) for n in workers.mean((len(words), len(pooled)), words.device))
+    mlm = mlm_loss(model.mlm_hidden(words), model.mlm_weight, model.mlm_bias, labels)
+    terms = {"mlm": len(words) / all_words * mlm}
+    if len(pooled):
+        terms["itm"] = len(pooled) / all_pairs * itm_loss(model.itm_logits(pooled), match)
+    if moved:
+        # As in ViLT: true pairs pulled together, wrong pairs pushed apart, over all matching pairs.
+        terms["wpa"] = wpa_weight * torch.cat(moved).sum() / all_pairs
+    contrast = noun_contrast(model, batches, workers)
+    return terms if contrast is None else terms | {"apart": contrast}
+
+
+def quick_check(model: Vilt, tokenizer, scenes: Sequence[Scene], seed: int) -> dict[str, float]:
+    """masked_object, masked_relation, itm_random and itm_swapped on these pairs, each asked about once."""
+
+    def states(texts: tuple) -> dict[str, Tensor]:
+        device = next(model.parameters()).device
+        ids, mask, _ = (tensor.to(device) for tensor in texts)
+        return model.encode(ids, mask, scene_pixels(scenes).to(device))
+
+    def fills(hidden: Sequence[tuple]) -> float:
+        texts = text_rows(tokenizer, *zip(*hidden, strict=True))
+        is_mask = texts[2] != IGNORE  # (B, L)
+        text = states(texts)["text"]  # (B, L, D)
+        best = model.mlm_logits(text[is_mask.to(text.device)]).argmax(-1).cpu()
+        return float((best == texts[2][is_mask]).float().mean())
+
+    def accepts(captions: Sequence[str]) -> float:
+        pooled = states(text_rows(tokenizer, captions, [()] * len(captions)))["pooled"]
+        return float(model.itm_logits(pooled).argmax(-1).float().mean())
+
+    others = false_captions(scenes, np.random.default_rng(seed))
+    relation = [(text, tokenizer.encode(word)) for text, word in map(hide_relation, scenes)]
+    true = accepts([scene.caption for scene in scenes])
+    random, order = accepts([scenes[j].caption for j in others]), accepts([swapped(s) for s in scenes])
+    return {
+        "masked_object": fills([hide_slots(scene, [i % 2], tokenizer) for i, scene in enumerate(scenes)]),
+        "masked_relation": fills(relation),
+        "itm_random": (true + 1 - random) / 2,
+        "itm_swapped": (true + 1 - order) / 2,
+    }
