@@ -18,7 +18,7 @@ from minivlp.core.files import whole_file
 from minivlp.core.require import fail
 from minivlp.data import load_emojivl
 from minivlp.pictures.demo import demo
-from minivlp.pictures.gallery import draw_curves, draw_run
+from minivlp.pictures.gallery import TERMS, draw_curves, draw_run
 from minivlp.pictures.ground import ground
 from minivlp.pictures.search import search
 from minivlp.recipes.curriculum import STAGES
@@ -204,7 +204,7 @@ def redraw(args: argparse.Namespace, screen: Screen) -> None:
         draw = draw_xvlm if run.settings["model"] == "xvlm" else draw_dual
         paths = draw(run.folder, run.records(), load_trained(run.folder), load_emojivl())
     elif run.settings.get("task") or run.settings.get("captions"):
-        paths = [draw_curves(run.folder, run.records())]
+        paths = [draw_curves(run.folder, run.records(), (*TERMS, "vqa", "nlvr2"))]
     else:
         paths = draw_run(run.folder, run.records(), load_trained(run.folder), load_emojivl())
     for path in paths:

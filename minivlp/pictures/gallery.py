@@ -20,6 +20,7 @@ from minivlp.text import WordPiece
 from minivlp.training.trained import Trained
 
 SEED = 7
+TERMS = ("mlm", "itm", "wpa", "apart")
 CHANCE = {"masked_relation": 1 / 4, "itm_random": 1 / 2, "itm_swapped": 1 / 2, "accuracy": 1 / 2}
 
 
@@ -31,17 +32,19 @@ def draw_run(folder: Path, records: Sequence[dict], trained: Trained, emojivl: E
     scenes = [unseen[i] for i in range(6)]
     (candidates,) = retrieval_sets((unseen[i] for i in count()), 1)
     paths = [folder / f"{name}.png" for name in ("curves", "masked_words", "retrieval", "alignment")]
-    draw_curves(folder, records, {"masked_object": 1 / (len(nouns) - 1)})
+    draw_curves(folder, records, TERMS, CHANCE | {"masked_object": 1 / (len(nouns) - 1)})
     figures.masked_words(paths[1], [_filled(model, tokenizer, scene, i) for i, scene in enumerate(scenes)])
     figures.retrieval_grid(paths[2], [_retrieved(model, tokenizer, candidates, i) for i in range(5)])
     figures.alignment(paths[3], [aligned(model, tokenizer, scene) for scene in scenes[:5]])
     return paths
 
 
-def draw_curves(folder: Path, records: Sequence[dict], more: Mapping[str, float] | None = None) -> Path:
-    """Write curves.png into the folder: losses, and those accuracies of CHANCE and `more` that it has."""
-    chance = {name: one for name, one in ((more or {}) | CHANCE).items() if any(name in r for r in records)}
-    figures.curves(folder / "curves.png", records, chance)
+def draw_curves(
+    folder: Path, records: Sequence[dict], terms: Sequence[str], chance: Mapping[str, float] = CHANCE
+) -> Path:
+    """Write curves.png into the folder: the loss terms and accuracies (`chance`) that the records hold."""
+    measured = {name: guess for name, guess in chance.items() if any(name in record for record in records)}
+    figures.curves(folder / "curves.png", records, terms, measured)
     return folder / "curves.png"
 
 
@@ -67,7 +70,7 @@ def _filled(model: Vilt, tokenizer: WordPiece, scene: Scene, i: int) -> tuple:
 def _retrieved(model: Vilt, tokenizer: WordPiece, scenes: Sequence[Scene], i: int) -> tuple:
     """A row of `figures.retrieval_grid`: caption i, true of picture i alone, and the five best pictures."""
     hidden = hide_slots(scenes[i], range(len(scenes[i].slots)), tokenizer)
-    scores = rank(model, tokenizer, scenes[i].caption, hidden, scene_pixels(scenes))
+    scores = rank(model, tokenizer, scenes[i].caption, hidden, scenes)
     best = np.argsort(-scores)[:5].tolist()
     return scenes[i].caption, [scenes[k].image for k in best], best.index(i) if i in best else None
 

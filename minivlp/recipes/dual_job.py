@@ -19,9 +19,9 @@ from minivlp.evaluation.dual import evaluate_dual, report_dual
 from minivlp.evaluation.match import Matcher, ranks, similarities
 from minivlp.evaluation.vilt import CANDIDATES
 from minivlp.models.dual import Dual
-from minivlp.pictures.contact_sheet import contact_sheet
 from minivlp.pictures.gallery import draw_curves
-from minivlp.pictures.search import Gallery
+from minivlp.pictures.search import DrawingIndex
+from minivlp.pictures.sheets import contact_sheet
 from minivlp.recipes.dual_train import OF_MODEL, PRESETS, PairSource, dual_config, dual_loss, new_dual
 from minivlp.text import WordPiece
 from minivlp.training.job import Recipe, measure_and_draw, train_with
@@ -112,12 +112,12 @@ def measure_dual(
 def draw_dual(folder: Path, records: list[dict], trained: Trained, emojivl: EmojiVL) -> list[Path]:
     """Write curves.png and search.png, the best drawings for some queries, into the folder."""
     chance = 1 / len(trained_concepts(emojivl, TRAINING_ARTISTS))
-    paths = [draw_curves(folder, records, {"name_seen": chance, "name_unseen": chance})]
-    gallery = Gallery(trained, emojivl)
-    if gallery.language == "en":
-        sheets = [gallery.sheet(query, 6) for query in QUERIES]
+    paths = [draw_curves(folder, records, ("names", "scenes"), {"name_seen": chance, "name_unseen": chance})]
+    index = DrawingIndex(trained, emojivl)
+    if index.language == "en":
+        sheets = [index.sheet(query, 6) for query in QUERIES]
     else:  # names of concepts that training never showed
-        new = [c for c in gallery.concepts if c.split != "train"][: len(QUERIES)]
-        sheets = [gallery.sheet(named(c, gallery.language), 6, c.name_en) for c in new]
+        new = [c for c in index.concepts if c.split != "train"][: len(QUERIES)]
+        sheets = [index.sheet(named(c, index.language), 6, c.name_en) for c in new]
     contact_sheet(folder / "search.png", sheets)
     return [*paths, folder / "search.png"]

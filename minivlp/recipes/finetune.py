@@ -196,7 +196,7 @@ def train_task(run: Run, device: str, items: int, screen: Screen, workers: Worke
     write_json(run.folder / "eval.json", results)
     (run.folder / "report.md").write_text(report_task(results), encoding="utf-8")
     screen.say(report_task(results))
-    screen.say(f"wrote {draw_curves(run.folder, run.records())}")
+    screen.say(f"wrote {draw_curves(run.folder, run.records(), ('vqa', 'nlvr2'))}")
 
 
 def _baseline(run: Run, name: str) -> Run:

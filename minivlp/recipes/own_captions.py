@@ -13,7 +13,7 @@ from PIL import Image
 from minivlp.core.require import fail
 from minivlp.data.own import Captions, captions_folder, coco_captions, split
 from minivlp.models.published.pixels import resized
-from minivlp.pictures.gallery import draw_curves
+from minivlp.pictures.gallery import TERMS, draw_curves
 from minivlp.recipes.glance import glance_at_captions
 from minivlp.recipes.train import TrainConfig, new_model, pretraining_loss, train_config
 from minivlp.recipes.vilt_batches import CaptionRows
@@ -107,7 +107,7 @@ def train_captions(run: Run, device: str, items: int, screen: Screen, workers: W
     if workers.rank == 0:
         results = evaluate_captions(load_trained(run.folder), held, screen)
         write_json(run.folder / "eval.json", results)
-        screen.say(f"wrote {draw_curves(run.folder, run.records())}")
+        screen.say(f"wrote {draw_curves(run.folder, run.records(), TERMS)}")
 
 
 def evaluate_captions(trained: Trained, held: Captions, screen: Screen) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from minivlp.core.require import fail
 from minivlp.data import Concept, EmojiVL, Scene, Scenes, scene_pixels
 from minivlp.data.probes import article_and_noun, meaning, takes
 from minivlp.evaluation.interval import measured
-from minivlp.evaluation.vilt import equal_lengths, whole_rows
+from minivlp.evaluation.reading import equal_lengths, fitting_rows
 from minivlp.models.vilt import Vilt
 from minivlp.text import WordPiece
 
@@ -208,7 +208,7 @@ def nlvr2_batch(
 def _inputs(texts, scenes, tokenizer, blind, longest) -> dict[str, Tensor]:
     if blind not in (None, "image", "text"):
         fail("blind", 'must be None, "image" or "text"', repr(blind))
-    ids, mask = whole_rows(tokenizer, [""] * len(texts) if blind == "text" else texts, longest)
+    ids, mask = fitting_rows(tokenizer, [""] * len(texts) if blind == "text" else texts, longest)
     pixels = scene_pixels(scenes)
     if blind == "image":
         pixels = torch.zeros_like(pixels)

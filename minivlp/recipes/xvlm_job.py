@@ -15,10 +15,10 @@ import torch
 from minivlp.core.require import fail
 from minivlp.data import EmojiVL, load_emojivl
 from minivlp.data.crowds import Crowds
-from minivlp.evaluation.xvlm import answers, best_guess, evaluate_xvlm, iou, questions, report_xvlm
+from minivlp.evaluation.xvlm import ask_phrases, best_guess, evaluate_xvlm, iou, predict_boxes, report_xvlm
 from minivlp.models.xvlm import Xvlm
 from minivlp.pictures.gallery import draw_curves
-from minivlp.pictures.grounding_sheet import grounding_sheet
+from minivlp.pictures.sheets import grounding_sheet
 from minivlp.recipes.train import scene_tokenizer
 from minivlp.recipes.xvlm_rows import RegionSource
 from minivlp.recipes.xvlm_train import ABLATIONS, PRESETS, new_xvlm, xvlm_config, xvlm_loss
@@ -76,14 +76,14 @@ def _glance(
     for split, artists in groups.items():
         if artists is None or artists:
             source = Crowds(emojivl, nouns, artists, canvas, "held_out", seed=SEED)
-            asked[split] = [item for some in questions(source, GLANCE).values() for item in some]
+            asked[split] = [item for some in ask_phrases(source, GLANCE).values() for item in some]
 
     @torch.inference_mode()
     def check(model: Xvlm) -> dict[str, float]:
         found = {}
         for split, items in asked.items():
             true = np.array([scene.boxes[phrase.row] for scene, phrase in items])
-            right = iou(answers(model, tokenizer, items, lambda passes: None), true) >= 0.5
+            right = iou(predict_boxes(model, tokenizer, items), true) >= 0.5
             found[f"grounding_{split}"] = float(right.mean())
         return found
 
@@ -108,11 +108,11 @@ def draw_xvlm(folder: Path, records: Sequence[dict], trained: Trained, emojivl: 
     artists = emojivl.unseen_artists or tuple(emojivl.sheets)
     nouns = trained.nouns(emojivl)
     source = Crowds(emojivl, nouns, artists, trained.canvas, "held_out", seed=DRAWN_SEED)
-    asked = [item for trio in zip(*questions(source, GLANCE).values(), strict=True) for item in trio]
+    asked = [item for trio in zip(*ask_phrases(source, GLANCE).values(), strict=True) for item in trio]
     chance = best_guess(np.array([scene.boxes[phrase.row] for scene, phrase in asked], float))
     items = asked[:DRAWN]
     with torch.inference_mode():
-        found = answers(trained.model, trained.tokenizer, items, lambda passes: None)
+        found = predict_boxes(trained.model, trained.tokenizer, items)
     rows = [
         (scene.image, phrase.text, scene.boxes[phrase.row], box)
         for (scene, phrase), box in zip(items, found, strict=True)
@@ -120,4 +120,4 @@ def draw_xvlm(folder: Path, records: Sequence[dict], trained: Trained, emojivl: 
     grounding_sheet(folder / "grounding.png", rows)
     measures = [f"grounding_{split}" for split in ("seen", "unseen")]
     shown = {name: chance for name in measures if any(name in record for record in records)}
-    return [draw_curves(folder, records, shown), folder / "grounding.png"]
+    return [draw_curves(folder, records, ("itc", "itm", "mlm", "box"), shown), folder / "grounding.png"]
