@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from minivlp.data import RELATIONS, Scenes, held_out, load_emojivl
 from minivlp.data.probes import hide_relation, hide_slots
-from minivlp.evaluation.vilt import encoded
+from minivlp.evaluation.reading import encoded
 from minivlp.mlm import IGNORE, mask_tokens, mlm_loss, mlm_loss_fused, mlm_loss_np
 from minivlp.text import WordPiece
 from minivlp.training.trained import WEIGHTS, load_trained

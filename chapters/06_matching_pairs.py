@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from minivlp.data import Scenes, load_emojivl
 from minivlp.data.probes import false_captions, swapped
-from minivlp.evaluation.vilt import encoded, match_scores
+from minivlp.evaluation.rank import match_scores
+from minivlp.evaluation.reading import encoded
 from minivlp.hinge import hinge, hinge_np
 from minivlp.infonce import infonce
 from minivlp.itm import derangement, hard_negatives, itm_loss, itm_loss_np

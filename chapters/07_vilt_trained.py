@@ -34,7 +34,8 @@ import torch
 from minivlp.data import CPU_NOUNS, Scenes, load_emojivl, scene_pixels
 from minivlp.data.probes import article_and_noun, hide_relation, hide_slots, swapped, text_rows
 from minivlp.evaluation.point import plan
-from minivlp.evaluation.vilt import MEASURES, NAMES, match_scores
+from minivlp.evaluation.rank import match_scores
+from minivlp.evaluation.vilt import MEASURES, NAMES
 from minivlp.itm import itm_loss_np
 from minivlp.recipes.curriculum import CPU_STAGES, SINGLE, Stage
 from minivlp.recipes.train import TrainConfig, new_model, pretraining_loss, scene_tokenizer

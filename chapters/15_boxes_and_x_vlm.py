@@ -28,7 +28,7 @@ import torch
 from minivlp.boxes import box_loss, box_loss_np, cxcywh_to_xyxy, giou, giou_np
 from minivlp.data import CPU_NOUNS, load_emojivl
 from minivlp.data.crowds import Crowds, phrases
-from minivlp.evaluation.xvlm import answers, best_guess, iou, questions
+from minivlp.evaluation.xvlm import ask_phrases, best_guess, iou, predict_boxes
 from minivlp.mlm import IGNORE
 from minivlp.recipes.train import scene_tokenizer
 from minivlp.recipes.xvlm_rows import RegionSource
@@ -328,13 +328,13 @@ def shown(step):
     return [replace(r, match=r.match & False, labels=torch.full_like(r.labels, IGNORE)) for r in source(step)]
 
 
-asked = questions(Crowds(emojivl, nouns, canvas=config.canvas, pairs="all", seed=1), 64)
+asked = ask_phrases(Crowds(emojivl, nouns, canvas=config.canvas, pairs="all", seed=1), 64)
 truth = {kind: np.array([s.boxes[p.row] for s, p in items], float) for kind, items in asked.items()}
 
 
 @torch.inference_mode()
 def found(model):
-    boxes = {kind: answers(model, tokenizer, items, lambda n: None) for kind, items in asked.items()}
+    boxes = {kind: predict_boxes(model, tokenizer, items) for kind, items in asked.items()}
     return {kind: float((iou(boxes[kind], truth[kind]) >= 0.5).mean()) for kind in asked}
 
 
@@ -358,7 +358,7 @@ print(", ".join(f"{kind} {records[-1][kind]:.2f} (chance {best_guess(truth[kind]
 fig, axes = plt.subplots(1, 6, figsize=(8, 1.8), constrained_layout=True)
 some = [item for trio in zip(*asked.values(), strict=True) for item in trio][:6]
 with torch.inference_mode():
-    boxes = answers(model, tokenizer, some, lambda passes: None)
+    boxes = predict_boxes(model, tokenizer, some)
 for ax, (scene, phrase), box in zip(axes, some, boxes, strict=True):
     ax.imshow(scene.image, extent=(0, 32, 32, 0))
     outline(ax, scene.boxes[phrase.row], BLUE)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from minivlp.data import CPU_NOUNS, RELATIONS, EmojiVL, Scenes, scene_pixels
+from minivlp.data.probes import hide_slots, retrieval_sets
 from minivlp.evaluation import point as pointing
 from minivlp.evaluation import rank as ranking
 from minivlp.evaluation import vilt as ev
@@ -231,13 +232,14 @@ def test_the_report_shows_every_number(tiny, tokenizer):
 
 def test_ranking_adds_both_heads_in_any_batch(tiny, tokenizer):
     """log p(match) and log p(each hidden piece), by each head's own softmax."""
-    scenes = Scenes(EMOJIVL, NOUNS)
-    pixels = scene_pixels([scenes[i] for i in range(70)])
+    source = Scenes(EMOJIVL, NOUNS)
+    scenes = [source[i] for i in range(70)]
+    pixels = scene_pixels(scenes)
     caption, text = "a dog left of a guitar", "a [MASK] left of a [MASK]"
     hidden = tokenizer.encode("dog") + tokenizer.encode("guitar")
     assert len(hidden) == 2
-    scores = ranking.rank(tiny, tokenizer, caption, (text, hidden), pixels)
-    odds = ranking.match_odds(tiny, tokenizer, caption, pixels)
+    scores = ranking.rank(tiny, tokenizer, caption, (text, hidden), scenes)
+    odds = ranking.match_odds(tiny, tokenizer, [caption] * 70, scenes)
 
     def read(text):
         ids = torch.from_numpy(tokenizer.batch([text])[0]).expand(70, -1)
@@ -250,10 +252,48 @@ def test_ranking_adds_both_heads_in_any_batch(tiny, tokenizer):
     assert np.allclose(odds, match[:, 1] - match[:, 0], atol=1e-6)
     expected = match.log_softmax(-1)[:, 1] + words[:, 0, hidden[0]] + words[:, 1, hidden[1]]
     assert np.allclose(scores, expected, atol=1e-5)
-    alone = ranking.rank(tiny, tokenizer, "above", ("above", []), pixels)
-    odds = ranking.match_odds(tiny, tokenizer, "above", pixels)
+    alone = ranking.rank(tiny, tokenizer, "above", ("above", []), scenes)
+    odds = ranking.match_odds(tiny, tokenizer, ["above"] * 70, scenes)
     assert (alone == ranking.both_heads(odds, np.zeros(70))).all(), "a caption without nouns"
     assert np.isfinite(ranking.both_heads(np.float32([-1e4, 1e4]), np.zeros(2))).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0], ids=["ties", "a little", "a lot"])
+def test_few_second_passes_find_the_same_winners_as_all(spread, tiny, tokenizer, monkeypatch):
+    """Both heads read every caption with every picture: the winners are the same, the passes are not."""
+    scenes = retrieval_sets(Scenes(EMOJIVL, NOUNS, pairs="held_out"), 1, 16)[0]
+    hidden = [hide_slots(scene, [0, 1], tokenizer) for scene in scenes]
+    odds = np.random.default_rng(1).normal(size=(16, 16)) * spread + spread * np.eye(16)
+    words = [ranking.word_scores(tiny, tokenizer, [text] * 16, scenes) for text in hidden]
+    scores = ranking.both_heads(odds, np.stack(words))
+    others = np.where(np.eye(16, dtype=bool), -np.inf, scores)
+    expected = scores.diagonal() > others.max(1)
+    read, word_scores = [], ranking.word_scores
+
+    def counted(model, tok, texts, pictures):
+        read.append(len(texts))
+        return word_scores(model, tok, texts, pictures)
+
+    monkeypatch.setattr(ranking, "word_scores", counted)
+    assert ranking.wins(tiny, tokenizer, hidden, scenes, odds).tolist() == expected.tolist()
+    assert 16 <= sum(read) <= 256 and (spread < 30 or sum(read) < 200)
+    read.clear()
+    assert ranking.wins(tiny, tokenizer, hidden, scenes, 1e4 * (2 * np.eye(16) - 1)).all()
+    assert read == [16], "when all others are refused, only the own pictures are read again"
+
+
+def test_no_log_probability_of_words_is_above_zero(tokenizer):
+    """What `wins` rests on, for a model that is sure of every word."""
+
+    class Sure(Oracle):
+        def mlm_logits(self, text):
+            return 1e4 * super().mlm_logits(text)
+
+    source = Recorded(EMOJIVL, NOUNS, pairs="held_out")
+    scenes = [source[i] for i in range(40)]
+    hidden = [hide_slots(scene, [0, 1], tokenizer) for scene in scenes]
+    scores = ranking.word_scores(Sure(tokenizer), tokenizer, hidden, scenes)
+    assert scores.max() == 0 and (ranking.both_heads(np.zeros(40), scores) <= np.log(0.5)).all()
 
 
 def test_retrieval_needs_both_heads_to_agree(tokenizer):
@@ -273,7 +313,7 @@ def test_retrieval_needs_both_heads_to_agree(tokenizer):
         (lambda model, tok: run(model, tok, items=7), "items must be even"),
         (lambda model, tok: ev.evaluate(model, tok, EMOJIVL, NOUNS[:7], 48, 4, 1), "16 different meanings"),
         (
-            lambda model, tok: ranking.match_odds(model, tok, "a dog " * 10, torch.zeros(1, 3, 48, 48)),
+            lambda model, tok: ranking.match_odds(model, tok, ["a dog " * 10], [Scenes(EMOJIVL)[0]]),
             "20 tokens",
         ),
         (lambda model, tok: pointing.plan(model, tok, Scenes(EMOJIVL)[0], " "), "at least one word"),

@@ -43,6 +43,7 @@ def records(n: int = 200) -> list[dict]:
     return lines
 
 
+TERMS = ("loss", "mlm", "itm", "wpa")
 CHANCE = {"masked_object": 1 / 32, "matching": 0.5, "pointing": 0.02}
 HEAT = np.random.default_rng(0).random((9, 3, 4))
 BOXES = np.array([[0, 0, 20, 20], [30, 10, 48, 48]])
@@ -50,13 +51,13 @@ TOP = [("dog", 0.62), ("bear", 0.3), ("panda", 0.05), ("a" * 40, 0.02), ("$x$", 
 
 # name → (function, arguments)
 CASES = {
-    "curves": (curves, (records(), CHANCE)),
-    "curves of one record": (curves, (records(1), {"matching": 0.5})),
-    "curves without accuracies": (curves, (records(), {})),
+    "curves": (curves, (records(), TERMS, CHANCE)),
+    "curves of one record": (curves, (records(1), TERMS, {"matching": 0.5})),
+    "curves without accuracies": (curves, (records(), TERMS, {})),
     "curves of lines that coincide": (
         curves,
         ([{"step": s, "seconds": s, "loss": 1.0, "mlm": 1.0, "itm": 1.0, "x": 0.5, "y": 0.5} for s in (1, 9)],
-         {"x": 0.5, "y": 0.49}),
+         TERMS, {"x": 0.5, "y": 0.49}),
     ),
     "retrieval_grid": (
         retrieval_grid,
@@ -159,7 +160,7 @@ def test_equal_input_gives_equal_files(name, tmp_path):
 @pytest.mark.parametrize("step", [(Image.Image, "save"), (os, "replace")])
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step):
     path = tmp_path / "curves.png"
-    curves(path, records(), {})
+    curves(path, records(), TERMS, {})
     old = path.read_bytes()
 
     def full(*args, **kwargs):
@@ -170,7 +171,7 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step)
 
     monkeypatch.setattr(*step, full)
     with pytest.raises(OSError, match="disk full"):
-        curves(path, records(3), {})
+        curves(path, records(3), TERMS, {})
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["curves.png"]
 
 
@@ -178,7 +179,7 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step)
 
 
 def test_chance_lines_are_dashed_and_named():
-    figure = composed(curves, records(), {"masked_object": 0.25, "matching": 0.5, "pointing": 0.5})
+    figure = composed(curves, records(), TERMS, {"masked_object": 0.25, "matching": 0.5, "pointing": 0.5})
     lines = {line.get_ydata()[0] for line in figure.axes[1].lines if line.get_linestyle() == "--"}
     assert lines == {25.0, 50.0}
     labels = [text.get_text() for text in figure.axes[1].texts if text.get_color() == GREY]
@@ -186,7 +187,7 @@ def test_chance_lines_are_dashed_and_named():
 
 
 def test_axes_have_names_and_units():
-    figure = composed(curves, records(), CHANCE)
+    figure = composed(curves, records(), TERMS, CHANCE)
     names = [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes]
     assert names == [
         ("optimisation step", "loss (nats; wpa: cosine cost)"),
@@ -194,19 +195,27 @@ def test_axes_have_names_and_units():
     ]
 
 
+def test_the_terms_that_the_records_have_are_drawn_in_their_order():
+    lines = [{"step": i, "seconds": i, "mlm": 1.0, "new_term": 2.0, "accuracy": 0.5} for i in range(3)]
+    figure = composed(curves, lines, ("new_term", "mlm", "itm"), {})
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(labels) == ["mlm 1.00", "new term 2.00"]
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [2.0] * 3
+
+
 @pytest.mark.parametrize(
     "last, unit, shown", [(90, "seconds", 90), (900, "minutes", 15), (36_000, "hours", 10)]
 )
 def test_time_is_told_in_a_fitting_unit(last, unit, shown):
     lines = [{"step": i, "seconds": last * i / 4, "loss": 1.0, "matching": 0.5} for i in range(5)]
-    figure = composed(curves, lines, {"matching": 0.5})
+    figure = composed(curves, lines, TERMS, {"matching": 0.5})
     assert figure.axes[1].get_xlabel() == f"training time ({unit})"
     assert figure.axes[1].lines[0].get_xdata()[-1] == pytest.approx(shown)
 
 
 def test_the_bold_line_is_the_mean_of_the_thin_one():
     lines = [{"step": i, "seconds": i, "loss": float(i % 2)} for i in range(400)]
-    figure = composed(curves, lines, {})
+    figure = composed(curves, lines, TERMS, {})
     thin, bold = figure.axes[0].lines[:2]
     assert thin.get_ydata().tolist() == [i % 2 for i in range(400)]
     assert bold.get_ydata() == pytest.approx(0.5) and bold.get_xdata()[-1] == 399
@@ -214,7 +223,7 @@ def test_the_bold_line_is_the_mean_of_the_thin_one():
 
 def test_missing_and_infinite_values_are_passed_over():
     lines = [{"step": i, "seconds": i, "loss": v} for i, v in enumerate([3.0, None, float("nan"), 1.0])]
-    figure = composed(curves, [*lines, {"step": 4, "seconds": 4}], {})
+    figure = composed(curves, [*lines, {"step": 4, "seconds": 4}], TERMS, {})
     assert figure.axes[0].lines[1].get_ydata().tolist() == [3.0, 1.0]
 
 
@@ -311,9 +320,13 @@ IMAGE = scene(0)
 @pytest.mark.parametrize(
     "function, args, message",
     [
-        (curves, ([], {}), "records must not be empty"),
-        (curves, ([{"step": 1, "seconds": 1, "lr": 0.1}], {}), "records must hold numbers for one of loss"),
-        (curves, (records(), {"counting": 0.2}), "chance must name accuracies .* got 'counting'"),
+        (curves, ([], TERMS, {}), "records must not be empty"),
+        (
+            curves,
+            ([{"step": 1, "seconds": 1, "lr": 0.1}], TERMS, {}),
+            "records must hold numbers for one of loss",
+        ),
+        (curves, (records(), TERMS, {"counting": 0.2}), "chance must name accuracies .* got 'counting'"),
         (retrieval_grid, ([],), "rows must not be empty"),
         (retrieval_grid, ([("a dog", [], None)],), "rows must hold 1 to 5 images"),
         (retrieval_grid, ([("a dog", [IMAGE] * 6, 0)],), "rows must hold 1 to 5 images"),

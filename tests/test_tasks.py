@@ -212,10 +212,10 @@ def test_too_few_meanings_are_refused():
 
 def test_a_word_under_one_mask_must_be_one_piece(tokenizer):
     whole = WordPiece([*tokenizer.tokens, "zebra"])
-    assert whole.tokens[tasks.whole_word("zebra", whole)] == "zebra"
+    assert whole.tokens[tasks.single_piece_id("zebra", whole)] == "zebra"
     for word in ("zebra", "?"):
         with pytest.raises(ValueError, match="as one piece"):
-            tasks.whole_word(word, tokenizer)
+            tasks.single_piece_id(word, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,15 @@ from minivlp.evaluation.xvlm import (
     CONSTANTS,
     NAMES,
     _similarity,
-    answers,
+    ask_phrases,
     best_guess,
     evaluate_xvlm,
     iou,
-    questions,
+    predict_boxes,
     report_xvlm,
 )
 from minivlp.models.xvlm import Xvlm, XvlmConfig
-from minivlp.pictures.grounding_sheet import grounding_sheet
+from minivlp.pictures.sheets import grounding_sheet
 from minivlp.recipes.train import scene_tokenizer
 
 EMOJIVL = load_emojivl()
@@ -53,7 +53,7 @@ def test_the_best_guess_is_that_of_one_box():
 
 
 def test_questions_are_phrases_of_held_out_pairs():
-    asked = questions(Crowds(EMOJIVL, NOUNS, pairs="held_out", seed=1), 30)
+    asked = ask_phrases(Crowds(EMOJIVL, NOUNS, pairs="held_out", seed=1), 30)
     assert set(asked) == set(KINDS)
     for kind, items in asked.items():
         assert len(items) == 30 and len({id(scene) for scene, _ in items}) == 30
@@ -64,11 +64,11 @@ def test_questions_are_phrases_of_held_out_pairs():
 
 def test_a_box_is_asked_for_each_phrase_in_its_own_scene():
     """Alone or among others of other lengths, in pixels of its picture."""
-    model, asked = small(), questions(Crowds(EMOJIVL, NOUNS, pairs="held_out", seed=1), 4)
+    model, asked = small(), ask_phrases(Crowds(EMOJIVL, NOUNS, pairs="held_out", seed=1), 4)
     items = [item for some in asked.values() for item in some]
     with torch.inference_mode():
-        found = answers(model, TOKENIZER, items, lambda passes: None)
-        alone = np.concatenate([answers(model, TOKENIZER, [item], lambda passes: None) for item in items])
+        found = predict_boxes(model, TOKENIZER, items)
+        alone = np.concatenate([predict_boxes(model, TOKENIZER, [item]) for item in items])
     assert (
         np.allclose(found, alone, atol=1e-3) and found[:, 2:].max() < 96 and np.ptp(found, axis=0).max() > 0
     )
@@ -93,7 +93,7 @@ def test_who_knows_the_boxes_gets_one_and_who_knows_names_the_ceiling():
         artists = None if split == "seen" else EMOJIVL.unseen_artists
         items = [
             i
-            for some in questions(Crowds(EMOJIVL, NOUNS, artists, pairs="held_out", seed=1), 40).values()
+            for some in ask_phrases(Crowds(EMOJIVL, NOUNS, artists, pairs="held_out", seed=1), 40).values()
             for i in some
         ]
         for scene, phrase in items:
@@ -142,7 +142,7 @@ def test_results_and_report():
 def test_naming_and_pointing_of_a_model_whose_patches_are_texts():
     """When the picture's patches carry the noun's own vector inside the box, both are always right."""
     model = small()
-    items = questions(Crowds(EMOJIVL, NOUNS, pairs="held_out", seed=1), 20)["name"]
+    items = ask_phrases(Crowds(EMOJIVL, NOUNS, pairs="held_out", seed=1), 20)["name"]
     source = Crowds(EMOJIVL, NOUNS, pairs="held_out", seed=1)
 
     numbers = {concept.id: i for i, concept in enumerate(source.nouns)}

@@ -44,7 +44,7 @@ from minivlp.data.probes import (
     takes,
 )
 from minivlp.evaluation.point import patches_inside, transport
-from minivlp.evaluation.vilt import BATCH, encoded, whole_rows
+from minivlp.evaluation.reading import BATCH, encoded, fitting_rows
 from minivlp.recipes.questions import ONE, SAME, statements
 
 CHANCE = {
@@ -78,7 +78,7 @@ def scores(
     model: Archetype, world: World, texts: Sequence[str], scenes: Sequence[Scene], pairs: np.ndarray
 ) -> np.ndarray:
     """The log odds of the pairs (P, 2), rows of texts and of scenes: (P,)."""
-    ids, mask = whole_rows(world.tokenizer, texts, model.config.max_text_len)
+    ids, mask = fitting_rows(world.tokenizer, texts, model.config.max_text_len)
     ids, mask = torch.from_numpy(ids), torch.from_numpy(mask)
     parts = [model.read(i, m) for i, m in zip(ids.split(BATCH), mask.split(BATCH), strict=True)]
     words = torch.cat(parts)

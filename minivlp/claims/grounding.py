@@ -20,8 +20,8 @@ from minivlp.claims.verdict import Sample
 from minivlp.data import load_emojivl, scene_pixels
 from minivlp.data.crowds import Crowds
 from minivlp.evaluation.point import patches_inside
-from minivlp.evaluation.vilt import whole_rows
-from minivlp.evaluation.xvlm import answers, iou, questions
+from minivlp.evaluation.reading import fitting_rows
+from minivlp.evaluation.xvlm import ask_phrases, iou, predict_boxes
 from minivlp.models.xvlm import Xvlm
 from minivlp.recipes.train import scene_tokenizer
 from minivlp.recipes.xvlm_rows import RegionSource
@@ -49,9 +49,9 @@ def grounding(size: RegionsSize, seed: int, folder: Path, variant: str) -> dict[
 
 @torch.inference_mode()
 def _asked(model: Xvlm, tokenizer, crowds: Crowds, items: int) -> dict[str, Sample]:
-    asked = questions(crowds, items)["name"]
+    asked = ask_phrases(crowds, items)["name"]
     clusters = ["-".join(map(str, sorted(scene.objects[:2]))) for scene, _ in asked]
-    ids, mask = whole_rows(
+    ids, mask = fitting_rows(
         tokenizer, [f"{c.article} {c.noun}" for c in crowds.nouns], model.config.max_text_len
     )
     texts = model.text_vector(model.text_words(torch.from_numpy(ids), torch.from_numpy(mask)))  # (nouns, E)
@@ -66,6 +66,6 @@ def _asked(model: Xvlm, tokenizer, crowds: Crowds, items: int) -> dict[str, Samp
     heat = (model.image_vector(patches) @ texts[torch.from_numpy(right)][..., None])[..., 0]  # (n, N)
     inside = np.stack([patches_inside(scene, patch)[phrase.row] for scene, phrase in asked])
     pointed = inside[np.arange(len(asked)), heat.argmax(1).numpy()]
-    grounded = iou(answers(model, tokenizer, asked, lambda passes: None), boxes.astype(float)) >= 0.5
+    grounded = iou(predict_boxes(model, tokenizer, asked), boxes.astype(float)) >= 0.5
     found = {"naming": named, "pointing": pointed, "grounding": grounded, "blind": inside.mean(1)}
     return {name: Sample([float(hit) for hit in hits], clusters) for name, hits in found.items()}

@@ -26,7 +26,7 @@ from minivlp.claims.verdict import Sample
 from minivlp.claims.world import World
 from minivlp.data import Scene, scene_pixels
 from minivlp.data.probes import meaning
-from minivlp.evaluation.vilt import equal_lengths
+from minivlp.evaluation.reading import equal_lengths
 from minivlp.ipot import alignment_masks
 
 

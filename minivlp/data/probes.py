@@ -155,7 +155,7 @@ def noun_spans(scene: Scene, tokenizer: WordPiece) -> list[slice]:
     return spans
 
 
-def whole_word(word: str, tokenizer: WordPiece) -> int:
+def single_piece_id(word: str, tokenizer: WordPiece) -> int:
     """The id of a word that must be one piece, to fit under one [MASK]. Raises ValueError when it is not."""
     ids = tokenizer.encode(word)
     if len(ids) != 1 or ids[0] == tokenizer.unk_id:

@@ -17,21 +17,21 @@ Sources: Radford et al. 2021 (CLIP), section 3.1 (classification by names).
 Left out: queries in free words; nobody has said which drawings are right for them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 
 import numpy as np
 import torch
 
-from minivlp.data import TRAINING_ARTISTS, Concept, EmojiVL, Scenes, scene_pixels, trained_concepts
+from minivlp.data import Concept, EmojiVL, Scenes, scene_pixels, trained_concepts
 from minivlp.data.drawings import Portraits
 from minivlp.data.names import PROMPTS, named
 from minivlp.data.probes import meaning, retrieval_sets
 from minivlp.data.scenes import SCENE_SIZES
 from minivlp.evaluation.interval import measured
-from minivlp.evaluation.match import Matcher, ranks, similarities
+from minivlp.evaluation.match import Matcher, Tokens, ranks, similarities
+from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits
 from minivlp.evaluation.tables import INTERVAL, tables
-from minivlp.evaluation.vilt import CANDIDATES
 
 DEPTHS = (1, 5, 10)
 TIERS = ("object", "thing", "person", "face", "symbol")
@@ -43,7 +43,7 @@ def evaluate_dual(
     language: str,
     sets: int = 8,
     seed: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> dict:
     """All measures; sets: of 64 scenes each. Returns, ready for JSON,
 
@@ -51,38 +51,48 @@ def evaluate_dual(
     "items", "clusters"}}, "unseen": {…}, "tiers": {"seen": {tier: {measure: {…}}}, …}, "artists",
     "concepts", "language", "canvas", "seed"}}. A split without artists in the data is {}.
     """
-    canvas = matcher.model.config.image_size
-    seen = [a for a in emojivl.sheets if a in TRAINING_ARTISTS]
-    artists = {"seen": seen, "unseen": list(emojivl.unseen_artists)}
+    canvas, prompts = matcher.model.config.image_size, PROMPTS[language]
+    artists, portraits = artists_by_split(emojivl), Portraits(emojivl, canvas)
     known = trained_concepts(emojivl, emojivl.sheets)
     new = [c for c in emojivl.concepts if c.split != "train" and c.artists]
-    details = {"seen": {}, "unseen": {}, "tiers": {"seen": {}, "unseen": {}}, "artists": artists}
-    details |= {"concepts": len(known), "language": language, "canvas": canvas, "seed": seed}
-    exam, portraits = _Exam(matcher, emojivl, language), Portraits(emojivl, canvas)
-    for i, split in enumerate(split for split in artists if artists[split]):
+    names = {
+        "classification": (known, prompts),
+        "image_to_text": (known, prompts[:1]),
+        "zeroshot": (new, prompts),
+        "zeroshot_all": ([*known, *new], prompts),
+    }
+    texts = {  # each name is read once, for both splits
+        name: matcher.ensembles([named(c, language) for c in among], forms)
+        for name, (among, forms) in names.items()
+        if among
+    }
+    tiers: dict[str, dict] = {"seen": {}, "unseen": {}}
+
+    def measure(split: str, tick: Tick) -> dict[str, dict]:
         drawings = _drawings(known, artists[split])
         pixels = portraits.plain(*_columns(drawings))
-        found = {"classification": exam.classified(drawings, pixels, known, PROMPTS[language])}
-        found["image_to_text"] = exam.classified(drawings, pixels, known, PROMPTS[language][:1])
-        progress(4 * i + 1, 8)
-        details[split] = {key: m for name, r in found.items() for key, m in r.measures(name).items()}
-        details[split] |= exam.found(known, artists[split], portraits)
-        unknown = _drawings(new, artists[split])
-        if unknown:
-            pictures = portraits.plain(*_columns(unknown))
-            for name, names in (("zeroshot", new), ("zeroshot_all", [*known, *new])):
-                details[split] |= exam.classified(unknown, pictures, names, PROMPTS[language]).measures(name)
-        progress(4 * i + 2, 8)
-        if split == "unseen" and seen:
-            floor = nearest_pixels(portraits, drawings, pixels, known, seen)
-            details[split] |= floor.measures("pixels")
-        progress(4 * i + 3, 8)
+        pictures = matcher.pictures(pixels)
+        answers = {n: _classified(drawings, pictures, texts[n], known) for n in tuple(names)[:2]}
+        tick(1)
+        if unknown := _drawings(new, artists[split]):
+            unknown_pictures = matcher.pictures(portraits.plain(*_columns(unknown)))
+            for n in tuple(names)[2:]:
+                answers[n] = _classified(unknown, unknown_pictures, texts[n], names[n][0])
+        measures = {key: m for name, a in answers.items() for key, m in a.measures(name).items()}
+        measures |= _text_to_image(drawings, pictures, texts["image_to_text"][0], known)
+        tick(1)
+        if split == "unseen" and artists["seen"]:
+            floor = nearest_pixels(portraits, drawings, pixels, known, artists["seen"])
+            measures |= floor.measures("pixels")
+        tick(1)
         if language == "en":
-            details[split] |= _scenes(matcher, emojivl, artists[split], sets, seed)
-        details["tiers"][split] = found["classification"].tiers()
-        progress(4 * i + 4, 8)
-    values = {s: {name: m["value"] for name, m in details[s].items()} for s in artists}
-    return values | {"details": details}
+            measures |= _scenes(matcher, emojivl, artists[split], sets, seed)
+        tiers[split] = answers["classification"].tiers()
+        tick(1)
+        return measures
+
+    about = {"tiers": tiers, "concepts": len(known), "language": language, "canvas": canvas, "seed": seed}
+    return evaluate_splits(artists, measure, 4, progress, **about)
 
 
 def _drawings(concepts: Sequence[Concept], artists: Sequence[str]) -> list[tuple[Concept, str]]:
@@ -121,42 +131,36 @@ class Answers:
         return {t: self.measures("near", t) | self.measures("exact", t, exact=True) for t in there}
 
 
-class _Exam:
-    """Asks a matcher about drawings of concepts."""
+def _classified(drawings, pictures: Tokens, texts: Sequence[Tokens], among: Sequence[Concept]) -> Answers:
+    """Each drawing's name among the names of these concepts, read in one or several prompts."""
+    scores = np.mean([similarities(pictures, names) for names in texts], axis=0)
+    return Answers(scores, [c for c, _ in drawings], among)
 
-    def __init__(self, matcher: Matcher, emojivl: EmojiVL, language: str):
-        self.matcher, self.emojivl, self.language = matcher, emojivl, language
 
-    def classified(self, drawings, pixels, among: Sequence[Concept], prompts: Sequence[str]) -> Answers:
-        names = self.matcher.ensembles([named(c, self.language) for c in among], prompts)
-        pictures = self.matcher.pictures(pixels)
-        scores = np.mean([similarities(pictures, texts) for texts in names], axis=0)
-        return Answers(scores, [c for c, _ in drawings], among)
-
-    def found(self, concepts: Sequence[Concept], artists: Sequence[str], portraits: Portraits) -> dict:
-        """text_to_image: each artist's drawings searched on their own, then all answers together."""
-        parts = []
-        for artist in artists:
-            drawn = [c for c in concepts if artist in c.artists]
-            pictures = self.matcher.pictures(portraits.plain([c.id for c in drawn], [artist] * len(drawn)))
-            texts = self.matcher.texts([named(c, self.language) for c in drawn])
-            parts.append(Answers(similarities(texts, pictures), drawn, drawn))
-        measures = {}
-        for k in DEPTHS:
-            hits = np.concatenate([part.rank < k for part in parts])
-            chance = np.concatenate(
-                [np.minimum(1, k * part.right / part.candidates) for part in parts]
-            ).mean()
-            clusters = [c.id for part in parts for c in part.asked]
-            measures[f"text_to_image_r{k}"] = measured(hits, clusters, chance=chance)
-        return measures
+def _text_to_image(drawings, pictures: Tokens, texts: Tokens, concepts: Sequence[Concept]) -> dict:
+    """Names among each artist's drawings, searched on their own; then the answers of all artists together."""
+    number, parts = {c.id: i for i, c in enumerate(concepts)}, []
+    for artist in dict.fromkeys(a for _, a in drawings):
+        rows = [k for k, (_, a) in enumerate(drawings) if a == artist]
+        drawn = [drawings[k][0] for k in rows]
+        names = [number[c.id] for c in drawn]
+        scores = similarities((texts[0][names], texts[1][names]), (pictures[0][rows], pictures[1][rows]))
+        parts.append(Answers(scores, drawn, drawn))
+    clusters = [c.id for part in parts for c in part.asked]
+    measures = {}
+    for k in DEPTHS:
+        hits = np.concatenate([part.rank < k for part in parts])
+        chances = [np.minimum(1, k * part.right / part.candidates) for part in parts]
+        chance = np.concatenate(chances).mean()
+        measures[f"text_to_image_r{k}"] = measured(hits, clusters, chance=chance)
+    return measures
 
 
 def nearest_pixels(
     portraits, drawings, pixels, concepts: Sequence[Concept], artists: Sequence[str]
 ) -> Answers:
     """The floor: a concept's score is minus the smallest distance to one of its drawings by these artists."""
-    bank = _drawings([c for c in concepts], artists)
+    bank = _drawings(concepts, artists)
     known = portraits.plain(*_columns(bank)).flatten(1)  # (K, 3·H·W)
     distance = torch.cdist(pixels.flatten(1), known).numpy()  # (A, K)
     scores = np.full((len(pixels), len(concepts)), -np.inf, np.float32)

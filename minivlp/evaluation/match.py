@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from minivlp.core.require import fail
-from minivlp.evaluation.vilt import whole_rows
+from minivlp.evaluation.reading import fitting_rows
 from minivlp.filip import late_interaction
 from minivlp.models.dual import Dual
 from minivlp.text import WordPiece
@@ -47,7 +47,7 @@ class Matcher:
     def texts(self, texts: Sequence[str]) -> Tokens:
         """n texts → n sets of tokens, on the CPU. Raises ValueError for a text that is too long."""
         config, device = self.model.config, next(self.model.parameters()).device
-        ids, mask = whole_rows(self.tokenizer, texts, config.max_text_len)
+        ids, mask = fitting_rows(self.tokenizer, texts, config.max_text_len)
         ids, mask = padded(ids, mask, config.max_text_len, self.tokenizer, config.text_pool == "last")
         parts = []
         for rows in torch.arange(len(texts)).split(BATCH):

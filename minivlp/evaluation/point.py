@@ -11,12 +11,11 @@ Left out: attention maps, which say what a layer mixes, not what it aligns.
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlp.core.require import fail
 from minivlp.data import Scene, scene_pixels
 from minivlp.ipot import alignment_masks, ipot
-from minivlp.models.vilt import Vilt
 from minivlp.sinkhorn import cosine
 from minivlp.text import WordPiece
 
@@ -41,7 +40,7 @@ def patches_inside(scene: Scene, patch: int) -> np.ndarray:
 
 @torch.inference_mode()
 def plan(
-    model: Vilt, tokenizer: WordPiece, scene: Scene, caption: str | None = None, iters: int = 50
+    model: nn.Module, tokenizer: WordPiece, scene: Scene, caption: str | None = None, iters: int = 50
 ) -> tuple[list[str], np.ndarray]:
     """The plan of a scene with its own or another caption: `(words, plan (words, rows, columns))`.
 

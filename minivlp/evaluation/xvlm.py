@@ -30,13 +30,14 @@ import torch
 
 from minivlp.boxes import cxcywh_to_xyxy
 from minivlp.core.require import fail
-from minivlp.data import TRAINING_ARTISTS, Concept, EmojiVL, Scene, scene_pixels
+from minivlp.data import Concept, EmojiVL, Scene, scene_pixels
 from minivlp.data.crowds import KINDS, Crowds, Phrase, phrases
 from minivlp.data.probes import takes
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.point import patches_inside
+from minivlp.evaluation.reading import BATCH, encoded, fitting_rows
+from minivlp.evaluation.splits import Progress, Tick, artists_by_split, evaluate_splits
 from minivlp.evaluation.tables import scene_tables
-from minivlp.evaluation.vilt import BATCH, encoded, whole_rows
 from minivlp.models.xvlm import Xvlm
 from minivlp.regions import patches_touched, region_tokens
 from minivlp.text import WordPiece
@@ -62,7 +63,7 @@ def evaluate_xvlm(
     canvas: int,
     items: int = 2000,
     seed: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> dict:
     """All measures on held-out pairs of `nouns`, in square pictures of `canvas` pixels.
 
@@ -73,53 +74,60 @@ def evaluate_xvlm(
     """
     if items < 1:
         fail("items", "must be at least 1", items)
-    seen = [artist for artist in emojivl.sheets if artist in TRAINING_ARTISTS]
-    artists = {"seen": seen, "unseen": list(emojivl.unseen_artists)}
-    details = {"seen": {}, "unseen": {}, "artists": artists, "nouns": {}, "canvas": canvas, "seed": seed}
-    splits = [split for split in artists if artists[split]]
-    sources = {s: Crowds(emojivl, nouns, artists[s], canvas, "held_out", seed=seed) for s in splits}
-    total, done = len(splits) * 4 * items, 0
+    artists = artists_by_split(emojivl)
+    sources = {
+        split: Crowds(emojivl, nouns, names, canvas, "held_out", seed=seed)
+        for split, names in artists.items()
+        if names
+    }
 
-    def tick(passes: int) -> None:
-        nonlocal done
-        done += passes
-        progress(done, total)
+    def measure(split: str, tick: Tick) -> dict[str, dict]:
+        items_of = ask_phrases(sources[split], items)
+        measures = _grounding(model, tokenizer, [item for kind in KINDS for item in items_of[kind]], tick)
+        return measures | _similarity(model, tokenizer, sources[split], items_of["name"], tick)
 
-    for split, source in sources.items():
-        details["nouns"][split] = [concept.noun for concept in source.nouns]
-        asked = questions(source, items)
-        details[split] |= _grounding(model, tokenizer, asked, tick)
-        details[split] |= _similarity(model, tokenizer, source, asked["name"], tick)
-    values = {s: {m: details[s][m]["value"] for m in details[s]} for s in artists}
-    return values | {"details": details}
+    names = {split: [concept.noun for concept in source.nouns] for split, source in sources.items()}
+    return evaluate_splits(artists, measure, 4 * items, progress, nouns=names, canvas=canvas, seed=seed)
 
 
-def questions(source: Crowds, items: int) -> dict[str, list[Item]]:
+def ask_phrases(source: Crowds, items: int) -> dict[str, list[Item]]:
     """`items` phrases of every kind, at most one of a kind a scene, with their scenes.
 
     Raises ValueError when 100 · (items + 10) scenes do not suffice.
     """
-    asked: dict[str, list[Item]] = {kind: [] for kind in KINDS}
+    items_of: dict[str, list[Item]] = {kind: [] for kind in KINDS}
     rng = np.random.default_rng(source.seed)
     endless = (source[i] for i in count())
     for scene in takes(endless, 100 * (items + 10), f"hold {items} phrases of every kind"):
-        for kind, some in asked.items():
-            fitting = [phrase for phrase in phrases(scene) if phrase.kind == kind]
-            if fitting and len(some) < items:
-                some.append((scene, fitting[int(rng.integers(len(fitting)))]))
-        if all(len(some) == items for some in asked.values()):
+        every = phrases(scene)
+        for kind, chosen in items_of.items():
+            fitting = [phrase for phrase in every if phrase.kind == kind]
+            if fitting and len(chosen) < items:
+                chosen.append((scene, fitting[int(rng.integers(len(fitting)))]))
+        if all(len(chosen) == items for chosen in items_of.values()):
             break
-    return asked
+    return items_of
 
 
-def answers(model: Xvlm, tokenizer: WordPiece, items: Sequence[Item], tick: Callable) -> np.ndarray:
-    """The box for each phrase in its scene: (items, 4) as corners in pixels."""
-    found = np.zeros((len(items), 4))
+def true_boxes(items: Sequence[Item]) -> np.ndarray:
+    """The box of the object that each phrase is about: (items, 4) float64, corners in pixels."""
+    return np.array([scene.boxes[phrase.row] for scene, phrase in items], float)
+
+
+@torch.inference_mode()
+def predict_boxes(
+    model: Xvlm,
+    tokenizer: WordPiece,
+    items: Sequence[Item],
+    tick: Callable[[int], None] = lambda passes: None,
+) -> np.ndarray:
+    """The box that the model gives for each phrase in its scene: (items, 4), corners in pixels."""
+    predicted = np.zeros((len(items), 4))
     texts, scenes = [phrase.text for _, phrase in items], [scene for scene, _ in items]
     for rows, _, states in encoded(model, tokenizer, texts, scenes, tick):
         boxes = cxcywh_to_xyxy(model.boxes(states["pooled"])).float().cpu().numpy()
-        found[rows] = boxes * np.tile(scenes[0].image.shape[1::-1], 2)
-    return found
+        predicted[rows] = boxes * np.tile(scenes[0].image.shape[1::-1], 2)
+    return predicted
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -129,19 +137,17 @@ def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return both / ((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both)
 
 
-def _grounding(model, tokenizer, asked: dict[str, list[Item]], tick: Callable) -> dict[str, dict]:
-    every = [item for some in asked.values() for item in some]
-    kinds = np.array([phrase.kind for _, phrase in every])
-    true = np.array([scene.boxes[phrase.row] for scene, phrase in every], float)  # (n, 4)
-    hits = iou(answers(model, tokenizer, every, tick), true) >= 0.5
-    objects = np.where(kinds == "name", 1.0, 0.5)
-    pairs = [_pair(scene) for scene, _ in every]
-    found = {}
+def _grounding(model, tokenizer, items: list[Item], tick: Tick) -> dict[str, dict]:
+    """Boxes for phrases, of all kinds and of each."""
+    kinds, true = np.array([phrase.kind for _, phrase in items]), true_boxes(items)
+    hits = iou(predict_boxes(model, tokenizer, items, tick), true) >= 0.5
+    objects, pairs = np.where(kinds == "name", 1.0, 0.5), np.array(_pairs(items))
+    measures = {}
     for name in tuple(NAMES)[:4]:
-        own = np.ones(len(every), bool) if name == "grounding" else kinds == name.removeprefix("ground_")
-        clusters = [pair for pair, mine in zip(pairs, own, strict=True) if mine]
-        found[name] = measured(hits[own], clusters, chance=best_guess(true[own]), objects=objects[own].mean())
-    return found
+        own = (kinds == name.removeprefix("ground_")) | (name == "grounding")
+        about = {"chance": best_guess(true[own]), "objects": objects[own].mean()}
+        measures[name] = measured(hits[own], list(map(tuple, pairs[own].tolist())), **about)
+    return measures
 
 
 def best_guess(true: np.ndarray) -> float:
@@ -150,42 +156,37 @@ def best_guess(true: np.ndarray) -> float:
     return float((iou(tried[:, None], true) >= 0.5).mean(1).max())
 
 
-def _similarity(model, tokenizer, source: Crowds, items: list[Item], tick: Callable) -> dict[str, dict]:
+def _similarity(model, tokenizer, source: Crowds, items: list[Item], tick: Tick) -> dict[str, dict]:
     """Naming and pointing, on the phrases that are names."""
     device, patch = next(model.parameters()).device, model.config.patch
-    ids, mask = whole_rows(
-        tokenizer, [f"{c.article} {c.noun}" for c in source.nouns], model.config.max_text_len
-    )
-    words = model.text_words(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
-    texts = model.text_vector(words)  # (nouns, embed)
+    names = [f"{concept.article} {concept.noun}" for concept in source.nouns]
+    ids, mask = (torch.from_numpy(x).to(device)
+                 for x in fitting_rows(tokenizer, names, model.config.max_text_len))  # fmt: skip
+    texts = model.text_vector(model.text_words(ids, mask))  # (nouns, embed)
     number = {concept.id: i for i, concept in enumerate(source.nouns)}
     named, pointed, share = [], [], []
     for start in range(0, len(items), BATCH):
-        scenes, rows = zip(
-            *((scene, phrase.row) for scene, phrase in items[start : start + BATCH]), strict=True
-        )
-        right = np.array([number[scene.objects[row]] for scene, row in zip(scenes, rows, strict=True)])
-        boxes = np.array([scene.boxes[row] for scene, row in zip(scenes, rows, strict=True)])
+        batch = items[start : start + BATCH]
+        scenes = [scene for scene, _ in batch]
+        right = torch.tensor([number[scene.objects[phrase.row]] for scene, phrase in batch], device=device)
         patches = model.image_patches(scene_pixels(scenes).to(device))  # (B, N, D)
-        touched = torch.from_numpy(patches_touched(boxes, patch, *scenes[0].image.shape[:2])).to(device)
-        regions = model.image_vector(region_tokens(patches, touched)[:, 0])  # (B, embed)
-        named += ((regions @ texts.T).argmax(1).cpu().numpy() == right).tolist()
-        heat = model.image_vector(patches) @ texts[torch.from_numpy(right).to(device)][..., None]  # (B, N, 1)
-        centred = np.stack(
-            [patches_inside(scene, patch)[row] for scene, row in zip(scenes, rows, strict=True)]
-        )
-        pointed += centred[np.arange(len(scenes)), heat[..., 0].argmax(1).cpu().numpy()].tolist()
-        share += centred.mean(1).tolist()
-        tick(len(scenes))
-    clusters, chance = [_pair(scene) for scene, _ in items], float(np.mean(share))
+        touched = patches_touched(true_boxes(batch), patch, *scenes[0].image.shape[:2])  # (B, N)
+        regions = region_tokens(patches, torch.from_numpy(touched).to(device))[:, 0]  # (B, D)
+        named += ((model.image_vector(regions) @ texts.T).argmax(1) == right).tolist()
+        heat = (model.image_vector(patches) @ texts[right][..., None])[..., 0]  # (B, N)
+        inside = np.stack([patches_inside(scene, patch)[phrase.row] for scene, phrase in batch])  # (B, N)
+        pointed += inside[np.arange(len(batch)), heat.argmax(1).cpu()].tolist()
+        share += inside.mean(1).tolist()
+        tick(len(batch))
     return {
-        "naming": measured(named, clusters, chance=1 / len(source.nouns), objects=1),
-        "pointing": measured(pointed, clusters, chance=chance, objects=1),
+        "naming": measured(named, _pairs(items), chance=1 / len(source.nouns), objects=1),
+        "pointing": measured(pointed, _pairs(items), chance=np.mean(share), objects=1),
     }
 
 
-def _pair(scene: Scene) -> tuple[int, ...]:
-    return tuple(sorted(scene.objects[:2]))
+def _pairs(items: Sequence[Item]) -> list[tuple[int, ...]]:
+    """The first two objects of each scene: its cluster."""
+    return [tuple(sorted(scene.objects[:2])) for scene, _ in items]
 
 
 def report_xvlm(results: dict) -> str:

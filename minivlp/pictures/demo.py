@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from minivlp.core.require import fail
-from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl, scene_pixels
+from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl
 from minivlp.data.names import scene_texts
 from minivlp.data.probes import hide_nouns, meaning
 from minivlp.data.questions import COUNTS
@@ -45,7 +45,7 @@ def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen)
     scenes, right = candidates(emojivl, nouns, trained.canvas, caption)
     model = trained.model.to(device)
     hidden = hide_nouns(caption, nouns, trained.tokenizer)
-    scores = rank(model, trained.tokenizer, caption, hidden, scene_pixels(scenes))
+    scores = rank(model, trained.tokenizer, caption, hidden, scenes)
     best = np.argsort(-scores, kind="stable")[:SHOWN].tolist()
     true = f"the caption is true of {len(right)} of them" if right else "none of them is exactly that"
     screen.say(f"{PICTURES} pictures by {', '.join(shown_artists(emojivl))}; {true}")
@@ -67,12 +67,9 @@ def check_words(words: Sequence[str], nouns: Sequence[Concept]) -> None:
     if not words:
         fail("caption", "must hold at least one word", "none")
     if unknown := [word for word in words if word not in known]:
-        some = ", ".join(c.noun for c in nouns[:40]) + (", …" if len(nouns) > 40 else "")
-        fail(
-            "caption",
-            f'must be made of words the model has read, as in "{texts[0]}" (its nouns: {some})',
-            ", ".join(map(repr, unknown)),
-        )
+        examples = ", ".join(c.noun for c in nouns[:40]) + (", …" if len(nouns) > 40 else "")
+        rule = f'must be made of words the model has read, as in "{texts[0]}" (its nouns: {examples})'
+        fail("caption", rule, ", ".join(map(repr, unknown)))
 
 
 def shown_artists(emojivl: EmojiVL) -> tuple[str, ...]:
@@ -88,14 +85,14 @@ def candidates(
     When the caption has the form of a scene's ("a dog left of a guitar"), there is at least one; of another
     form ("a dog left of a dog") no picture counts as right.
     """
-    kind, asked = _kind(caption), named_in(caption, nouns)
-    others = [c for c in nouns if c not in asked]
-    few = asked + others[: max(0, (3 if kind == "between" else 2) - len(asked))]
+    kind, named = _kind(caption), named_in(caption, nouns)
+    others = [c for c in nouns if c not in named]
+    few = named + others[: max(0, (3 if kind == "between" else 2) - len(named))]
     # One object is drawn on the whole canvas at the size it has elsewhere, so as a "place".
     drawn = {"one": "place"}.get(kind, kind)
     near, far = (
-        Scenes(emojivl, some, shown_artists(emojivl), canvas, {drawn: 1}, "all", seed=SEED)
-        for some in (few, nouns)
+        Scenes(emojivl, concepts, shown_artists(emojivl), canvas, {drawn: 1}, "all", seed=SEED)
+        for concepts in (few, nouns)
     )
     scenes = [near[i] for i in range(PICTURES // 2)] + [far[i] for i in range(PICTURES // 2)]
     example = next((s for s in map(near.__getitem__, range(TRIES)) if _caption(s, kind) == caption), None)
@@ -120,12 +117,12 @@ def _kind(caption: str) -> str:
 
 def named_in(caption: str, nouns: Sequence[Concept]) -> list[Concept]:
     """The concepts that a caption names; "a hot dog" names no dog."""
-    found = []
+    concepts = []
     for concept in sorted(nouns, key=lambda c: -len(c.noun)):
         names = "|".join(re.escape(" ".join(split_words(name))) for name in (concept.plural, concept.noun))
         caption, times = re.subn(rf"\b(?:{names})\b", "", caption)
-        found += [concept] * bool(times)
-    return found
+        concepts += [concept] * bool(times)
+    return concepts
 
 
 def _caption(scene: Scene, kind: str) -> str:

@@ -35,24 +35,25 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "
 COLOURS, GREY = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), "#666666"
 THIN = ("#CCCCCC", 0.8)  # colour and width of the usual frame
 Heat, Boxes, Candidates = np.ndarray, np.ndarray, Sequence[tuple[str, float]]
-LOSSES = (
-    *("loss", "mlm", "itm", "wpa", "apart", "itc", "infonce", "sigmoid"),
-    *("names", "scenes", "box", "vqa", "nlvr2"),
-)
 
 
-def curves(path: str | Path, records: Sequence[Mapping[str, float]], chance: Mapping[str, float]) -> None:
+def curves(
+    path: str | Path,
+    records: Sequence[Mapping[str, float]],
+    terms: Sequence[str],
+    chance: Mapping[str, float],
+) -> None:
     """Loss terms over the step and, below, accuracies over time.
 
-    records: lines of metrics.jsonl with "step", "seconds" and any of the terms in LOSSES (nats; "wpa" a
-    cosine cost) and the accuracies (0…1); a record may lack some. chance: what guessing reaches, for each
-    accuracy to be drawn. The loss lines are means over 1/40 of the run, with the single values thin behind
-    them.
+    records: lines of metrics.jsonl with "step", "seconds", loss terms (nats; "wpa" a cosine cost) and
+    accuracies (0…1); a record may lack some. terms: the loss terms, of which those are drawn that any record
+    has. chance: what guessing reaches, for each accuracy to be drawn. The loss lines are means over 1/40 of
+    the run, with the single values thin behind them.
     """
     _some("records", records)
-    losses = [name for name in LOSSES if len(_series(records, "step", name)[1])]
+    losses = [name for name in terms if len(_series(records, "step", name)[1])]
     if not losses:
-        fail("records", f"must hold numbers for one of {', '.join(LOSSES)}", sorted(records[0]))
+        fail("records", f"must hold numbers for one of {', '.join(terms)}", sorted(records[0]))
     for name in chance:
         if not len(_series(records, "seconds", name)[1]):
             fail("chance", "must name accuracies that are in the records", repr(name))
@@ -264,10 +265,16 @@ def draw_picture(axes: Axes, image: np.ndarray, title: str = "", boxes: Boxes = 
     axes.set(xticks=[], yticks=[])
     axes.set_title(_cut(title, 14), fontsize=9, pad=3, parse_math=False)
     axes.spines[:].set(color=frame[0], linewidth=frame[1])
-    for x1, y1, x2, y2 in boxes:
-        for edge, width in (("white", 2.4), (BLUE, 1.2)):  # a white rim keeps the line visible on any picture
-            corner = (x1 - 0.5, y1 - 0.5)
-            axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width))
+    for box in boxes:
+        outline(axes, box)
+
+
+def outline(axes: Axes, box: Sequence[float], colour: str = BLUE, style: str = "-") -> None:
+    """The outline of a box, x1 y1 x2 y2 in pixels of the picture on these axes."""
+    x1, y1, x2, y2 = box
+    for edge, width, line in (("white", 2.4, "-"), (colour, 1.2, style)):  # a white rim shows on any picture
+        look = {"fill": False, "edgecolor": edge, "linewidth": width, "linestyle": line}
+        axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, **look))
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

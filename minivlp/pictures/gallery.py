@@ -58,7 +58,7 @@ def _filled(model: Vilt, tokenizer: WordPiece, scene: Scene, i: int) -> tuple:
 def _retrieved(model: Vilt, tokenizer: WordPiece, scenes: Sequence[Scene], i: int) -> tuple:
     """A row of `figures.retrieval_grid`: caption i, true of picture i alone, and the five best pictures."""
     hidden = hide_slots(scenes[i], range(len(scenes[i].slots)), tokenizer)
-    scores = rank(model, tokenizer, scenes[i].caption, hidden, scene_pixels(scenes))
+    scores = rank(model, tokenizer, scenes[i].caption, hidden, scenes)
     best = np.argsort(-scores)[:5].tolist()
     return scenes[i].caption, [scenes[k].image for k in best], best.index(i) if i in best else None
 

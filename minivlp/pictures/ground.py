@@ -6,15 +6,12 @@ other objects, a place or a relation among twins: "a dog left of the middle", "a
 
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from minivlp.core.require import fail
 from minivlp.data import load_emojivl
 from minivlp.data.crowds import Crowds, phrases
-from minivlp.evaluation.xvlm import answers, iou
+from minivlp.evaluation.xvlm import iou, predict_boxes, true_boxes
 from minivlp.pictures.demo import check_words, named_in, shown_artists
-from minivlp.pictures.grounding_sheet import grounding_sheet
+from minivlp.pictures.sheets import grounding_sheet
 from minivlp.text import split_words
 from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen
@@ -34,8 +31,8 @@ def ground(caption: str, trained: Trained, out: Path, device: str, screen: Scree
     nouns, caption = trained.nouns(emojivl), " ".join(words)
     check_words(words, nouns)
     need_writable(out / "demo.png", make_folder=True)
-    asked = named_in(caption, nouns)
-    few = asked + [c for c in nouns if c not in asked][:OTHERS]
+    named = named_in(caption, nouns)
+    few = named + [c for c in nouns if c not in named][:OTHERS]
     source = Crowds(emojivl, few, shown_artists(emojivl), trained.canvas, "all", seed=SEED)
     items = []
     for scene in map(source.__getitem__, range(TRIES)):
@@ -45,17 +42,14 @@ def ground(caption: str, trained: Trained, out: Path, device: str, screen: Scree
     if not items:
         example = '"a dog", "a dog left of the middle" or "a dog above a guitar"'
         fail("caption", f"must be a phrase about one object, as {example}", repr(caption))
-    with torch.inference_mode():
-        model = trained.model.to(device)
-        found = answers(model, trained.tokenizer, items, lambda passes: None)
-    true = np.array([scene.boxes[phrase.row] for scene, phrase in items])
-    overlaps = iou(found, true)
+    predicted, true = predict_boxes(trained.model.to(device), trained.tokenizer, items), true_boxes(items)
+    overlaps = iou(predicted, true)
     right = int((overlaps >= 0.5).sum())
     by = ", ".join(shown_artists(emojivl))
     screen.say(f"{len(items)} pictures by {by}; {right} boxes right (IoU at least 0.5)")
     screen.say(" IoU  the picture shows")
     for (scene, _), overlap in zip(items, overlaps, strict=True):
         screen.say(f"{overlap:.2f}  {scene.caption}")
-    rows = [(s.image, caption, box, own) for (s, _), box, own in zip(items, true, found, strict=True)]
+    rows = [(s.image, caption, *boxes) for (s, _), *boxes in zip(items, true, predicted, strict=True)]
     grounding_sheet(out / "demo.png", rows)
     screen.say(f"wrote {out / 'demo.png'}")

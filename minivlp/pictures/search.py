@@ -1,6 +1,6 @@
 """Search drawings with words: every drawing of an unseen artist ranked for a query, the best on a sheet.
 
-Left out: an index. All drawings are encoded anew in about a second; a real search would do it once.
+Left out: an index on disk. All drawings are encoded anew in about a second; a real search would do it once.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from minivlp.data import EmojiVL
 from minivlp.data.drawings import Portraits
 from minivlp.data.names import named
 from minivlp.evaluation.match import Matcher, similarities
-from minivlp.pictures.contact_sheet import contact_sheet
+from minivlp.pictures.sheets import contact_sheet
 from minivlp.text import split_words
 from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen
 from minivlp.training.trained import Trained
 
-SHOWN, TOLD = 18, 5
+SHOWN, LISTED = 18, 5  # drawings on the sheet, and in the terminal
 PAPER = 235  # grey value behind the drawings of a sheet
 
 
-class Gallery:
+class DrawingIndex:
     """All drawings by one artist, the first unseen one where there is one, encoded once.
 
     tokens: compare token by token, as filip does.
@@ -62,28 +62,28 @@ class Gallery:
         return (tile[..., :3] * alpha + PAPER * (1 - alpha)).astype(np.uint8)
 
 
-def unread(words: Sequence[str], trained: Trained) -> list[str]:
+def unread_words(words: Sequence[str], trained: Trained) -> list[str]:
     """The words that training never showed, in any form."""
     return [w for w in words if trained.tokenizer.unk_id in trained.tokenizer.encode(w)]
 
 
-def search(query: str, gallery: Gallery, out: Path, screen: Screen) -> None:
+def search(query: str, index: DrawingIndex, out: Path, screen: Screen) -> None:
     """Rank, print, and write demo.png into the folder `out`. Raises ValueError without one known word."""
     words = split_words(query)
-    unknown = unread(words, gallery.trained)
+    unknown = unread_words(words, index.trained)
     if len(unknown) == len(words):
-        got = ", ".join(map(repr, unknown)) or "none"
-        fail("caption", "must hold at least one word the model has read", got)
+        given = ", ".join(map(repr, unknown)) or "none"
+        fail("caption", "must hold at least one word the model has read", given)
     need_writable(out / "demo.png", make_folder=True)
-    scores = gallery.scores(query)
-    screen.say(f"{len(scores)} drawings by {gallery.artist}")
+    scores = index.scores(query)
+    screen.say(f"{len(scores)} drawings by {index.artist}")
     if unknown:
         screen.say(f"never read in training, so passed over: {', '.join(unknown)}")
     screen.say("rank  cosine  the drawing shows")
-    for place, i in enumerate(np.argsort(-scores, kind="stable")[:TOLD], start=1):
-        concept = gallery.concepts[i]
+    for place, i in enumerate(np.argsort(-scores, kind="stable")[:LISTED], start=1):
+        concept = index.concepts[i]
         new = "" if concept.split == "train" else "  (never shown in training)"
-        screen.say(f"{place:4d}  {scores[i]:+6.3f}  {named(concept, gallery.language)}{new}")
-    title = "" if gallery.language == "en" else "what was asked for in Chinese"
-    contact_sheet(out / "demo.png", [gallery.sheet(query, title=title)])
+        screen.say(f"{place:4d}  {scores[i]:+6.3f}  {named(concept, index.language)}{new}")
+    title = "" if index.language == "en" else "what was asked for in Chinese"
+    contact_sheet(out / "demo.png", [index.sheet(query, title=title)])
     screen.say(f"wrote {out / 'demo.png'}")

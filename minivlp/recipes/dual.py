@@ -36,8 +36,8 @@ from minivlp.infonce import infonce, infonce_gathered
 from minivlp.models.dual import Dual, DualConfig
 from minivlp.models.dual_start import start_mean
 from minivlp.models.published import clip_siglip as names
-from minivlp.pictures.contact_sheet import contact_sheet
-from minivlp.pictures.search import Gallery, search
+from minivlp.pictures.search import DrawingIndex, search
+from minivlp.pictures.sheets import contact_sheet
 from minivlp.recipes.base import Batch, Recipe, Settings
 from minivlp.sigmoid import sigmoid_loss, sigmoid_loss_ring
 from minivlp.text import WordPiece
@@ -251,17 +251,17 @@ class DualRecipe(Recipe):
 
     def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
         """curves.png, and search.png with the best drawings for some queries."""
-        gallery = Gallery(trained, self.emojivl, tokens=self.by_token)
-        if gallery.language == "en":
-            sheets = [gallery.sheet(query, 6) for query in QUERIES]
+        index = DrawingIndex(trained, self.emojivl, tokens=self.by_token)
+        if index.language == "en":
+            sheets = [index.sheet(query, 6) for query in QUERIES]
         else:  # names of concepts that training never showed
-            new = [c for c in gallery.concepts if c.split != "train"][: len(QUERIES)]
-            sheets = [gallery.sheet(named(c, gallery.language), 6, c.name_en) for c in new]
+            new = [c for c in index.concepts if c.split != "train"][: len(QUERIES)]
+            sheets = [index.sheet(named(c, index.language), 6, c.name_en) for c in new]
         contact_sheet(folder / "search.png", sheets)
         return [*super().draw(trained, folder, records), folder / "search.png"]
 
     def demo(self, trained: Trained, query: str, folder: Path, device: str, screen: Screen) -> None:
-        search(query, Gallery(trained, self.emojivl, device, self.by_token), folder, screen)
+        search(query, DrawingIndex(trained, self.emojivl, device, self.by_token), folder, screen)
 
     @classmethod
     def to_published(cls, model: Dual) -> dict[str, Tensor]:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from minivlp.core.require import fail
-from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, load_emojivl, scene_pixels
+from minivlp.data import CPU_NOUNS, load_emojivl, scene_pixels
 from minivlp.data.questions import WORDS
 from minivlp.evaluation.interval import measured
-from minivlp.evaluation.vilt import equal_lengths, whole_rows
+from minivlp.evaluation.reading import equal_lengths, fitting_rows
+from minivlp.evaluation.splits import artists_by_split
 from minivlp.models.vilt import Vilt
 from minivlp.recipes.base import NUMBERS, Batch, Recipe, load_trained, ship
 from minivlp.recipes.vilt import ViltRecipe, ViltSettings
@@ -128,7 +129,7 @@ class TaskRecipe(ViltRecipe):
         if self.blind not in (None, "image", "text"):
             fail("blind", 'must be None, "image" or "text"', repr(self.blind))
         texts = [""] * len(texts) if self.blind == "text" else texts
-        ids, mask = whole_rows(self.tokenizer, texts, self.settings.max_text_len)
+        ids, mask = fitting_rows(self.tokenizer, texts, self.settings.max_text_len)
         pixels = torch.stack([scene_pixels(scenes) for scenes in pictures], 1)
         if self.blind == "image":
             pixels = torch.zeros_like(pixels)
@@ -197,8 +198,7 @@ class TaskRecipe(ViltRecipe):
             if (trained.folder / name / "checkpoint.pt").is_file():
                 control = type(self)(self.settings, {"blind": blind}, self.tokens, self.data)
                 asked_by[name] = control, load_trained(trained.folder / name).model.to(device)
-        seen = [artist for artist in self.emojivl.sheets if artist in TRAINING_ARTISTS]
-        artists = {"seen": seen, "unseen": list(self.emojivl.unseen_artists)}
+        artists = artists_by_split(self.emojivl)
         details = {"artists": artists, "canvas": trained.canvas, "seed": seed, "step": trained.step}
         splits = [split for split in artists if artists[split]]
         done, total = 0, len(splits) * len(asked_by)

@@ -25,14 +25,22 @@ from torch import Tensor, nn
 from minivlp.boxes import box_loss
 from minivlp.data import CPU_NOUNS
 from minivlp.data.crowds import Crowds
-from minivlp.evaluation.xvlm import answers, best_guess, evaluate_xvlm, iou, questions, report_xvlm
+from minivlp.evaluation.xvlm import (
+    ask_phrases,
+    best_guess,
+    evaluate_xvlm,
+    iou,
+    predict_boxes,
+    report_xvlm,
+    true_boxes,
+)
 from minivlp.infonce import infonce
 from minivlp.itm import hard_negatives, itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
 from minivlp.models.xvlm import Xvlm, XvlmConfig, whole
 from minivlp.models.xvlm_start import start_xvlm
 from minivlp.pictures.ground import ground
-from minivlp.pictures.grounding_sheet import grounding_sheet
+from minivlp.pictures.sheets import grounding_sheet
 from minivlp.recipes.base import Recipe, Settings
 from minivlp.recipes.xvlm_batches import RegionBatch, RegionBatches
 from minivlp.regions import region_mask, region_tokens
@@ -111,15 +119,14 @@ class XvlmRecipe(Recipe):
     def _phrases(self, artists: Sequence[str] | None, seed: int) -> list:
         """Phrases of all kinds in turn, each with its scene."""
         source = Crowds(self.emojivl, self.nouns, artists, self.settings.canvas, "held_out", seed=seed)
-        return [item for trio in zip(*questions(source, CHECKED).values(), strict=True) for item in trio]
+        return [item for trio in zip(*ask_phrases(source, CHECKED).values(), strict=True) for item in trio]
 
     @torch.inference_mode()
     def check(self, model: Xvlm) -> dict[str, float]:
         """Grounding for some phrases."""
         values = {}
         for split, items in self._asked.items():
-            true = np.array([scene.boxes[phrase.row] for scene, phrase in items])
-            right = iou(answers(model, self.tokenizer, items, lambda passes: None), true) >= 0.5
+            right = iou(predict_boxes(model, self.tokenizer, items), true_boxes(items)) >= 0.5
             values[f"grounding_{split}"] = float(right.mean())
         return values
 
@@ -136,14 +143,14 @@ class XvlmRecipe(Recipe):
 
     @property
     def chance(self) -> dict[str, float]:
-        boxes = np.array([scene.boxes[phrase.row] for scene, phrase in self._drawn], float)
-        return dict.fromkeys(("grounding_seen", "grounding_unseen"), best_guess(boxes))
+        chance = best_guess(true_boxes(self._drawn))
+        return dict.fromkeys(("grounding_seen", "grounding_unseen"), chance)
 
     def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
         """curves.png, and grounding.png with the boxes found for phrases in unseen scenes."""
         items = self._drawn[:DRAWN]
         with torch.inference_mode():
-            boxes = answers(trained.model, trained.tokenizer, items, lambda passes: None)
+            boxes = predict_boxes(trained.model, trained.tokenizer, items)
         rows = [
             (scene.image, phrase.text, scene.boxes[phrase.row], box)
             for (scene, phrase), box in zip(items, boxes, strict=True)

@@ -1,0 +1,41 @@
+"""The frame of an evaluation: drawings by the training artists ("seen") and by all others ("unseen")."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from minivlp.data import TRAINING_ARTISTS, EmojiVL
+
+CANDIDATES = 64  # pictures that compete for a caption
+Progress = Callable[[int, int], None]  # (done, total)
+Tick = Callable[[int], None]  # so many more are done
+
+
+def artists_by_split(emojivl: EmojiVL) -> dict[str, list[str]]:
+    """{"seen": the training artists that the data holds, "unseen": all others}."""
+    seen = [artist for artist in emojivl.sheets if artist in TRAINING_ARTISTS]
+    return {"seen": seen, "unseen": list(emojivl.unseen_artists)}
+
+
+def evaluate_splits(
+    artists: Mapping[str, Sequence[str]],
+    measure: Callable[[str, Tick], dict[str, dict]],
+    ticks: int,
+    progress: Progress,
+    **about: Any,
+) -> dict[str, Any]:
+    """Measure every split that has artists; a split without any is {}.
+
+    measure(split, tick) → {measure: numbers, "value" among them}; it calls tick(n) until `ticks` are done.
+    about: what else the details say. Returns, ready for JSON, {"seen": {measure: value}, "unseen": {…},
+    "details": {"seen": {measure: numbers}, "unseen": {…}, "artists", **about}}.
+    """
+    done, total = 0, ticks * sum(map(bool, artists.values()))
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, total)
+
+    details = {split: measure(split, tick) if artists[split] else {} for split in artists}
+    values = {split: {name: m["value"] for name, m in details[split].items()} for split in artists}
+    return values | {"details": details | {"artists": dict(artists)} | about}
