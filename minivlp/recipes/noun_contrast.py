@@ -17,8 +17,6 @@ aligning before fusing.
 Left out: towers and projections of their own, which ALBEF has: these are the blocks that read pairs.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm
@@ -72,18 +70,8 @@ def noun_contrast_loss(
     return (cross_entropy(S, own) + cross_entropy(S.T, own)) / 2
 
 
-def noun_contrast(model: Vilt, batches: Sequence[ViltBatch], workers: Workers = ONE_PROCESS) -> Tensor | None:
-    """The mean of `noun_contrast_loss` over the examples that take part, None where no batch has any.
-
-    An example is compared with all others of its batch.
-    """
-    batches = [batch for batch in batches if batch.noun is not None]
-    if not batches:
-        return None
-    counts = workers.mean([int(batch.noun.any(1).sum()) for batch in batches], batches[0].ids.device)
-    loss = 0.0
-    for batch, count in zip(batches, counts, strict=True):
-        rows = batch.noun.any(1)  # (B,)
-        pairs = (z[rows] for z in (batch.contrast_ids, batch.contrast_mask, batch.noun, batch.pixels))
-        loss = loss + count / sum(counts) * noun_contrast_loss(model, *pairs, workers)
-    return loss
+def noun_contrast(model: Vilt, batch: ViltBatch, workers: Workers = ONE_PROCESS) -> Tensor:
+    """`noun_contrast_loss` of the examples that take part; each is compared with all others of its batch."""
+    rows = batch.noun.any(1)  # (B,)
+    pairs = (z[rows] for z in (batch.contrast_ids, batch.contrast_mask, batch.noun, batch.pixels))
+    return noun_contrast_loss(model, *pairs, workers)

@@ -225,17 +225,17 @@ class TaskRecipe(ViltRecipe):
             heads += [name.replace("_", "-") for name in blind]
             lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
             for kind, m in details[split]["accuracy"].items():
-                line = (
+                row = (
                     "| {} | {value:.3f} | {low:.3f} to {high:.3f} | {chance:.3f} | {objects:.3f} | {items} |"
                 )
                 controls = (details[split][name][kind] for name in blind)
                 beside = " {value:.3f} ({low:.3f} to {high:.3f}) |"
-                lines.append(line.format(kind, **m) + "".join(beside.format(**b) for b in controls))
+                lines.append(row.format(kind, **m) + "".join(beside.format(**b) for b in controls))
             lines.append("")
         lines += [
             "Held-out pairs of objects; intervals are clustered by them. *Chance* is what half of the input",
-            "can reach: of all items, the pictures alone; of one kind, the text alone. *Objects alone* is the",
-            "ceiling for one who knows which objects a picture shows, and how many, but not where. The blind",
+            "can reach: of all items, the pictures alone; of one kind, the text alone. *Objects alone* is",
+            "the ceiling for one who knows which objects a picture shows, and how many, but not where. The blind",
             "models were trained in as many steps, and tested, without the pictures, or without the texts.",
         ]
         return "\n".join([*lines, ""])

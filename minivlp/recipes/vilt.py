@@ -7,6 +7,7 @@ Sources: Kim, Son and Kim 2021 (ViLT), section 3.2.
 Left out: ViLT's own sizes (models/vilt.py's defaults), for which no laptop is enough.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,27 +134,28 @@ def pretraining_loss(
 
     Of several workers each has its part of the examples, and the mean of what they return is the whole.
     """
-    words, labels, pooled, match, moved = [], [], [], [], []
-    for b in batches:
+    sizes = [(int(b.hidden.sum()), int(b.paired.sum()), b.contrasted) for b in batches]
+    words, pairs, nouns = zip(*sizes, strict=True)
+    counts = workers.mean((sum(words), sum(pairs), *nouns), batches[0].ids.device)
+    all_words, all_pairs, *all_nouns = (max(n, 1) for n in counts)
+    terms: dict[str, Tensor] = defaultdict(float)
+    for b, n_words, n_pairs, n_nouns in zip(batches, words, pairs, all_nouns, strict=True):
         out = model.encode(b.ids, b.text_mask, b.pixels, b.pixel_mask)
-        hidden, paired, aligned = b.labels != IGNORE, b.match >= 0, b.align != 0
-        words, labels = [*words, out["text"][hidden]], [*labels, b.labels[hidden]]
-        pooled, match = [*pooled, out["pooled"][paired]], [*match, b.match[paired]]
+        states = model.mlm_hidden(out["text"][b.hidden])  # (hidden words, D)
+        mlm = mlm_loss(states, model.mlm_weight, model.mlm_bias, b.labels[b.hidden])
+        terms["mlm"] += n_words / all_words * mlm
+        if n_pairs:
+            itm = itm_loss(model.itm_logits(out["pooled"][b.paired]), b.match[b.paired])
+            terms["itm"] += n_pairs / all_pairs * itm
+        aligned = b.align != 0
         if wpa_weight and aligned.any():
             real, image_real = alignment_masks(b.text_mask[aligned]), out["image_mask"][aligned, 1:]
             cost = wpa_fused(out["text"][aligned], out["image"][aligned, 1:], real, image_real)  # (B',)
-            moved.append(b.align[aligned] * cost)
-    words, labels, pooled, match = (torch.cat(parts) for parts in (words, labels, pooled, match))
-    all_words, all_pairs = (max(n, 1) for n in workers.mean((len(words), len(pooled)), words.device))
-    mlm = mlm_loss(model.mlm_hidden(words), model.mlm_weight, model.mlm_bias, labels)
-    terms = {"mlm": len(words) / all_words * mlm}
-    if len(pooled):
-        terms["itm"] = len(pooled) / all_pairs * itm_loss(model.itm_logits(pooled), match)
-    if moved:
-        # As in ViLT: true pairs pulled together, wrong pairs pushed apart, over all matching pairs.
-        terms["wpa"] = wpa_weight * torch.cat(moved).sum() / all_pairs
-    contrast = noun_contrast(model, batches, workers)
-    return terms if contrast is None else terms | {"apart": contrast}
+            # As in ViLT: true pairs pulled together, wrong pairs pushed apart, over all matching pairs.
+            terms["wpa"] += wpa_weight * (b.align[aligned] * cost).sum() / all_pairs
+        if b.noun is not None:
+            terms["apart"] += n_nouns / sum(all_nouns) * noun_contrast(model, b, workers)
+    return dict(terms)
 
 
 def quick_check(model: Vilt, tokenizer, scenes: Sequence[Scene], seed: int) -> dict[str, float]:

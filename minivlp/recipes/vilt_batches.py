@@ -35,6 +35,7 @@ from minivlp.data.probes import (
     text_rows,
 )
 from minivlp.itm import derangement
+from minivlp.mlm import IGNORE
 from minivlp.recipes.base import Batch
 from minivlp.text import WordPiece
 
@@ -107,6 +108,21 @@ class ViltBatch(Batch):
     contrast_ids: Tensor | None = None  # (B, L') what is true of each picture, one noun shown
     contrast_mask: Tensor | None = None  # (B, L') its real words
     noun: Tensor | None = None  # (B, L') that noun, in the examples whose noun has to find its picture
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, L) bool, the words to be predicted."""
+        return self.labels != IGNORE
+
+    @property
+    def paired(self) -> Tensor:
+        """(B,) bool, the examples that serve matching."""
+        return self.match >= 0
+
+    @property
+    def contrasted(self) -> int:
+        """The number of examples whose noun has to find its picture."""
+        return 0 if self.noun is None else int(self.noun.any(1).sum())
 
 
 @dataclass(frozen=True)
