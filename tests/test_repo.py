@@ -17,6 +17,7 @@ from PIL import Image
 from minivlp.evaluation.vilt import MEASURES
 from minivlp.models.vilt import Vilt, ViltConfig, save_vilt
 from minivlp.text import WordPiece
+from tests.course import exercises
 from tests.laws import BUGS, LAWS, load_bugs
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +101,7 @@ def test_the_readmes_code_runs(tmp_path, monkeypatch):
     (tmp_path / "vilt-b32-mlm" / "vocab.txt").write_text("\n".join(words.tokens) + "\n")
     Image.new("RGB", (640, 480), (9, 99, 200)).save(tmp_path / "cats.jpg")
     monkeypatch.chdir(tmp_path)
-    published, losses = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    losses, published = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     exec(published, {})
     names = {name: torch.randn(4, 8, requires_grad=True) for name in ("images", "texts")}
     names |= {name: torch.randn(4, n, 8, requires_grad=True) for name, n in (("words", 5), ("patches", 6))}
@@ -118,12 +119,48 @@ def test_readme_shows_the_shipped_numbers():
         seen, unseen = (numbers["details"][split][measure] for split in ("seen", "unseen"))
         cells = [f"{m['value']:.3f} ({m['low']:.3f} to {m['high']:.3f})" for m in (seen, unseen)]
         assert " | ".join(cells) in readme, f"the README's row of {measure} must hold {cells}"
+    headings = {line.lower().replace(" ", "-").replace("##-", "#", 1) for line in readme.splitlines()}
     for link in [part.split(")")[0] for part in readme.split("](")[1:]]:
-        assert (ROOT / link).exists(), f"README links to {link}, which does not exist"
+        found = link in headings if link.startswith("#") else (ROOT / link).exists()
+        assert found, f"README links to {link}, which does not exist"
 
 
 def test_readme_shows_rows_of_the_committed_bench():
     readme, bench = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "chapters/bench.md"))
     rows = readme.split("## Fused rungs")[1].split("\n## ")[0].splitlines()
     shown = [row for row in rows if row.startswith("|")]
-    assert len(shown) > 10 and set(shown) <= set(bench.splitlines())
+    assert len(shown) >= 8 and set(shown) <= set(bench.splitlines())
+
+
+def section(heading: str) -> list[str]:
+    """The lines of a section of the README."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return readme.split(f"\n## {heading}\n")[1].split("\n## ")[0].splitlines()
+
+
+def test_readme_is_short_and_adds_up_the_exercises():
+    """Its exercises and minutes are those of exercises.toml, and its columns sum to them."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
+    minutes = [one.minutes for one in exercises()]
+    course = section("The course")
+    assert f"{len(minutes)} exercises are planned at {sum(minutes):,} minutes" in " ".join(course)
+    cells = [line.strip("| ").split(" | ")[-2:] for line in course if line.startswith("| ")][1:]
+    assert [sum(map(int, column)) for column in zip(*cells, strict=True)] == [len(minutes), sum(minutes)]
+
+
+def test_readme_says_what_each_idea_imports():
+    """A loss can be copied with these files and core/, so the table of ideas must be whole and true."""
+    listed = {}
+    for row in section("One loss in your own loop"):
+        ideas = re.findall(r"\]\(minivlp/(\w+)\.py\)", row)
+        listed |= dict.fromkeys(ideas, row.split(" | ")[2] if ideas else "")
+    assert set(listed) == {*CONCEPTS, "stream"}
+    for idea, cell in listed.items():
+        names = {name.split(".")[1] for name in imported(ROOT / "minivlp" / f"{idea}.py") if "." in name}
+        assert cell == (", ".join(sorted(names - {"core", "kernels"})) or "–"), f"the README's row of {idea}"
+
+
+def test_readme_names_every_room():
+    rooms = [p.parent.name for p in (ROOT / "minivlp").glob("*/__init__.py")]
+    tree = " ".join(section("From the command to the loss in three hops")).split()
+    assert len(rooms) > 8 and [room for room in rooms if f"{room}/" not in tree] == []
