@@ -234,8 +234,8 @@ class TaskRecipe(ViltRecipe):
             lines.append("")
         lines += [
             "Held-out pairs of objects; intervals are clustered by them. *Chance* is what half of the input",
-            "can reach: of all items, the pictures alone; of one kind, the text alone. *Objects alone* is",
-            "the ceiling for one who knows which objects a picture shows, and how many, but not where. The blind",
+            "can reach: of all items, the pictures alone; of one kind, the text alone. *Objects alone* is the",
+            "ceiling for one who knows which objects a picture shows, and how many, but not where. The blind",
             "models were trained in as many steps, and tested, without the pictures, or without the texts.",
         ]
         return "\n".join([*lines, ""])
