@@ -36,6 +36,12 @@ POOL = 8192  # items drawn at once, a multiple of 16
 MOST_NOUNS = 64  # two statements must meet in their facts, so there cannot be hundreds of nouns
 CHECKED = 256  # items asked about during training
 CHECK_SEED, FIRST_TRAINING_SEED = 2, 10_000
+NOTE = (
+    "Held-out pairs of objects; intervals are clustered by them. *Chance* is what half of the input can",
+    "reach: of all items, the pictures alone; of one kind, the text alone. *Objects alone* is the ceiling",
+    "for one who knows which objects a picture shows, and how many, but not where. The blind models were",
+    "trained in as many steps, and tested, without the pictures, or without the texts.",
+)
 OVERRIDES = {"batch": 64, "matrix_lr": 4e-3, "warmup": 50}  # of the start's settings
 
 
@@ -232,13 +238,7 @@ class TaskRecipe(ViltRecipe):
                 beside = " {value:.3f} ({low:.3f} to {high:.3f}) |"
                 lines.append(row.format(kind, **m) + "".join(beside.format(**b) for b in controls))
             lines.append("")
-        lines += [
-            "Held-out pairs of objects; intervals are clustered by them. *Chance* is what half of the input",
-            "can reach: of all items, the pictures alone; of one kind, the text alone. *Objects alone* is the",
-            "ceiling for one who knows which objects a picture shows, and how many, but not where. The blind",
-            "models were trained in as many steps, and tested, without the pictures, or without the texts.",
-        ]
-        return "\n".join([*lines, ""])
+        return "\n".join([*lines, *NOTE, ""])
 
     def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
         return Recipe.draw(self, trained, folder, records)
