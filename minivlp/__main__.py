@@ -152,8 +152,8 @@ def parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace, screen: Screen) -> None:
     """Train the recipe that the flags name, and its controls; then evaluate and draw."""
-    from minivlp.recipes.base import open_recipe, ship
-    from minivlp.training.loop import finish, train_and_say
+    from minivlp.recipes.base import open_recipe
+    from minivlp.training import loop
     from minivlp.training.run import open_run, run_folder
     from minivlp.training.workers import joined
 
@@ -168,12 +168,12 @@ def train(args: argparse.Namespace, screen: Screen) -> None:
         start = "python" if workers.size == 1 else f"torchrun --nproc-per-node={workers.size}"
         args.go_on = f"{start} -m minivlp train --resume --name {args.name or folder.name}"
         recipe = open_recipe(run, screen.say)
-        train_and_say(recipe, run, screen, workers)
+        trained = loop.train(recipe, run, screen, workers)
         for control, settings in recipe.controls().items():
             beside = open_run(folder / control, settings, workers, resume=(folder / control).exists())
-            train_and_say(open_recipe(beside), beside, screen, workers)
+            loop.train(open_recipe(beside), beside, screen, workers)
         if workers.rank == 0:
-            finish(recipe, run, args.items, ship, screen)
+            loop.finish(recipe, run, trained, args.items, screen)
 
 
 def _new_settings(args: argparse.Namespace, folder: Path, processes: int) -> dict[str, Any]:

@@ -145,6 +145,11 @@ class Recipe:
         return self.Model(self.Config(**sizes))
 
     @property
+    def name(self) -> str:
+        """Its name in RECIPES."""
+        return recipe_name(self.about)
+
+    @property
     def summary(self) -> str:
         """What is trained on, in a few words."""
         return f"{len(self.nouns)} nouns"
@@ -201,7 +206,7 @@ class Recipe:
 
     def demo(self, trained: Trained, query: str, folder: Path, device: str, screen: Screen) -> None:
         """Show what the model does with a query. Raises ValueError where there is nothing to show."""
-        fail("--model", "must have a demo", recipe_name(trained.settings))
+        fail("--model", "must have a demo", self.name)
 
     # Names of tensors in files that others read.
 

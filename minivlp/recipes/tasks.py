@@ -202,7 +202,7 @@ class TaskRecipe(ViltRecipe):
         device = next(trained.model.parameters()).device
         for name, blind in BLIND.items():
             if (trained.folder / name / "checkpoint.pt").is_file():
-                control = type(self)(self.settings, {"blind": blind}, self.tokens, self.data)
+                control = type(self)(self.settings, {"blind": blind}, self.tokenizer.tokens, self.data)
                 asked_by[name] = control, load_trained(trained.folder / name).model.to(device)
         artists = artists_by_split(self.emojivl)
         details = {"artists": artists, "canvas": trained.canvas, "seed": seed, "step": trained.step}

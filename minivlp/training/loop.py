@@ -12,7 +12,7 @@ steps (each record says for how long): a second thread for it was slower, as it 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from minivlp.core.require import NotFinite
 from minivlp.text import WordPiece
 from minivlp.training.run import Run, tensor_bytes, write_json
 from minivlp.training.screen import Screen, progress_line
-from minivlp.training.trained import Trained
+from minivlp.training.trained import Trained, write_trained
 from minivlp.training.workers import ONE_PROCESS, Workers
 
 TEST_SEED = 1  # of the evaluation that ends a run
@@ -95,20 +95,18 @@ def rate(rates: Rates, step: int) -> float:
     return min(1.0, (step + 1) / max(1, rates.warmup)) * min(1.0, left)
 
 
-def train(
+def steps(
     recipe: Trainable,
     run: Run,
     workers: Workers = ONE_PROCESS,
-    report: Callable[[dict[str, Any]], None] = lambda record: None,
     tick: Callable[[int, int], None] = lambda step, steps: None,
-) -> None:
-    """Train the recipe's model in place, on from the run's checkpoint if there is one.
+) -> Iterator[dict[str, Any]]:
+    """Train the recipe's model in place, on from the run's checkpoint if there is one; yield records.
 
-    `report` is given a record now and then, which metrics.jsonl holds too; `tick(step, steps)` is told of
-    every step. `check` is asked at most twenty times. Each of several `workers` trains on its part of the
-    batches and must be given the same arguments; the terms in the records are its own part's. Raises
-    FloatingPointError at the first step whose loss or gradient is not finite, naming the term; the last
-    checkpoint is then kept.
+    metrics.jsonl holds the records too. `tick(step, steps)` is told of every step, and `check` is asked at most
+    twenty times. Each of several `workers` trains on its part of the batches and must be given the same
+    arguments; the terms in the records are its own part's. Raises FloatingPointError at the first step whose
+    loss or gradient is not finite, naming the term; the last checkpoint is then kept.
     """
     settings, device = recipe.settings, run.settings.get("device", "cpu")
     model = recipe.model.to(device).train()
@@ -187,26 +185,23 @@ def train(
                 model.train()
             means, composing = {}, 0.0
             run.log(record)
-            report(record)
+            yield record
         if done % settings.save_every == 0 or done == settings.steps:
             save(done)
             saved = done
     model.eval()
 
 
-def trained_by(recipe: Trainable, run: Run) -> Trained:
-    """What `train` left in the recipe, on the CPU."""
-    model, steps = recipe.model.eval().to("cpu"), recipe.settings.steps
-    return Trained(model, recipe.tokenizer, run.settings, steps, run.folder)
-
-
-def train_and_say(recipe: Any, run: Run, screen: Screen, workers: Workers) -> None:
-    """`train`, told line by line and with a bar."""
-    steps, size = recipe.settings.steps, sum(p.numel() for p in recipe.model.parameters())
-    what = f"{steps} steps of {recipe.settings.batch} rows"
+def train(recipe: Any, run: Run, screen: Screen, workers: Workers = ONE_PROCESS) -> Trained:
+    """All steps, told line by line and with a bar; what they made, on the CPU."""
+    settings, size = recipe.settings, sum(p.numel() for p in recipe.model.parameters())
+    what = f"{settings.steps} steps of {settings.batch} rows"
     screen.say(f"{size:,} parameters, {recipe.summary}, {what}, in {run.folder}")
     with screen.bar("training") as tick:
-        train(recipe, run, workers, lambda record: screen.say(progress_line(record, steps)), tick)
+        for record in steps(recipe, run, workers, tick):
+            screen.say(progress_line(record, settings.steps))
+    model = recipe.model.to("cpu")
+    return Trained(model, recipe.tokenizer, run.settings, settings.steps, run.folder)
 
 
 def measure(
@@ -221,12 +216,12 @@ def measure(
     return results
 
 
-def finish(recipe: Any, run: Run, items: int, ship: Callable, screen: Screen) -> None:
+def finish(recipe: Any, run: Run, trained: Trained, items: int, screen: Screen) -> None:
     """Write eval.json, report.md, the model as one small file, and the pictures of a run that is trained."""
-    trained = trained_by(recipe, run)
     results = measure(recipe, trained, items, TEST_SEED, run.settings["device"], screen)
     write_json(run.folder / "eval.json", results)
     (run.folder / "report.md").write_text(recipe.report(results), encoding="utf-8")
-    ship(trained, run.folder / f"{trained.kind}_tiny.safetensors", results)
+    tensors = recipe.to_published(trained.model)
+    write_trained(trained, run.folder / f"{recipe.name}_tiny.safetensors", results, tensors)
     for path in recipe.draw(trained, run.folder, run.records()):
         screen.say(f"wrote {path}")
