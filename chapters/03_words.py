@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from minivlp.data import CPU_NOUNS, Scenes, load_emojivl
-from minivlp.recipes.train import scene_texts
+from minivlp.data.names import scene_texts
 from minivlp.text import SPECIALS, WordPiece, learn_vocab, split_words, wordpiece
 from tests import check
 from tests.bugs.text import backtracking, most_frequent, no_continuation_mark, shortest_first, unknown_rest

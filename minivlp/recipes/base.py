@@ -28,6 +28,7 @@ from minivlp.training.trained import Trained, read_trained, write_trained
 from minivlp.training.workers import ONE_PROCESS, Workers
 from minivlp.transformer import Block
 
+WEIGHTS = packaged("weights")  # of the shipped models
 NUMBERS = ("steps", "batch", "lr", "seed")  # flags that stand in place of a preset's numbers
 
 
@@ -229,7 +230,7 @@ def load_trained(source: str | Path | None = None, kind: str = "vilt") -> Traine
     """
     path = Path(source or f"runs/{kind}")
     if source is None and not (path / "checkpoint.pt").is_file():
-        path = packaged("weights") / f"{kind}_tiny.safetensors"
+        path = WEIGHTS / f"{kind}_tiny.safetensors"
     if not path.exists():
         flags = "" if kind == "vilt" else f" --model {kind}"
         raise FileNotFoundError(

@@ -103,7 +103,7 @@ def steps(
 ) -> Iterator[dict[str, Any]]:
     """Train the recipe's model in place, on from the run's checkpoint if there is one; yield records.
 
-    metrics.jsonl holds the records too. `tick(step, steps)` is told of every step, and `check` is asked at most
+    metrics.jsonl holds the records too. `tick(step, steps)` is told of every step; `check` is asked at most
     twenty times. Each of several `workers` trains on its part of the batches and must be given the same
     arguments; the terms in the records are its own part's. Raises FloatingPointError at the first step whose
     loss or gradient is not finite, naming the term; the last checkpoint is then kept.
