@@ -158,7 +158,11 @@ class PairBatches:
 
 
 class DualRecipe(Recipe):
-    """A dual encoder on single drawings and scenes; a subclass has its loss of one batch, `compare`."""
+    """A dual encoder on single drawings and scenes.
+
+    A subclass adds compare(model, batch, workers), the loss of one batch; of several workers, each with its
+    part, all receive that of the whole batch.
+    """
 
     Settings, Config, Model = DualSettings, DualConfig, Dual
     presets = {"cpu": DualSettings()}
@@ -199,10 +203,6 @@ class DualRecipe(Recipe):
     def batches(self) -> PairBatches:
         fixed = self.model.config.text_pool == "last"
         return PairBatches(self.emojivl, self.tokenizer, self.settings, fixed)
-
-    def compare(self, model: Dual, batch: PairBatch, workers: Workers) -> Tensor:
-        """The loss of one batch; of several workers, each with its part, all receive that of the whole."""
-        raise TypeError(f"{type(self).__name__} must have compare")
 
     def loss(
         self, model: Dual, batches: Sequence[PairBatch], workers: Workers = ONE_PROCESS

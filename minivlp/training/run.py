@@ -125,17 +125,7 @@ class Run:
 class ReadOnlyRun(Run):
     """The run as a process sees it that must not write: another writes for it."""
 
-    def need_space(self, checkpoint_bytes: int) -> None:
-        pass
-
-    def save(self, state: dict[str, Any]) -> None:
-        pass
-
-    def log(self, record: dict[str, Any]) -> None:
-        pass
-
-    def forget_after(self, step: int) -> None:
-        pass
+    need_space = save = log = forget_after = lambda self, *_: None
 
 
 def open_run(folder: Path, settings: Mapping[str, Any] | None, workers: Workers, resume: bool = False) -> Run:
