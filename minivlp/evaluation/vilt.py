@@ -66,8 +66,8 @@ def evaluate(
     emojivl: EmojiVL,
     nouns: Sequence[Concept],
     canvas: int,
-    items: int = 1000,
-    sets: int = 16,
+    items: int = 1500,
+    sets: int = 12,
     seed: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> dict:
@@ -82,16 +82,11 @@ def evaluate(
     """
     if items < 4 or items % 2:
         fail("items", "must be even and at least 4", items)
-    artists, half = artists_by_split(emojivl), items // 2
-    sources = {
-        split: Scenes(emojivl, nouns, names, canvas, pairs="held_out", seed=seed)
-        for split, names in artists.items()
-        if names
-    }
-    groups = {  # all that can fail for lack of pairs comes before the first forward pass
-        split: retrieval_sets((scenes[i] for i in count(items)), sets, CANDIDATES)
-        for split, scenes in sources.items()
-    }
+    artists, sources, groups, half = artists_by_split(emojivl), {}, {}, items // 2
+    for split in filter(artists.get, artists):  # what fails for lack of pairs does so before the first pass
+        scenes = Scenes(emojivl, nouns, artists[split], canvas, pairs="held_out", seed=seed)
+        groups[split] = retrieval_sets((scenes[i] for i in count(items)), sets, CANDIDATES)
+        sources[split] = scenes
 
     def measure(split: str, tick: Tick) -> dict[str, dict]:
         scenes = [sources[split][i] for i in range(items)]
@@ -191,11 +186,12 @@ def _pointing(model, tokenizer, scenes: list[Scene], tick: Tick) -> dict[str, di
     }
 
 
+NOTE = """\
+Intervals are clustered by pair of objects. *Objects alone* is the ceiling for one who knows
+which objects a picture shows, but not where.
+"""
+
+
 def report(results: dict) -> str:
     """The results of `evaluate` as Markdown, one table a split."""
-    lines = scene_tables(results, NAMES, {"masked": "{masked}"})
-    lines.append(
-        "Intervals are clustered by pair of objects. *Objects alone* is the ceiling for one who knows"
-    )
-    lines.append("which objects a picture shows, but not where.")
-    return "\n".join([*lines, ""])
+    return scene_tables(results, NAMES, NOTE, {"masked": "{masked}"})

@@ -75,11 +75,8 @@ def evaluate_xvlm(
     if items < 1:
         fail("items", "must be at least 1", items)
     artists = artists_by_split(emojivl)
-    sources = {
-        split: Crowds(emojivl, nouns, names, canvas, "held_out", seed=seed)
-        for split, names in artists.items()
-        if names
-    }
+    there = filter(artists.get, artists)
+    sources = {s: Crowds(emojivl, nouns, artists[s], canvas, "held_out", seed=seed) for s in there}
 
     def measure(split: str, tick: Tick) -> dict[str, dict]:
         items_of = ask_phrases(sources[split], items)
@@ -189,12 +186,13 @@ def _pairs(items: Sequence[Item]) -> list[tuple[int, ...]]:
     return [tuple(sorted(scene.objects[:2])) for scene, _ in items]
 
 
+NOTE = """\
+A box is right when its IoU with the object's is at least 0.5. Intervals are clustered by
+pair of nouns. *Objects alone* is what one reaches who knows every object and its place, but
+reads only the first noun of the phrase.
+"""
+
+
 def report_xvlm(results: dict) -> str:
     """The results of `evaluate_xvlm` as Markdown, one table a split."""
-    lines = scene_tables(results, NAMES, {})
-    lines.append("A box is right when its IoU with the object's is at least 0.5. Intervals are clustered by")
-    lines.append(
-        "pair of nouns. *Objects alone* is what one reaches who knows every object and its place, but"
-    )
-    lines.append("reads only the first noun of the phrase.")
-    return "\n".join([*lines, ""])
+    return scene_tables(results, NAMES, NOTE)
