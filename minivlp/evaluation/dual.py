@@ -31,7 +31,7 @@ from minivlp.data.probes import meaning, retrieval_sets
 from minivlp.data.scenes import SCENE_SIZES
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.match import Matcher, Tokens, ranks, similarities
-from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits
+from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits, silent
 from minivlp.evaluation.tables import INTERVAL, tables
 
 DEPTHS = (1, 5, 10)
@@ -44,7 +44,7 @@ def evaluate_dual(
     language: str,
     sets: int = 8,
     seed: int = 1,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict:
     """All measures; sets: of 64 scenes each. Returns, ready for JSON,
 
