@@ -9,7 +9,7 @@ Sources: Kim, Son and Kim 2021 (ViLT), section 4.3.
 Left out: ViLT's ten times larger rate for the VQA head.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
