@@ -15,7 +15,7 @@ Rungs (n boxes):
 
 Sources: Rezatofighi et al. 2019 (GIoU), algorithm 1; Zeng, Zhang and Li 2022 (X-VLM), box prediction.
 Left out: weights other than 1 : 1 between the two terms, and the matching of predictions to boxes, because
-grounding has one box a phrase.
+grounding has one box for each phrase.
 """
 
 import numpy as np
@@ -91,7 +91,8 @@ def giou_np(a: np.ndarray, b: np.ndarray, grad: np.ndarray | None = None):
     to_I = G * _ratio_np(np.ones_like(U), U) - to_U
     dA, dB, dI, dC = (slope * to[..., None] for slope, to in ((dA, to_U), (dB, to_U), (dI, to_I), (dC, to_C)))
     # A corner of the intersection or of the enclosing box is a corner of a or of b, and its gradient goes
-    # there; a when they are equal. High corners receive plus, low corners minus the gradient of the area.
+    # there, to a when the two are equal. High corners receive plus, low corners minus the gradient of the
+    # area.
     inner, outer = a_high <= b_high, a_high >= b_high
     a_from_high, b_from_high = dA + dI * inner + dC * outer, dB + dI * ~inner + dC * ~outer
     inner, outer = a_low >= b_low, a_low <= b_low

@@ -10,9 +10,9 @@ Gradient: G = dL/dlogits = (softmax − one-hot) / |masked| on masked rows, zero
 db = Σ_m G_m. A batch in which nothing is masked has loss 0 and zero gradients, not 0/0.
 
 Which tokens to hide is drawn here too. Words are chosen with probability p, each with all of its pieces,
-since the other pieces of a word ("skate ##bo [MASK]") give it away without the picture. Of the chosen
-tokens 80 % become [MASK], 10 % another id and 10 % stay: a model that cannot tell which token it will be
-asked for has to represent them all, and fine-tuning, where there is no [MASK], finds it prepared.
+since the other pieces of a word ("skate ##bo [MASK]") give the hidden piece away without the picture. Of the
+chosen tokens 80 % become [MASK], 10 % another id and 10 % stay: a model that cannot tell which token it must
+predict has to represent them all, and is prepared for fine-tuning, where there is no [MASK].
 
 Rungs (M tokens, K of them masked, K ≈ 0.15 M):
     mask_tokens      random choices, no gradient
@@ -52,9 +52,9 @@ def mask_tokens(
 
     ids (B, L) integers in [0, vocab_size); word_ids (B, L) the index in its row of each token's word, −1 at
     special tokens and padding, as `WordPiece.batch` gives them. Each word is chosen with probability `p`,
-    independently, with all of its pieces; with `whole_word=False` each piece is chosen by itself. Then for
-    each chosen token by itself, so that the pieces of one word may differ, as in BERT: 80 % become
-    `mask_id`, 10 % a uniform draw from the ids that are not special (the true one included), 10 % stay.
+    independently, with all of its pieces; with `whole_word=False` each piece is chosen by itself. Each
+    chosen token then becomes `mask_id` (80 %), a uniform draw from the ids that are not special, the true one
+    included (10 %), or stays (10 %); the pieces of one word may differ, as in BERT.
     `mask_id` counts as special; tokens with a special id or a negative word index are never chosen.
     Returns `(inputs, labels)`, both (B, L) int64; labels hold the true ids of the chosen tokens and −100
     elsewhere; `ids` stays as it was. Raises ValueError on bad shapes, dtypes, ids or `p`.
@@ -134,19 +134,8 @@ def mlm_loss(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -
     return F.cross_entropy(logits, targets[masked].long(), reduction="sum") / max(len(logits), 1)
 
 
-PANEL = 256  # tokens whose logits are made together
-
-
-def word_panel(S, spare, rows, columns, targets: Tensor, losses: Tensor, slopes: Tensor) -> None:
-    """Whole rows of logits become K · G = softmax − one-hot; fills losses (K,), adds to the slopes (V,)."""
-    target = targets[rows][:, None]
-    S.sub_(S.amax(1, keepdim=True))
-    true = S.gather(1, target)
-    normaliser = S.exp_().sum(1, keepdim=True)
-    losses[rows] = (normaliser.log() - true)[:, 0]
-    S.div_(normaliser)
-    S.scatter_add_(1, target, S.new_full((1, 1), -1.0).expand_as(target))
-    slopes += S.sum(0)
+# The fused rung never holds all logits: it walks over panels of whole rows, so that a panel knows its
+# normalisers, and makes each panel's gradients before the next panel overwrites it.
 
 
 def mlm_loss_fused(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -160,15 +149,15 @@ def mlm_loss_fused(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Ten
     return _Fused.apply(hidden, embedding, bias, targets)
 
 
-class _Fused(stream.Ready):
+class _Fused(stream.GradientsFromForward):
     """One walk: a panel holds whole rows, so that their normalisers and their part of G are known at once."""
 
     @staticmethod
     def forward(ctx, hidden, embedding, bias, targets):
         masked = (targets != IGNORE).nonzero()[:, 0]  # (K,)
         K, V = len(masked), len(embedding)
-        everything = len(hidden) == K
-        h, E, b = stream.working(hidden if everything else hidden[masked], embedding, bias)
+        all_masked = len(hidden) == K
+        h, E, b = stream.working(hidden if all_masked else hidden[masked], embedding, bias)
         losses, slopes = h.new_zeros(K), b.new_zeros(V)
         dh, dE, _ = stream.accumulate(
             word_panel,
@@ -182,11 +171,26 @@ class _Fused(stream.Ready):
             weight=1 / max(K, 1),
             wanted=(*ctx.needs_input_grad[:2], False),
         )
-        if dh is not None and not everything:
+        if dh is not None and not all_masked:
             # Rows that are not masked took no part.
             dh = dh.new_zeros(hidden.shape).index_copy_(0, masked, dh)
         ctx.save_for_backward(dh, dE, slopes / max(K, 1))
         return (losses.sum() / max(K, 1)).to(hidden.dtype)
+
+
+PANEL = 256  # masked tokens whose logits are made together
+
+
+def word_panel(S, scratch, rows, columns, targets: Tensor, losses: Tensor, slopes: Tensor) -> None:
+    """Whole rows of logits become K · G = softmax − one-hot; fills losses (K,), adds to the slopes (V,)."""
+    target = targets[rows][:, None]
+    S.sub_(S.amax(1, keepdim=True))
+    true = S.gather(1, target)
+    normaliser = S.exp_().sum(1, keepdim=True)
+    losses[rows] = (normaliser.log() - true)[:, 0]
+    S.div_(normaliser)
+    S.scatter_add_(1, target, S.new_full((1, 1), -1.0).expand_as(target))
+    slopes += S.sum(0)
 
 
 RUNGS = {

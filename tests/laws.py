@@ -72,13 +72,16 @@ def bug(family: str, caught_by: str, story: str, rung: str = "torch") -> Callabl
 
 
 class Subject:
-    """One rung, made to speak NumPy (see the module docstring). `rung` is np, torch, fused or plain."""
+    """One rung, made to speak NumPy (see the module docstring).
+
+    `rung` is np, torch or fused, or plain or slow for functions without gradients.
+    """
 
     def __init__(self, function: Callable, rung: str):
         self.function, self.rung = function, rung
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
-        if self.rung == "plain":
+        if self.rung in ("plain", "slow"):
             return self.function(*args, **settings)
         if self.rung == "np":
             out = self.function(*args, **settings)

@@ -130,11 +130,11 @@ x, y = np.ones((3, 2)), np.ones((3, 2))
 test_refusals = refuses(
     infonce,
     [
-        ("infonce", "one text too many", (x, np.ones((4, 2)), 1.0), {}, "y must have shape"),
-        ("infonce", "widths differ", (x, np.ones((3, 1)), 1.0), {}, "y must have shape"),
-        ("infonce", "no pair", (x[:0], y[:0], 1.0), {}, "x must hold at least one pair"),
-        ("infonce", "integer texts", (x, y.astype(int), 1.0), {}, "y must have a floating dtype"),
-        ("infonce", "NaN", (x * np.nan, y, 1.0), {}, "x must not contain NaN"),
+        ("infonce", "one text too many", (x, np.ones((4, 2)), 1.0), {}, "texts must have shape"),
+        ("infonce", "widths differ", (x, np.ones((3, 1)), 1.0), {}, "texts must have shape"),
+        ("infonce", "no pair", (x[:0], y[:0], 1.0), {}, "images must hold at least one pair"),
+        ("infonce", "integer texts", (x, y.astype(int), 1.0), {}, "texts must have a floating dtype"),
+        ("infonce", "NaN", (x * np.nan, y, 1.0), {}, "images must not contain NaN"),
         ("infonce", "scale zero", (x, y, 0.0), {}, "scale must be a finite number > 0"),
         ("infonce", "scale negative", (x, y, -1.0), {}, "scale must be a finite number > 0"),
         ("infonce", "scale NaN", (x, y, math.nan), {}, "scale must be a finite number > 0"),

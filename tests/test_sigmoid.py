@@ -105,11 +105,17 @@ x, y = np.ones((3, 2)), np.ones((3, 2))
 test_refusals = refuses(
     sigmoid,
     [
-        ("sigmoid_loss", "one text too many", (x, np.ones((4, 2)), 1.0, 0.0), {}, "y must have shape"),
-        ("sigmoid_loss", "widths differ", (x, np.ones((3, 1)), 1.0, 0.0), {}, "y must have shape"),
-        ("sigmoid_loss", "no pair", (x[:0], y[:0], 1.0, 0.0), {}, "x must hold at least one pair"),
-        ("sigmoid_loss", "integer texts", (x, y.astype(int), 1.0, 0.0), {}, "y must have a floating dtype"),
-        ("sigmoid_loss", "NaN", (x * np.nan, y, 1.0, 0.0), {}, "x must not contain NaN"),
+        ("sigmoid_loss", "one text too many", (x, np.ones((4, 2)), 1.0, 0.0), {}, "texts must have shape"),
+        ("sigmoid_loss", "widths differ", (x, np.ones((3, 1)), 1.0, 0.0), {}, "texts must have shape"),
+        ("sigmoid_loss", "no pair", (x[:0], y[:0], 1.0, 0.0), {}, "images must hold at least one pair"),
+        (
+            "sigmoid_loss",
+            "integer texts",
+            (x, y.astype(int), 1.0, 0.0),
+            {},
+            "texts must have a floating dtype",
+        ),
+        ("sigmoid_loss", "NaN", (x * np.nan, y, 1.0, 0.0), {}, "images must not contain NaN"),
         ("sigmoid_loss", "scale zero", (x, y, 0.0, 0.0), {}, "scale must be a finite number > 0"),
         ("sigmoid_loss", "scale negative", (x, y, -1.0, 0.0), {}, "scale must be a finite number > 0"),
         ("sigmoid_loss", "bias NaN", (x, y, 1.0, math.nan), {}, "bias must be finite"),
