@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     reset.add_argument(
         "--stubs", action="store_true", help="bring all untouched stubs up to date with the library"
     )
-    build = command("build", "Run chapters and write their notebooks, with outputs.", "build 00")
+    build = command("build", "Run chapters and write their notebooks, with outputs.", "build 01")
     build.add_argument("chapter", nargs="*", help="numbers or names (default: all)")
     build.add_argument("--measure", action="store_true", help="also run the cells tagged `measured` again")
     train = command(

@@ -24,7 +24,7 @@ from PIL import Image
 from minivlp.core.files import whole_file
 
 CHAPTERS = Path(__file__).parent
-LARGEST = 150_000  # bytes
+LARGEST = 400_000  # bytes
 DPI, COLOURS = 88, 96
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 

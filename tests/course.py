@@ -61,12 +61,13 @@ def shown(path: Path) -> str:
 
 
 @cache
-def table() -> tuple[list[str], dict[str, Exercise]]:
-    """The titles of the chapters and {name: exercise}, in the order of the course."""
+def table() -> tuple[dict[int, str], dict[str, Exercise]]:
+    """{number: title} of the chapters and {name: exercise}, in the order of the course."""
     content = tomllib.loads((ROOT / "chapters" / "exercises.toml").read_text(encoding="utf-8"))
     rows = content["exercise"].items()
     found = [Exercise(name, **row | {"hints": tuple(row["hints"])}) for name, row in rows]
-    return content["chapters"], {one.name: one for one in sorted(found, key=lambda one: one.chapter)}
+    titles = {int(number): title for number, title in content["chapters"].items()}
+    return titles, {one.name: one for one in sorted(found, key=lambda one: one.chapter)}
 
 
 def exercises(concept: str | None = None) -> list[Exercise]:
@@ -146,7 +147,7 @@ def course_map(verdicts: dict[str, list[str]]) -> list[str]:
     titles, known = table()
     states = {name: state(one, verdicts) for name, one in known.items()}
     lines = ["the course:  # right   x breaks a law   ? written, not checked   . to do"]
-    for chapter, title in enumerate(titles):
+    for chapter, title in titles.items():
         bar = "".join(MARKS[states[one.name]] for one in known.values() if one.chapter == chapter)
         if bar:
             lines.append(f"  {chapter:02d} {title:<34} {bar:<8} {bar.count('#')}/{len(bar)}")
