@@ -22,7 +22,7 @@ from tests.laws import BUGS, LAWS, load_bugs
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
 CONCEPTS = sorted(p.stem for p in (ROOT / "tests" / "bugs").glob("*.py") if p.stem != "__init__")
-LONGEST = 200  # lines of code
+LONGEST = 320  # lines of code
 
 
 def code_lines(source: str) -> int:
@@ -62,7 +62,7 @@ def test_imports_point_one_way(path):
     names = imported(path)
     assert not any(name.startswith(("tests", "chapters")) for name in names)
     if path.parent.name == "minivlp" and path.stem in CONCEPTS:
-        allowed = {"core", "stream", *CONCEPTS}
+        allowed = {"core", "kernels", "stream", *CONCEPTS}  # kernels: inside functions, as Triton may be absent
         used = {name.split(".")[1] for name in names if name.count(".")}
         assert used <= allowed, f"a concept imports {sorted(used - allowed)}"
 
