@@ -62,7 +62,7 @@ def test_imports_point_one_way(path):
     names = imported(path)
     assert not any(name.startswith(("tests", "chapters")) for name in names)
     if path.parent.name == "minivlp" and path.stem in CONCEPTS:
-        allowed = {"core", "kernels", "stream", *CONCEPTS}  # kernels: inside functions, as Triton may be absent
+        allowed = {"core", "kernels", "stream", *CONCEPTS}  # kernels inside functions
         used = {name.split(".")[1] for name in names if name.count(".")}
         assert used <= allowed, f"a concept imports {sorted(used - allowed)}"
 
