@@ -2,10 +2,10 @@
 
     GIoU(a, b) = I/U − (C − U)/C,        loss = mean over boxes of Σ₄ |pred − target| + 1 − GIoU,
 
-with I the area of the intersection, U = A + B − I that of the union and C that of the smallest box around
-both. IoU is 0 for every pair of disjoint boxes; the second term still says how far apart they are. GIoU lies
-in [−1, 1] and is 1 only for equal boxes. A ratio 0/0, of boxes without area, counts as 0 with gradient 0, so
-that a degenerate box spoils nothing but its own term.
+with I the area of the intersection, U = A + B − I the area of the union and C the area of the smallest box
+around both. IoU is 0 for every pair of disjoint boxes; the second term still measures their distance. GIoU
+lies in [−1, 1] and is 1 only for equal boxes. A ratio 0/0, of boxes without area, counts as 0 with gradient
+0, so that a degenerate box affects no term but its own.
 
 Gradient: GIoU = I/U + U/C − 1, and every area is a product of two extents whose ends are corners of a or b.
 
@@ -115,7 +115,7 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     _check(a, b)
     dtype = torch.promote_types(a.dtype, torch.float32)  # C − U cancels
     (a_low, a_high), (b_low, b_high) = a.to(dtype).split(2, -1), b.to(dtype).split(2, -1)
-    # where, not minimum and maximum: those split the gradient of equal corners, here a takes it.
+    # where, not minimum and maximum, which split the gradient of equal corners; here a takes all of it.
     I = _area(torch.where(a_low >= b_low, a_low, b_low), torch.where(a_high <= b_high, a_high, b_high))
     C = _area(torch.where(a_low <= b_low, a_low, b_low), torch.where(a_high >= b_high, a_high, b_high))
     U = _area(a_low, a_high) + _area(b_low, b_high) - I

@@ -9,9 +9,9 @@ One Sinkhorn sweep in each step is enough if the row scaling a is carried from s
 
     Q = T_{t−1} · exp(−C / β),   b = (1/N) / (Qᵀ a_{t−1}),   a_t = (1/M) / (Q b),   T_t = diag(a_t) Q diag(b).
 
-Columns are scaled first and rows last, so every word gives exactly 1/M while the patches receive 1/N up to an
-error that dies out with t. Resetting a to 1 in each step leaves an error that does not: the plan then stays
-infeasible and its cost may fall below the true optimum.
+Columns are scaled first and rows last, so every word gives exactly 1/M, and the patches receive 1/N up to an
+error that vanishes as t grows. If a were reset to 1 in each step the error would stay: the plan would remain
+infeasible, and its cost might fall below the true optimum.
 
 With A_t = Πa and B_t = Πb the plan is diag(A_t) exp(−t C / β) diag(B_t): one sweep at ε = β/t from
 log-scalings that are extrapolated from the last two, log Ã_t = 2 log A_{t−1} − log A_{t−2}. So vectors
@@ -23,8 +23,8 @@ Rungs (M × N pairs, everything in logarithms, because T falls to exp(−t·rang
     ipot_np, ipot         log T is carried; three M × N arrays
     ipot_potentials_np    only potentials are carried, by the identity above; the same plan
     wpa_np, wpa           the cost, the detached plan, and the gradient through the cosine
-    wpa_fused             groups of pairs of like length, three M × N arrays a group; potentials are kept for
-                          the backward pass, B × (L + N) numbers, and the plan is made again from them
+    wpa_fused             groups of pairs of similar length, three M × N arrays for each group; backward makes
+                          the plan again from the potentials, B × (L + N) numbers that are kept
 The fused rung steps with exp(−t C / β) itself, and absorbs the scalings into it before float32 or float64
 runs out of exponents: after `safe_steps` steps, a number known from the range of the costs. Where not one
 step is safe (in float32 for range(C)/β above 22) it takes logarithms, as the other rungs do.
@@ -203,7 +203,7 @@ def alignment_masks(text_mask: Tensor) -> Tensor:
     return text_mask & (so_far > 1) & (so_far < so_far[:, -1:])
 
 
-# The fused rung solves groups of pairs of like length together, by products of exp(−t C / β) with vectors,
+# The fused rung solves groups of pairs of similar length together, by products of exp(−t C / β) with vectors,
 # and absorbs the scalings into the kernel before its dtype runs out of exponents (core/transport.py). It
 # keeps potentials only; backward makes the plan again from them, and the gradients of the tokens by hand.
 
@@ -218,10 +218,10 @@ def wpa_fused(
 ) -> Tensor:
     """`wpa` by products of a kernel with vectors and a gradient by hand; differentiable once.
 
-    In units of L·N numbers a step of the plain rung reads and writes some 20 and takes two logsumexps, this
-    one reads 4 and writes 1, in the cache. Unit copies of the tokens and the gradients of these, which the
-    plain rung moves through memory 12 times, are never made. Padding behind the longest caption and the
-    largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
+    In units of L·N numbers a step of the plain rung reads and writes some 20 and takes two logsumexps, and
+    this rung reads 4 and writes 1, in the cache. It never makes unit copies of the tokens nor the gradients
+    of those copies, which the plain rung moves through memory 12 times. Padding behind the longest caption
+    and the largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
     """
     _check_pairs(words, patches, word_mask, patch_mask)
     require.positive(beta=beta)
@@ -276,14 +276,8 @@ class _Fused(torch.autograd.Function):
                 for whole, part in zip(gradients, parts, strict=True):
                     if part is not None:
                         whole[:, : part.shape[1]][group[0]] = part.to(whole.dtype)
-                del (
-                    g,
-                    T,
-                    T_cos,
-                    parts,
-                    whole,
-                    part,
-                )  # freed before the next group is made, so that only one is held
+                # Freed before the next group is made, so that only one group is held.
+                del g, T, T_cos, parts, whole, part
         return *gradients, None, None, None, None
 
 
@@ -325,7 +319,7 @@ def _gather(group, words, patches, word_mask, patch_mask, beta) -> _Group:
     require.floats(cost=S)
     padding = ~(rows[:, :, None] & columns[:, None])
     top = S.masked_fill_(padding, -torch.inf).amax((1, 2), keepdim=True)
-    # A padded entry has cost 0 between tokens of weight 0: nothing reaches it, and nothing is 0/0.
+    # A padded entry has cost 0 between tokens of weight 0: it gets no mass, and no sum becomes 0/0.
     log_kernel = S.sub_(top).div_(beta).masked_fill_(padding, 0)
     mu, nu = (mask / mask.sum(1, keepdim=True, dtype=S.dtype) for mask in (rows, columns))
     return _Group(x, y, per_x, per_y, log_kernel, top, padding, mu[..., None], nu[:, None])

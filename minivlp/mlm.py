@@ -1,7 +1,7 @@
 """Masked language modelling: hide words of a caption and predict them from the rest and from the picture.
 
-A caption with a hole asks the picture what was there: "two [MASK] on a table". It is the objective by which
-a vision-language model learns single words, next to matching, which judges whole pairs. With hidden states
+The hidden word of "two [MASK] on a table" can be known only from the picture. This objective teaches a
+vision-language model single words, as matching teaches it whole pairs. With hidden states
 h_m (D) of the M tokens, word embeddings E (V, D), bias b (V), and t_m the true id of a masked token:
 
     logits_m = E h_m + b,        loss = 1/|masked| Σ_{m masked} [ logsumexp(logits_m) − logits_m[t_m] ].
@@ -142,7 +142,7 @@ def mlm_loss_fused(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Ten
     """`mlm_loss` without its (K, V) logits: panel by panel, each with its gradients; arguments as there.
 
     The same 3 products. In units of K · V numbers: the plain rung holds 3, logits, log-softmax and gradient,
-    and moves some 14 to and from memory; this one holds a panel, 256/K, and moves about as many, 10 for the
+    and moves some 14 to and from memory; this rung holds a panel, 256/K, and moves about as many, 10 for the
     panels and 4 D/256 for E and dE. It can be differentiated once.
     """
     _check(hidden, embedding, bias, targets)

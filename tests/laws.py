@@ -13,6 +13,11 @@ A law is a hypothesis property that takes the function under test as its first a
 gradients over the float arguments in order. Positional floats are differentiated (learnable scalars too);
 keywords are settings and masks. So one law holds the NumPy rung and the torch rungs, and the learner's
 attempts at them (tests/attempts.py).
+
+How to read one test: `test_infonce.py::test_laws[infonce-fused-images_and_texts_exchange]` holds the function
+RUNGS["infonce"]["fused"] of minivlp/infonce.py to the law of that name in tests/test_infonce.py. hypothesis
+draws cases and calls the law with each; the test fails at the smallest case for which the law raises.
+tests/bugs/infonce.py has the wrong functions that each law must refuse.
 """
 
 import importlib

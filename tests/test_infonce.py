@@ -239,21 +239,21 @@ def test_module_starts_as_clip_and_returns_from_its_limit():
 
 
 @pytest.fixture(scope="module", params=ranks.COUNTS)
-def found(request, tmp_path_factory):
-    """What each of 1, 2, 3 and 4 ranks found."""
+def results(request, tmp_path_factory):
+    """The results of 1, 2, 3 and 4 ranks, each in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
     return ranks.in_ranks(infonce.infonce_gathered, (14.3,), request.param, folder)
 
 
-def test_ranks_equal_one_process(found):
-    ranks.equal_one_process(found, infonce.infonce, (14.3,))
+def test_ranks_equal_one_process(results):
+    ranks.equal_one_process(results, infonce.infonce, (14.3,))
 
 
-def test_a_bad_shard_is_refused_on_every_rank(found):
-    ranks.refuse_together(found)
+def test_a_bad_shard_is_refused_on_every_rank(results):
+    ranks.refuse_together(results)
 
 
-def test_a_rank_holds_one_strip_and_keeps_its_gradients_only(found):
-    for result in found:
-        assert result["largest"] == ranks.b * ranks.b * len(found)
+def test_a_rank_holds_one_strip_and_keeps_its_gradients_only(results):
+    for result in results:
+        assert result["largest"] == ranks.b * ranks.b * len(results)
         assert result["kept"] == 2 * ranks.b * ranks.D + 1

@@ -206,21 +206,21 @@ def test_module_starts_as_siglip():
 
 
 @pytest.fixture(scope="module", params=ranks.COUNTS)
-def found(request, tmp_path_factory):
-    """What each of 1, 2, 3 and 4 ranks found."""
+def results(request, tmp_path_factory):
+    """The results of 1, 2, 3 and 4 ranks, each in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
     return ranks.in_ranks(sigmoid.sigmoid_loss_ring, (10.0, -10.0), request.param, folder)
 
 
-def test_ranks_equal_one_process(found):
-    ranks.equal_one_process(found, sigmoid.sigmoid_loss, (10.0, -10.0))
+def test_ranks_equal_one_process(results):
+    ranks.equal_one_process(results, sigmoid.sigmoid_loss, (10.0, -10.0))
 
 
-def test_a_bad_shard_is_refused_on_every_rank(found):
-    ranks.refuse_together(found)
+def test_a_bad_shard_is_refused_on_every_rank(results):
+    ranks.refuse_together(results)
 
 
-def test_a_rank_holds_one_block_and_keeps_its_gradients_only(found):
-    for result in found:
+def test_a_rank_holds_one_block_and_keeps_its_gradients_only(results):
+    for result in results:
         assert result["largest"] == ranks.b * ranks.b
         assert result["kept"] == 2 * ranks.b * ranks.D + 2

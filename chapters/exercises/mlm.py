@@ -62,7 +62,7 @@ def mlm_loss_fused(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Ten
     """`mlm_loss` without its (K, V) logits: panel by panel, each with its gradients; arguments as there.
 
     The same 3 products. In units of K · V numbers: the plain rung holds 3, logits, log-softmax and gradient,
-    and moves some 14 to and from memory; this one holds a panel, 256/K, and moves about as many, 10 for the
+    and moves some 14 to and from memory; this rung holds a panel, 256/K, and moves about as many, 10 for the
     panels and 4 D/256 for E and dE. It can be differentiated once.
     """
     raise Todo
