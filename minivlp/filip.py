@@ -33,49 +33,51 @@ from minivlp.core import require
 from minivlp.sinkhorn import logsumexp_np, solving, unit, unit_grad_np, unit_np
 
 
-def _check(images, texts, image_mask, text_mask) -> None:
-    """Refuse what is not `images (A, M, D)` and `texts (B, N, D)` with A, B ≥ 1 and masks that fit them."""
-    require.shapes(images=(images, "A M D"), texts=(texts, "B N D"))
-    for name, tokens in (("images", images), ("texts", texts)):
+def _check(x, y, x_mask, y_mask) -> None:
+    """Refuse what is not `x (A, M, D)` and `y (B, N, D)` with A, B ≥ 1 and masks that fit them."""
+    require.shapes(x=(x, "A M D"), y=(y, "B N D"))
+    for name, tokens in (("x", x), ("y", y)):
         if not len(tokens):
             require.fail(name, "must hold at least one set of tokens", tuple(tokens.shape))
-    require.tokens(("images", images, "image_mask", image_mask), ("texts", texts, "text_mask", text_mask))
+    require.tokens(("x", x, "x_mask", x_mask), ("y", y, "y_mask", y_mask))
 
 
 def _check_pairs(images, texts, scale, image_mask, text_mask) -> int:
-    """Also refuse unequal numbers of sets and `scale` ≤ 0; return the number of pairs B."""
+    """Refuse other than images (B, M, D), texts (B, N, D), B ≥ 1, with masks and `scale` > 0; return B."""
     B = require.shapes(images=(images, "B M D"), texts=(texts, "B N D"))["B"]
-    _check(images, texts, image_mask, text_mask)
+    if B < 1:
+        require.fail("images", "must hold at least one set of tokens", tuple(images.shape))
+    require.tokens(("images", images, "image_mask", image_mask), ("texts", texts, "text_mask", text_mask))
     require.positive(scale=scale)
     return B
 
 
-def late_interaction_np(images: np.ndarray, texts: np.ndarray, image_mask=None, text_mask=None, grad=None):
-    """The similarity of all images to all texts, from images to texts, and its gradients by hand.
+def late_interaction_np(x: np.ndarray, y: np.ndarray, x_mask=None, y_mask=None, grad=None):
+    """The similarity from all sets of tokens x to all sets y, and its gradients by hand.
 
-    images (A, M, D), texts (B, N, D), masks (A, M) and (B, N) with True = real; grad (A, B) the upstream
-    gradient (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (A, B) in [−1, 1], (dimages,
-    dtexts))`: entry (a, b) is the mean over a's tokens of the largest cosine with one of b's. Raises
+    x (A, M, D), y (B, N, D), masks (A, M) and (B, N) with True = real; grad (A, B) the upstream
+    gradient (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (A, B) in [−1, 1], (dx,
+    dy))`: entry (a, b) is the mean over a's tokens of the largest cosine with one of b's. Raises
     ValueError on bad shapes, dtypes, NaN, no set or no token, and an all-False mask row.
     """
-    _check(images, texts, image_mask, text_mask)
-    (p, p_length), (q, q_length) = unit_np(images), unit_np(texts)
+    _check(x, y, x_mask, y_mask)
+    (p, p_length), (q, q_length) = unit_np(x), unit_np(y)
     S = _cosines_np(p, q)  # (A, B, M, N)
-    value, G = mean_max_np(S, _wide(image_mask, 1), _wide(text_mask, 0))  # (A, B), (A, B, M, N)
+    value, G = mean_max_np(S, _wide(x_mask, 1), _wide(y_mask, 0))  # (A, B), (A, B, M, N)
     G = G if grad is None else G * np.asarray(grad)[..., None, None]
     return value, _grads_np(p, p_length, q, q_length, G)
 
 
 def late_interaction(
-    images: Tensor, texts: Tensor, image_mask: Tensor | None = None, text_mask: Tensor | None = None
+    x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None
 ) -> Tensor:
-    """The similarity from all images (A, M, D) to all texts (B, N, D): (A, B).
+    """The similarity from all sets of tokens x (A, M, D) to all sets y (B, N, D): (A, B).
 
-    The other direction is `late_interaction(texts, images, text_mask, image_mask).T`. Arguments and errors as
-    in `late_interaction_np`.
+    For FILIP x are images and y texts, or the reverse: the other direction is `late_interaction(y, x, y_mask,
+    x_mask).T`. Arguments and errors as in `late_interaction_np`.
     """
-    _check(images, texts, image_mask, text_mask)
-    return mean_max(_cosines(images, texts), _wide(image_mask, 1), _wide(text_mask, 0)).to(images.dtype)
+    _check(x, y, x_mask, y_mask)
+    return mean_max(_cosines(x, y), _wide(x_mask, 1), _wide(y_mask, 0)).to(x.dtype)
 
 
 def filip_np(images: np.ndarray, texts: np.ndarray, scale: float, image_mask=None, text_mask=None):
@@ -130,7 +132,7 @@ def _cosines_np(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def _grads_np(p, p_length, q, q_length, G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The gradients of images (A, M, D) and texts (B, N, D) from G = dL/dcosines (A, B, M, N)."""
+    """The gradients of x (A, M, D) and y (B, N, D) from G = dL/dcosines (A, B, M, N)."""
     # cos_abmn = Σ_d p_amd q_bnd: each factor's gradient is G times the other, summed over what it lacks.
     dp = np.einsum("abmn,bnd->amd", G, q, optimize=True)
     dq = np.einsum("abmn,amd->bnd", G, p, optimize=True)
@@ -144,12 +146,12 @@ def _wide(mask, axis: int):
     return mask[:, None] if axis else mask[None]
 
 
-def _cosines(images: Tensor, texts: Tensor) -> Tensor:
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
     """Cosines of all tokens of all sets, (A, B, M, N), in float32 at least, also under autocast."""
-    with torch.autocast(images.device.type, enabled=False):
-        p, q = unit(solving(images)), unit(solving(texts))
+    with torch.autocast(x.device.type, enabled=False):
+        p, q = unit(solving(x)), unit(solving(y))
         flat = p.flatten(0, 1) @ q.flatten(0, 1).T  # (A·M, B·N)
-    return flat.unflatten(0, images.shape[:2]).unflatten(2, texts.shape[:2]).transpose(1, 2)  # (A, B, M, N)
+    return flat.unflatten(0, x.shape[:2]).unflatten(2, y.shape[:2]).transpose(1, 2)  # (A, B, M, N)
 
 
 RUNGS = {

@@ -56,7 +56,7 @@ def sure_of_the_best(x, y, x_mask, y_mask):
 @given(case=token_sets())
 def padding_never_counts(f, case):
     x, y, x_mask, y_mask = case
-    value = f(x, y, image_mask=x_mask, text_mask=y_mask)
+    value = f(x, y, x_mask=x_mask, y_mask=y_mask)
     for a in range(len(x)):
         for b in range(len(y)):
             close(value[a, b], f(x[a][x_mask[a]][None], y[b][y_mask[b]][None])[0, 0])
@@ -83,7 +83,7 @@ def gradients_are_the_slopes(f, case, seed):
     x, y, x_mask, y_mask = case
     assume(sure_of_the_best(*case))
     upstream = np.random.default_rng(seed).standard_normal((len(x), len(y)))
-    settings = {"image_mask": x_mask, "text_mask": y_mask}
+    settings = {"x_mask": x_mask, "y_mask": y_mask}
     for which, gradient in enumerate(f.grads(x, y, grad=upstream, **settings)):
         slope = central_differences(lambda x, y: f(x, y, **settings), (x, y), which, grad=upstream)
         close(gradient, slope, rtol=1e-5, atol=1e-6)
@@ -153,22 +153,30 @@ test_laws = obeys(filip)
 
 x, y = np.ones((2, 3, 5)), np.ones((2, 4, 5))
 no_row = np.array([[True, True, False], [False, False, False]])
-SHARED = [
-    ("widths differ", np.ones((2, 4, 6)), {}, "texts must have shape"),
-    ("dtypes differ", y.astype("float32"), {}, "texts must have the dtype"),
-    ("integers", y.astype(int), {}, "texts must have a floating dtype"),
-    ("no tokens", y[:, :0], {}, "texts must hold at least one token"),
-    ("NaN", y * np.nan, {}, "texts must not contain NaN"),
-    ("all padding", y, {"image_mask": no_row}, "image_mask must have a True in every row"),
-    ("mask too short", y, {"text_mask": no_row}, "text_mask must have shape"),
-    ("mask of numbers", y, {"image_mask": np.ones((2, 3))}, "image_mask must be bool"),
-]
+
+
+def shared(family: str, names: tuple[str, ...], *scale: float) -> list[tuple]:
+    """What both functions refuse; `names` are those of the arguments."""
+    x_name, y_name, x_mask, y_mask = names
+    table = [
+        ("widths differ", np.ones((2, 4, 6)), {}, f"{y_name} must have shape"),
+        ("dtypes differ", y.astype("float32"), {}, f"{y_name} must have the dtype .* of {x_name}"),
+        ("integers", y.astype(int), {}, f"{y_name} must have a floating dtype"),
+        ("no tokens", y[:, :0], {}, f"{y_name} must hold at least one token"),
+        ("NaN", y * np.nan, {}, f"{y_name} must not contain NaN"),
+        ("all padding", y, {x_mask: no_row}, f"{x_mask} must have a True in every row"),
+        ("mask too short", y, {y_mask: no_row}, f"{y_mask} must have shape"),
+        ("mask of numbers", y, {x_mask: np.ones((2, 3))}, f"{x_mask} must be bool"),
+    ]
+    return [(family, what, (x, other, *scale), masks, message) for what, other, masks, message in table]
+
+
 test_refusals = refuses(
     filip,
     [
-        *(("late_interaction", what, (x, other), s, message) for what, other, s, message in SHARED),
-        *(("filip", what, (x, other, 1.0), s, message) for what, other, s, message in SHARED),
-        ("late_interaction", "no text", (x, y[:0]), {}, "texts must hold at least one set of tokens"),
+        *shared("late_interaction", ("x", "y", "x_mask", "y_mask")),
+        *shared("filip", ("images", "texts", "image_mask", "text_mask"), 1.0),
+        ("late_interaction", "no set", (x, y[:0]), {}, "y must hold at least one set of tokens"),
         ("filip", "no pair", (x[:0], y[:0], 1.0), {}, "images must hold at least one set of tokens"),
         ("filip", "one text too many", (x, np.ones((3, 4, 5)), 1.0), {}, "texts must have shape"),
         ("filip", "scale zero", (x, y, 0.0), {}, "scale must be a finite number > 0"),

@@ -12,24 +12,24 @@ from torch import Tensor
 from tests import Todo
 
 
-def late_interaction_np(images: np.ndarray, texts: np.ndarray, image_mask=None, text_mask=None, grad=None):
-    """The similarity of all images to all texts, from images to texts, and its gradients by hand.
+def late_interaction_np(x: np.ndarray, y: np.ndarray, x_mask=None, y_mask=None, grad=None):
+    """The similarity from all sets of tokens x to all sets y, and its gradients by hand.
 
-    images (A, M, D), texts (B, N, D), masks (A, M) and (B, N) with True = real; grad (A, B) the upstream
-    gradient (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (A, B) in [−1, 1], (dimages,
-    dtexts))`: entry (a, b) is the mean over a's tokens of the largest cosine with one of b's. Raises
+    x (A, M, D), y (B, N, D), masks (A, M) and (B, N) with True = real; grad (A, B) the upstream
+    gradient (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (A, B) in [−1, 1], (dx,
+    dy))`: entry (a, b) is the mean over a's tokens of the largest cosine with one of b's. Raises
     ValueError on bad shapes, dtypes, NaN, no set or no token, and an all-False mask row.
     """
     raise Todo
 
 
 def late_interaction(
-    images: Tensor, texts: Tensor, image_mask: Tensor | None = None, text_mask: Tensor | None = None
+    x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None
 ) -> Tensor:
-    """The similarity from all images (A, M, D) to all texts (B, N, D): (A, B).
+    """The similarity from all sets of tokens x (A, M, D) to all sets y (B, N, D): (A, B).
 
-    The other direction is `late_interaction(texts, images, text_mask, image_mask).T`. Arguments and errors as
-    in `late_interaction_np`.
+    For FILIP x are images and y texts, or the reverse: the other direction is `late_interaction(y, x, y_mask,
+    x_mask).T`. Arguments and errors as in `late_interaction_np`.
     """
     raise Todo
 

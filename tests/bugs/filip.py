@@ -15,90 +15,90 @@ LOOP, SLOPES, TIES = (
 )
 
 
-def cosines(images, texts):
-    return torch.einsum("amd,bnd->abmn", unit(images), unit(texts))
+def cosines(x, y):
+    return torch.einsum("amd,bnd->abmn", unit(x), unit(y))
 
 
-def wide(image_mask, text_mask):
-    return None if image_mask is None else image_mask[:, None], None if text_mask is None else text_mask[None]
+def wide(x_mask, y_mask):
+    return None if x_mask is None else x_mask[:, None], None if y_mask is None else y_mask[None]
 
 
 @bug("late_interaction", PADDING, "A padded token may be somebody's best partner.")
-def padding_in_the_maximum(images, texts, image_mask=None, text_mask=None):
-    return mean_max(cosines(images, texts), wide(image_mask, text_mask)[0], None)
+def padding_in_the_maximum(x, y, x_mask=None, y_mask=None):
+    return mean_max(cosines(x, y), wide(x_mask, y_mask)[0], None)
 
 
 @bug("late_interaction", PADDING, "A padded token looks for its own best partner and enters the mean.")
-def padding_in_the_mean(images, texts, image_mask=None, text_mask=None):
-    return mean_max(cosines(images, texts), None, wide(image_mask, text_mask)[1])
+def padding_in_the_mean(x, y, x_mask=None, y_mask=None):
+    return mean_max(cosines(x, y), None, wide(x_mask, y_mask)[1])
 
 
 @bug("late_interaction", PADDING, "Padding is set to 0 before the maximum: better than any negative cosine.")
-def padding_is_zero(images, texts, image_mask=None, text_mask=None):
-    texts = texts if text_mask is None else texts * text_mask[..., None]
-    return mean_max(cosines(images, texts), wide(image_mask, text_mask)[0], None)
+def padding_is_zero(x, y, x_mask=None, y_mask=None):
+    y = y if y_mask is None else y * y_mask[..., None]
+    return mean_max(cosines(x, y), wide(x_mask, y_mask)[0], None)
 
 
 @bug("late_interaction", PADDING, "The mean divides by all places, real or not.")
-def mean_over_places(images, texts, image_mask=None, text_mask=None):
-    value = late_interaction(images, texts, image_mask, text_mask)
-    return value if image_mask is None else value * image_mask.sum(1, keepdim=True) / images.shape[1]
+def mean_over_places(x, y, x_mask=None, y_mask=None):
+    value = late_interaction(x, y, x_mask, y_mask)
+    return value if x_mask is None else value * x_mask.sum(1, keepdim=True) / x.shape[1]
 
 
 @bug("late_interaction", REPEAT, "The other direction: y's tokens look for partners.")
-def other_direction(images, texts, image_mask=None, text_mask=None):
-    return late_interaction(texts, images, text_mask, image_mask).T
+def other_direction(x, y, x_mask=None, y_mask=None):
+    return late_interaction(y, x, y_mask, x_mask).T
 
 
 @bug("late_interaction", REPEAT, "A softmax's weighted mean in place of the maximum.")
-def soft_maximum(images, texts, image_mask=None, text_mask=None):
-    S = cosines(images, texts)
-    if text_mask is not None:
-        S = S.masked_fill(~text_mask[None, :, None], -1e30)
+def soft_maximum(x, y, x_mask=None, y_mask=None):
+    S = cosines(x, y)
+    if y_mask is not None:
+        S = S.masked_fill(~y_mask[None, :, None], -1e30)
     best = ((10 * S).softmax(-1) * S).sum(-1)
-    return mean_max(best[..., None], wide(image_mask, text_mask)[0], None)
+    return mean_max(best[..., None], wide(x_mask, y_mask)[0], None)
 
 
 @bug("late_interaction", LOOP, "ColBERT's sum over tokens, not a mean: long captions win.")
-def sum_over_tokens(images, texts, image_mask=None, text_mask=None):
-    M = images.shape[1] if image_mask is None else image_mask.sum(1, keepdim=True)
-    return M * late_interaction(images, texts, image_mask, text_mask)
+def sum_over_tokens(x, y, x_mask=None, y_mask=None):
+    M = x.shape[1] if x_mask is None else x_mask.sum(1, keepdim=True)
+    return M * late_interaction(x, y, x_mask, y_mask)
 
 
 @bug("late_interaction", LOOP, "Dot products of rows that nobody scaled to length one.")
-def not_normalised(images, texts, image_mask=None, text_mask=None):
-    return mean_max(torch.einsum("amd,bnd->abmn", images, texts), *wide(image_mask, text_mask))
+def not_normalised(x, y, x_mask=None, y_mask=None):
+    return mean_max(torch.einsum("amd,bnd->abmn", x, y), *wide(x_mask, y_mask))
 
 
 @bug("late_interaction", LOOP, "The mean of all cosines: the tokens are compared as their averages.")
-def mean_of_all(images, texts, image_mask=None, text_mask=None):
-    real = torch.ones(texts.shape[:2]) if text_mask is None else text_mask
-    average = (cosines(images, texts) * real[None, :, None]).sum(-1) / real.sum(1)[:, None]  # (A, B, M)
-    return mean_max(average[..., None], wide(image_mask, text_mask)[0], None)
+def mean_of_all(x, y, x_mask=None, y_mask=None):
+    real = torch.ones(y.shape[:2]) if y_mask is None else y_mask
+    average = (cosines(x, y) * real[None, :, None]).sum(-1) / real.sum(1)[:, None]  # (A, B, M)
+    return mean_max(average[..., None], wide(x_mask, y_mask)[0], None)
 
 
 @bug("late_interaction", SLOPES, "The best partners are held fixed with detach: y learns nothing.")
-def frozen_partner(images, texts, image_mask=None, text_mask=None):
-    return late_interaction(images, texts.detach(), image_mask, text_mask) + 0 * texts.sum()
+def frozen_partner(x, y, x_mask=None, y_mask=None):
+    return late_interaction(x, y.detach(), x_mask, y_mask) + 0 * y.sum()
 
 
 @bug("late_interaction", SLOPES, "The gradient of the unit rows is taken for that of the rows.", rung="np")
-def length_forgotten(images, texts, image_mask=None, text_mask=None, grad=None):
-    value, (dimages, dtexts) = late_interaction_np(images, texts, image_mask, text_mask, grad)
-    return value, (dimages * unit_np(images)[1], dtexts * unit_np(texts)[1])
+def length_forgotten(x, y, x_mask=None, y_mask=None, grad=None):
+    value, (dx, dy) = late_interaction_np(x, y, x_mask, y_mask, grad)
+    return value, (dx * unit_np(x)[1], dy * unit_np(y)[1])
 
 
 @bug("late_interaction", SLOPES, "The upstream gradient is ignored.", rung="np")
-def no_upstream(images, texts, image_mask=None, text_mask=None, grad=None):
-    return late_interaction_np(images, texts, image_mask, text_mask)
+def no_upstream(x, y, x_mask=None, y_mask=None, grad=None):
+    return late_interaction_np(x, y, x_mask, y_mask)
 
 
 @bug("late_interaction", TIES, "amax splits the gradient between equal maxima.")
-def split_between_ties(images, texts, image_mask=None, text_mask=None):
-    S = cosines(images, texts)
-    if text_mask is not None:
-        S = S.masked_fill(~text_mask[None, :, None], -torch.inf)
-    return mean_max(S.amax(-1, keepdim=True), wide(image_mask, text_mask)[0], None)
+def split_between_ties(x, y, x_mask=None, y_mask=None):
+    S = cosines(x, y)
+    if y_mask is not None:
+        S = S.masked_fill(~y_mask[None, :, None], -torch.inf)
+    return mean_max(S.amax(-1, keepdim=True), wide(x_mask, y_mask)[0], None)
 
 
 EQUAL, ORDER, ONE = "equal_scores_cost_log_B", "pairs_come_in_any_order", "one_token_each_is_infonce"
