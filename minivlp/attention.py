@@ -164,7 +164,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        stream.refuse_twice()
+        stream.refuse_create_graph()
         *arrays, mask, out, lse = ctx.saved_tensors
         x, y, z, O, G = (t.flatten(0, 1) for t in stream.working(*arrays, out, upstream))
         inner, dv = (G * O).sum(-1), torch.zeros_like(z)

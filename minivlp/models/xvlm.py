@@ -153,6 +153,7 @@ class Xvlm(nn.Module):
     @property
     def scale(self) -> Tensor:
         """1/τ of the dot products, a differentiable scalar, at most 100."""
+        self.contrast.clamp_scale()
         return self.contrast.scale
 
     # Where they meet
