@@ -120,7 +120,7 @@ def equals_the_slow_loop(f, counts, merges, min_count):
 
 @law(
     "learn_vocab",
-    hint="Keep the `alphabet` most frequent single characters (a and ##a are two), of equals the first from a to z.",
+    hint="Keep the `alphabet` most frequent characters (a and ##a are two), of equals the first from a to z.",
 )
 @given(counts=counts_of_words, alphabet=st.integers(1, 4))
 def only_frequent_characters_are_kept(f, counts, alphabet):
