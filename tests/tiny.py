@@ -37,6 +37,7 @@ DUAL_SIZES = SIZES | {f"text_{name}": SIZES[name] for name in ("dim", "layers", 
 DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
+DRAW = ViltRecipe.draw
 
 
 @cache
@@ -69,8 +70,7 @@ def commands_with(patch: pytest.MonkeyPatch, draw: bool = False) -> Callable[...
     Without `draw` a training run draws no pictures, which takes longer than all the rest.
     """
     shrink(patch.setattr)
-    if not draw:
-        patch.setattr(ViltRecipe, "draw", lambda *run: [])
+    patch.setattr(ViltRecipe, "draw", DRAW if draw else lambda *run: [])
     return lambda job, *flags: main([job, *map(str, flags), "--threads", "1"])
 
 
