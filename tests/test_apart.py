@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from minivlp.recipes.curriculum import Part, Stage
+from minivlp.recipes.train import new_model
 
 from minivlp.data import Scenes, scene_pixels
 from minivlp.data.probes import hide_slots
-from minivlp.recipes.curriculum import Part, Stage
 from minivlp.recipes.noun_contrast import SCALE, apart_loss, encode_apart
-from minivlp.recipes.train import new_model
 from minivlp.recipes.vilt_batches import SceneRows
 from tests.test_train import CONFIG, EMOJIVL, NOUNS, TOKENIZER
 

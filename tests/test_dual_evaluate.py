@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from minivlp.recipes.dual_train import DualTrain, new_dual
 
 from minivlp.data import TRAINING_ARTISTS, EmojiVL, trained_concepts
 from minivlp.data.drawings import Portraits
 from minivlp.data.names import PROMPTS, name_tokenizer, named
 from minivlp.evaluation import dual as ev
 from minivlp.evaluation.match import Matcher
-from minivlp.recipes.dual_train import DualTrain, new_dual
 from tests.tiny import DUAL_SIZES, few
 
 EMOJIVL = few()

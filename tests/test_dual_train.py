@@ -6,11 +6,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-
-from minivlp.__main__ import MODELS
-from minivlp.data import TRAINING_ARTISTS, held_out, load_emojivl, trained_concepts
-from minivlp.data.names import name_tokenizer
-from minivlp.infonce import infonce
 from minivlp.recipes.dual_train import (
     OBJECTIVES,
     OF_MODEL,
@@ -23,6 +18,11 @@ from minivlp.recipes.dual_train import (
     new_dual,
 )
 from minivlp.training.fit import fit, optimizers
+
+from minivlp.__main__ import MODELS
+from minivlp.data import TRAINING_ARTISTS, held_out, load_emojivl, trained_concepts
+from minivlp.data.names import name_tokenizer
+from minivlp.infonce import infonce
 from minivlp.training.run import Run
 from tests.test_train import equal, timeless
 from tests.tiny import DUAL_SIZES, few

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from minivlp.recipes.finetune import Pools, Task, task_settings, with_head
+from minivlp.recipes.questions import questions, statements
+from minivlp.recipes.train import TrainConfig, scene_tokenizer
 
 from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, load_emojivl
 from minivlp.data.scenes import held_out
 from minivlp.recipes import finetune
-from minivlp.recipes.finetune import Pools, Task, task_settings, with_head
-from minivlp.recipes.questions import questions, statements
-from minivlp.recipes.train import TrainConfig, scene_tokenizer
 from minivlp.text import WordPiece
 from minivlp.training.run import load_checkpoint
 from minivlp.training.trained import load_trained

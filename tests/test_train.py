@@ -8,16 +8,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from minivlp.recipes.curriculum import STAGES, Part, Stage, stage_at
+from minivlp.recipes.questions import COUNTS, WORDS
+from minivlp.recipes.train import PRESETS, TrainConfig, new_model, pretraining_loss, train_config
+from minivlp.training.fit import fit, optimizers, rate
 
 from minivlp.__main__ import PRESETS as PRESET_NAMES
 from minivlp.data import RELATIONS, Scenes, load_emojivl, scene_pixels
 from minivlp.recipes import train
-from minivlp.recipes.curriculum import STAGES, Part, Stage, stage_at
-from minivlp.recipes.questions import COUNTS, WORDS
-from minivlp.recipes.train import PRESETS, TrainConfig, new_model, pretraining_loss, train_config
 from minivlp.recipes.vilt_batches import SceneRows
 from minivlp.text import split_words
-from minivlp.training.fit import fit, optimizers, rate
 from minivlp.training.run import Run
 from tests.tiny import SIZES
 

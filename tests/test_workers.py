@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
 from minivlp.recipes.dual_train import dual_loss, new_dual
 from minivlp.recipes.train import new_model, pretraining_loss
 from minivlp.training.fit import Step, fit
+
 from minivlp.training.run import Onlooker, Run
 from minivlp.training.workers import ALONE, Workers, threads
 from tests import test_dual_train, test_train

@@ -5,11 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
-from minivlp.boxes import cxcywh_to_xyxy
-from minivlp.data import load_emojivl
-from minivlp.data.probes import meaning
-from minivlp.models.xvlm import whole
 from minivlp.recipes.train import scene_tokenizer
 from minivlp.recipes.xvlm_rows import RegionRows, RegionSource, first_of_each
 from minivlp.recipes.xvlm_train import (
@@ -22,6 +17,11 @@ from minivlp.recipes.xvlm_train import (
     xvlm_loss,
 )
 from minivlp.training.fit import fit, optimizers
+
+from minivlp.boxes import cxcywh_to_xyxy
+from minivlp.data import load_emojivl
+from minivlp.data.probes import meaning
+from minivlp.models.xvlm import whole
 from minivlp.training.run import Run
 
 EMOJIVL = load_emojivl()
