@@ -204,6 +204,9 @@ class DualRecipe(Recipe):
         fixed = self.model.config.text_pool == "last"
         return PairBatches(self.emojivl, self.tokenizer, self.settings, fixed)
 
+    def sizes_of_batches(self) -> set[int]:
+        return {len(batch.ids) for batch in self.batch(0)}
+
     def loss(
         self, model: Dual, batches: Sequence[PairBatch], workers: Workers = ONE_PROCESS
     ) -> dict[str, Tensor]:

@@ -76,6 +76,9 @@ class ViltRecipe(Recipe):
         s, stages = self.settings, STAGES[self.about.get("preset", "cpu")]
         return SceneBatches(self.emojivl, self.nouns, self.tokenizer, stages, s.steps, s.batch, s.seed)
 
+    def sizes_of_batches(self) -> set[int]:
+        return {size for stage in self.batches.stages for size in self.batches.sizes(stage).values()}
+
     def loss(
         self, model: Vilt, batches: Sequence[Batch], workers: Workers = ONE_PROCESS
     ) -> dict[str, Tensor]:

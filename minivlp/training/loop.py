@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from minivlp.core.files import write_text
 from minivlp.core.require import NotFinite
 from minivlp.text import WordPiece
 from minivlp.training.run import Run, tensor_bytes, write_json
@@ -194,6 +195,7 @@ def steps(
 
 def train(recipe: Any, run: Run, screen: Screen, workers: Workers = ONE_PROCESS) -> Trained:
     """All steps, told line by line and with a bar; what they made, on the CPU."""
+    workers.check_sizes(recipe.sizes_of_batches() if workers.size > 1 else ())
     settings, size = recipe.settings, sum(p.numel() for p in recipe.model.parameters())
     what = f"{settings.steps} steps of {settings.batch} rows"
     screen.say(f"{size:,} parameters, {recipe.summary}, {what}, in {run.folder}")
@@ -220,7 +222,7 @@ def finish(recipe: Any, run: Run, trained: Trained, items: int, screen: Screen) 
     """Write eval.json, report.md, the model as one small file, and the pictures of a run that is trained."""
     results = measure(recipe, trained, items, TEST_SEED, run.settings["device"], screen)
     write_json(run.folder / "eval.json", results)
-    (run.folder / "report.md").write_text(recipe.report(results), encoding="utf-8")
+    write_text(run.folder / "report.md", recipe.report(results))
     tensors = recipe.to_published(trained.model)
     write_trained(trained, run.folder / f"{recipe.name}_tiny.safetensors", results, tensors)
     for path in recipe.draw(trained, run.folder, run.records()):
