@@ -22,7 +22,7 @@ from tests.laws import BUGS, LAWS, load_bugs
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
 CONCEPTS = sorted(p.stem for p in (ROOT / "tests" / "bugs").glob("*.py") if p.stem != "__init__")
-LONGEST = 200  # lines of code
+LONGEST = 320  # lines of code
 
 
 def code_lines(source: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from minivlp.boxes import cxcywh_to_xyxy
 from minivlp.data import load_emojivl
 from minivlp.data.probes import meaning
-from minivlp.models.xvlm import whole
+from minivlp.models.xvlm import whole_picture
 from minivlp.recipes.train import scene_tokenizer
 from minivlp.recipes.xvlm_rows import RegionRows, RegionSource, first_of_each
 from minivlp.recipes.xvlm_train import (
@@ -203,7 +203,7 @@ def test_the_box_is_read_from_the_whole_picture():
     states = []
     model.cross.register_forward_pre_hook(lambda module, inputs: states.append(inputs[1]))
     xvlm_loss(model, [rows], CONFIG)
-    expected = whole(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
+    expected = whole_picture(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
     assert torch.allclose(states[-1], expected, atol=1e-6)
 
 

@@ -24,8 +24,7 @@ from minivlp.data.drawings import Portraits
 from minivlp.data.names import name_tokenizer, named
 from minivlp.evaluation.match import Matcher, ranks, similarities
 from minivlp.infonce import infonce
-from minivlp.models.dual import Dual, DualConfig
-from minivlp.models.dual_start import start_mean
+from minivlp.models.dual import Dual, DualConfig, small_init
 from minivlp.recipes.dual_train import DualTrain, PairSource
 from minivlp.sigmoid import sigmoid_loss
 from minivlp.text import WordPiece
@@ -68,7 +67,7 @@ def _dual(size: NamesSize, config: DualTrain, loss: str, tokenizer: WordPiece) -
     if loss == "sigmoid":
         fields |= {"init_scale": size.init_scale, "init_bias": size.init_bias}
     sizes = DualConfig(len(tokenizer), image_size=config.canvas, eot=tokenizer.sep_id, **fields)
-    return start_mean(Dual(sizes))
+    return small_init(Dual(sizes))
 
 
 def _loss(model: Dual, groups: list, kind: str) -> dict[str, Tensor]:

@@ -30,8 +30,7 @@ from minivlp.evaluation.match import padded
 from minivlp.filip import filip
 from minivlp.hinge import hinge
 from minivlp.infonce import infonce, infonce_gathered
-from minivlp.models.dual import Dual, DualConfig
-from minivlp.models.dual_start import start_mean
+from minivlp.models.dual import Dual, DualConfig, small_init
 from minivlp.sigmoid import sigmoid_loss, sigmoid_loss_ring
 from minivlp.text import WordPiece
 from minivlp.training.workers import ALONE, Workers
@@ -98,7 +97,7 @@ def new_dual(objective: str, config: DualTrain, tokenizer: WordPiece) -> Dual:
         sizes |= {"init_scale": 10.0, "init_bias": -10.0}
     else:
         sizes["eot"] = tokenizer.sep_id
-    return start_mean(Dual(DualConfig(len(tokenizer), image_size=config.canvas, **sizes)))
+    return small_init(Dual(DualConfig(len(tokenizer), image_size=config.canvas, **sizes)))
 
 
 @dataclass(frozen=True)

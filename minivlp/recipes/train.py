@@ -20,8 +20,7 @@ from minivlp.data import CPU_NOUNS, Concept
 from minivlp.ipot import alignment_masks, wpa_fused
 from minivlp.itm import itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
-from minivlp.models.vilt import Vilt, ViltConfig
-from minivlp.models.vilt_start import start_small
+from minivlp.models.vilt import Vilt, ViltConfig, small_init
 from minivlp.recipes.noun_contrast import apart_loss
 from minivlp.recipes.questions import WORDS as QUESTION_WORDS
 from minivlp.recipes.vilt_batches import Rows
@@ -91,7 +90,7 @@ def new_model(config: TrainConfig, vocab_size: int, **heads: Any) -> Vilt:
         image_size=config.canvas,
         **heads,
     )
-    return start_small(Vilt(sizes))
+    return small_init(Vilt(sizes))
 
 
 def scene_texts(nouns: Sequence[Concept]) -> list[str]:

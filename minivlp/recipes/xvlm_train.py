@@ -27,8 +27,7 @@ from minivlp.data import CPU_NOUNS
 from minivlp.infonce import infonce
 from minivlp.itm import hard_negatives, itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
-from minivlp.models.xvlm import Xvlm, XvlmConfig, whole
-from minivlp.models.xvlm_start import start_xvlm
+from minivlp.models.xvlm import Xvlm, XvlmConfig, small_init, whole_picture
 from minivlp.recipes.xvlm_rows import RegionRows
 from minivlp.regions import region_mask, region_tokens
 
@@ -82,7 +81,7 @@ def new_xvlm(config: XvlmTrain, vocab_size: int) -> Xvlm:
     """An X-VLM of this size with fresh values from the seed (set for torch's default generator)."""
     torch.manual_seed(config.seed)
     sizes = {name: getattr(config, name) for name in SIZES}
-    return start_xvlm(Xvlm(XvlmConfig(**sizes | {"vocab_size": vocab_size, "image_size": config.canvas})))
+    return small_init(Xvlm(XvlmConfig(**sizes | {"vocab_size": vocab_size, "image_size": config.canvas})))
 
 
 def xvlm_loss(model: Xvlm, groups: Sequence[RegionRows], config: XvlmTrain) -> dict[str, Tensor]:
@@ -115,7 +114,7 @@ def _terms(model: Xvlm, rows: RegionRows, config: XvlmTrain) -> dict[str, Tensor
         terms["mlm"] = mlm_loss(states, model.mlm_weight, model.mlm_bias, rows.labels[some][masked])
     if config.box_weight:
         at = rows.located
-        everywhere = whole(patches)[rows.picture[at]]  # (R', 1+N, D)
+        everywhere = whole_picture(patches)[rows.picture[at]]  # (R', 1+N, D)
         fused = model.fuse(
             words[at], rows.text_mask[at], everywhere, everywhere.new_ones(everywhere.shape[:2]) > 0
         )
