@@ -409,7 +409,7 @@ print("\n".join(f"{name}: {', '.join(functions)}" for name, functions in uses.it
 #
 # * Photographs. These are icons on plain backgrounds. ViLT-B/32 read millions of captioned pictures; its
 #   published weights load into the same class.
-# * The optimiser: Muon for the matrices, and the starting values of `models/vilt_start.py`, make a run of
+# * The optimiser: Muon for the matrices, and the starting values of `vilt.small_init`, make a run of
 #   minutes possible. ViLT used AdamW alone.
 #
 # ## Sources

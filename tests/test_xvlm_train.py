@@ -203,7 +203,7 @@ def test_the_box_is_read_from_the_whole_picture():
     states = []
     model.cross.register_forward_pre_hook(lambda module, inputs: states.append(inputs[1]))
     xvlm_loss(model, [rows], CONFIG)
-    expected = whole(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
+    expected = whole_picture(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
     assert torch.allclose(states[-1], expected, atol=1e-6)
 
 

@@ -176,7 +176,7 @@ class Recipe:
         raise TypeError(f"{type(self).__name__} must have a loss")
 
     def sizes_of_batches(self) -> set[int]:
-        """The numbers of examples that batches of the run have, where they are known before the first step."""
+        """The numbers of examples of the batches of the run, where they are known before its first step."""
         return set()
 
     def matrices(self, model: nn.Module) -> list[nn.Parameter]:

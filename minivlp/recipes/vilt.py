@@ -25,8 +25,7 @@ from minivlp.ipot import alignment_masks, wpa_fused
 from minivlp.itm import itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
 from minivlp.models.published import vilt as names
-from minivlp.models.vilt import Vilt, ViltConfig
-from minivlp.models.vilt_start import start_small
+from minivlp.models.vilt import Vilt, ViltConfig, small_init
 from minivlp.pictures.demo import demo
 from minivlp.pictures.gallery import draw_answers
 from minivlp.recipes.base import Batch, Recipe, Settings
@@ -85,7 +84,7 @@ class ViltRecipe(Recipe):
         return pretraining_loss(model, batches, self.settings.wpa_weight, workers)
 
     def new_model(self) -> Vilt:
-        return start_small(super().new_model())
+        return small_init(super().new_model())
 
     def matrices(self, model: Vilt) -> list[nn.Parameter]:
         more = (model.pooler.weight, *([model.mlm.dense.weight] if model.mlm else []))
