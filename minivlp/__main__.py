@@ -129,8 +129,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--items",
             type=integer_from(4, 10**6, 2),
-            default=2000,
-            help="test items a measure (default: 2000)",
+            default=1500,
+            help="test items a measure (default: 1500)",
         )
 
     demo = command(

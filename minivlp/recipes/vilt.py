@@ -108,8 +108,9 @@ class ViltRecipe(Recipe):
         return quick_check(model, self.tokenizer, self._fresh, self.settings.seed + 1)
 
     def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
-        what = (trained.tokenizer, self.emojivl, self.nouns, trained.canvas, items, -(-items // CANDIDATES))
-        return evaluate(trained.model, *what, seed, progress)
+        """items: of each measure; retrieval has a set of 64 captions for every 128 of them."""
+        what = (trained.tokenizer, self.emojivl, self.nouns, trained.canvas, items)
+        return evaluate(trained.model, *what, -(-items // (2 * CANDIDATES)), seed, progress)
 
     def report(self, results: Mapping[str, Any]) -> str:
         return report(results)

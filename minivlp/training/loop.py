@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlp.core.files import write_text
-from minivlp.core.require import NotFinite
+from minivlp.core.require import NotFinite, fail
 from minivlp.text import WordPiece
 from minivlp.training.run import Run, tensor_bytes, write_json
 from minivlp.training.screen import Screen, progress_line
@@ -50,6 +50,7 @@ class Trainable(Protocol):
     """What the loop needs of a recipe; recipes/base.py has the rest."""
 
     settings: Rates
+    terms: tuple[str, ...]  # of the loss
     tokenizer: WordPiece
     model: nn.Module  # with a dataclass `config` of its sizes
 
@@ -160,6 +161,8 @@ def steps(
         except NotFinite as error:  # a rung refused what the model computed
             stop(step, f"the forward pass ({error})", math.nan)
         for name, term in terms.items():
+            if name not in recipe.terms:  # it would be summed, and never drawn
+                fail("terms", f"must hold every term of the loss, {', '.join(terms)}", recipe.terms)
             if not torch.isfinite(term):
                 stop(step, f"loss term {name}", float(term.detach()))
         for optimizer in tuned:

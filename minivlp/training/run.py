@@ -42,7 +42,7 @@ class Run:
         need_writable(run.folder / "config.json", make_folder=True)
         run._sweep()
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-        write_json(run.folder / "config.json", run.settings)
+        write_json(run.folder / "config.json", {"format": FORMAT} | run.settings)
         return run
 
     @classmethod
@@ -60,6 +60,7 @@ class Run:
             if not _is_settings(config):
                 fail(str(config), "must be the settings of a run of minivlp", "another file")
             run.settings = read_json(config)
+            run.settings.pop("format", None)
         else:
             raise FileNotFoundError(
                 f"nothing to resume: {run.folder} holds no run; begin one without --resume"
@@ -216,7 +217,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _is_settings(path: Path) -> bool:
     """Is this the config.json of a run?"""
     try:
-        return {"command", "train"} <= read_json(path).keys()
+        settings = read_json(path)
+        return settings.get("format") == FORMAT or {"command", "train"} <= settings.keys()
     except (OSError, ValueError):
         return False
 
