@@ -11,7 +11,7 @@ from minivlp.data import CPU_NOUNS
 from minivlp.models.vilt import Vilt, ViltConfig
 from minivlp.recipes import questions as q
 from minivlp.text import WordPiece
-from tests.test_tasks import EMOJIVL, holds, stands
+from tests.test_probes import EMOJIVL, holds, stands
 
 NOUNS = EMOJIVL.nouns(CPU_NOUNS[:12])
 ANSWERS = q.answers(NOUNS)
