@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minivlp import __main__ as minivlp_cli
+from minivlp.recipes import recipe_class
 from minivlp.training.run import run_folder
 from tests.attempts import load
 from tests.course import Exercise, exercises, find
@@ -59,6 +60,7 @@ def model_of(one: Exercise) -> str:
 def _run(model: str, ours: list[Exercise], steps: int, threads: int | None) -> int:
     number = next(n for n in range(1, 10_000) if not run_folder(f"{NAME}-{model}-{n}").exists())
     name = f"{NAME}-{model}-{number}"
+    recipe_class(model)  # imports all that the training calls, so that functions in it can be replaced
     calls: Counter[str] = Counter()
 
     def look(*_: Any) -> None:

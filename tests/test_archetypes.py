@@ -129,11 +129,11 @@ def test_the_grid_is_row_major_and_local(patch):
 @pytest.mark.parametrize("kind", EVERYONE)
 def test_every_weight_is_trained(kind):
     place = world(QUICK.world, QUICK.world.train.vocab_size)
-    rows = place.rows(0, "curriculum")
+    batches = place.batches(0, "curriculum")
     model = new_archetype(place.sizes(kind), 0)
     steps = place.size.train.steps
     for step in (0, steps // 4, steps - 1):
-        sum(archetype_loss(model, rows(step), 0.1).values()).backward()
+        sum(archetype_loss(model, batches(step), 0.1).values()).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert without <= {"net.text_position.weight"}
 

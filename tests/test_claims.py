@@ -5,7 +5,6 @@ import math
 import os
 import re
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -38,10 +37,10 @@ from minivlp.claims.verdict import (
     verdict,
 )
 from minivlp.claims.work import EXPERIMENTS, do_all, done, made_with, results
-from minivlp.claims.world import MASKINGS, apart, archetype_loss, world
+from minivlp.claims.world import MASKINGS, ArchetypeRecipe, without_shared_facts, world
 from minivlp.data.probes import swapped
 from minivlp.mlm import IGNORE
-from minivlp.recipes.curriculum import stage_at
+from minivlp.recipes.vilt_batches import stage_at
 from minivlp.training.screen import Screen
 from tests.course import ROOT
 from tests.tiny import told
@@ -51,10 +50,10 @@ NARROW = FEW | {"dim": 16, "heads": 2}
 TINY = Settings(
     seeds=2,
     world=replace(QUICK.world, train=replace(QUICK.world.train, **NARROW), items=32, sets=1, candidates=4),
-    names=replace(
-        QUICK.names,
+    naming=replace(
+        QUICK.naming,
         train=replace(
-            QUICK.names.train, **NARROW | {"steps": 2}, embed=16, text_dim=16, text_heads=2, text_hidden=16
+            QUICK.naming.train, **NARROW | {"steps": 2}, embed=16, text_dim=16, text_heads=2, text_hidden=16
         ),
         batches=(4, 8),
     ),
@@ -229,14 +228,14 @@ def test_a_contrast_has_no_false_negatives(place):
     """Of the texts and pictures that are contrasted, each text is true of its own picture alone."""
     steps, found = TINY.world.train.steps, 0
     wide = replace(TINY.world, train=replace(TINY.world.train, batch=64))
-    rows = world(wide, 512).rows(0, "curriculum")
-    rows.steps = 100
+    batches = world(wide, 512).batches(0, "curriculum")
+    batches.steps = 100
     for step in (20, 40, 60, 99):
-        (given_rows,) = rows(step)
-        stage = stage_at(rows.stages, step / rows.steps)
-        scenes = [s for part in stage.parts for s in rows._drawn(part, step, np.random.default_rng(0))[0]]
-        taken = given_rows.contrast.nonzero()[:, 0].tolist()
-        assert len(taken) > 4 and bool((given_rows.match[taken] != 0).all())
+        (batch,) = batches(step)
+        stage, rng = stage_at(batches.stages, step / batches.steps), np.random.default_rng(0)
+        scenes = [s for part in stage.parts for s in batches._drawn(part, step, rng).scenes]
+        taken = batch.contrast.nonzero()[:, 0].tolist()
+        assert len(taken) > 4 and bool((batch.match[taken] != 0).all())
         for i in taken:
             true = [
                 j for j in taken if scenes[j].kind == scenes[i].kind and holds(scenes[i].caption, scenes[j])
@@ -246,21 +245,21 @@ def test_a_contrast_has_no_false_negatives(place):
     assert found > 60 and steps == FEW["steps"]
 
 
-def test_apart_takes_the_first_of_those_that_share_a_fact():
-    assert apart([{1}, {1, 2}, {2}, {3, 1}, {4}], [10, 20, 30, 40, 50]) == [10, 30, 50]
+def test_of_texts_that_share_a_fact_the_first_is_taken():
+    assert without_shared_facts([{1}, {1, 2}, {2}, {3, 1}, {4}], [10, 20, 30, 40, 50]) == [10, 30, 50]
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_rows_hide_what_they_say(place, masking):
+def test_batches_hide_what_they_say(place, masking):
     tiny = world(TINY.world, TINY.world.pieces)
-    rows = (place if masking == "curriculum" else tiny).rows(0, masking)
-    t, broken, hidden_words = rows.tokenizer, 0, 0
+    batches = (place if masking == "curriculum" else tiny).batches(0, masking)
+    t, broken, hidden_words = batches.tokenizer, 0, 0
     for step in range(3):
-        (given_rows,) = rows(step)
-        assert not (given_rows.whole == t.mask_id).any()
-        asked = given_rows.match >= 0
-        assert (given_rows.labels[asked] == IGNORE).all() and (given_rows.labels[~asked] != IGNORE).any()
-        for ids, labels, whole in zip(given_rows.ids, given_rows.labels, given_rows.whole, strict=True):
+        (batch,) = batches(step)
+        assert not (batch.whole == t.mask_id).any()
+        asked = batch.match >= 0
+        assert (batch.labels[asked] == IGNORE).all() and (batch.labels[~asked] != IGNORE).any()
+        for ids, labels, whole in zip(batch.ids, batch.labels, batch.whole, strict=True):
             if masking == "curriculum":
                 continue
             shown = torch.where(labels == IGNORE, ids, labels)
@@ -440,11 +439,9 @@ def test_results_depend_on_their_own_part_of_the_settings():
 
 
 def test_a_training_with_other_settings_starts_anew(place, tmp_path):
-    config, loss = TINY.world.train, partial(archetype_loss, wpa_weight=0.1)
-
     def weights(about: dict) -> torch.Tensor:
-        model = new_archetype(place.sizes("towers"), 0)
-        train(model, place.rows(0, "curriculum"), loss, config, place.tokenizer, tmp_path / "t", about)
+        recipe = ArchetypeRecipe(TINY.world.train, place, "towers", "curriculum")
+        model = train(recipe, tmp_path / "t", about)
         return model.net.log_scale.detach().clone()
 
     first = weights({"a": (1, 2)})
@@ -519,7 +516,7 @@ def test_every_claim_names_what_its_experiments_measure():
     ],
 )
 def test_the_command_refuses_in_one_sentence(line, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "HOME", tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("a file")
     try:
         code = main(line.split())
@@ -536,7 +533,7 @@ def test_help_has_an_example(capsys):
 
 
 def test_the_command_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "OF_MODE", {True: TINY})
+    monkeypatch.setattr(command, "QUICK", TINY)
     flags = ["claims", "--quick", "--only", "chunks", "--out", str(tmp_path), "--threads", "1"]
     assert main(flags) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -18,15 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minivlp import commands
 from minivlp.__main__ import main
 from minivlp.data import EmojiVL, Scene, emojivl, load_emojivl
-from minivlp.evaluation import dual as dual_evaluate
-from minivlp.evaluation import vilt as evaluate
-from minivlp.pictures import gallery
-from minivlp.recipes import dual_job, finetune, scene_job, xvlm_job
-from minivlp.recipes.train import PRESETS
-from minivlp.training import run as runs
+from minivlp.evaluation import dual as dual_evaluation
+from minivlp.evaluation import vilt as vilt_evaluation
+from minivlp.recipes import dual, tasks, vilt, xvlm
+from minivlp.recipes.captions import CaptionsRecipe
+from minivlp.recipes.dual import DualRecipe, Filip
+from minivlp.recipes.nlvr2 import Nlvr2Recipe
+from minivlp.recipes.vilt import ViltRecipe
+from minivlp.recipes.vqa import VqaRecipe
+from minivlp.recipes.xvlm import XvlmRecipe
+from minivlp.training.run import Run
 
 SIZES = dict(dim=16, layers=1, heads=2, hidden=32, steps=12, batch=16, warmup=2, save_every=4, report_every=3)
 
@@ -34,6 +37,7 @@ DUAL_SIZES = SIZES | {f"text_{name}": SIZES[name] for name in ("dim", "layers", 
 DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
+DRAW = ViltRecipe.draw
 
 
 @cache
@@ -46,19 +50,18 @@ def few() -> EmojiVL:
 
 
 def shrink(put=setattr) -> None:
-    """Make every preset, the looks during training and the candidates of the evaluation small."""
-    put(commands, "PRESETS", {name: replace(preset, **SIZES) for name, preset in PRESETS.items()})
-    put(scene_job, "GLANCE", 16)
-    put(evaluate, "CANDIDATES", 4)
-    put(dual_job, "PRESETS", {name: replace(p, **DUAL_SIZES) for name, p in dual_job.PRESETS.items()})
-    put(dual_job, "OF_MODEL", {"filip": {"patch": 7}})
-    put(dual_job, "GLANCE", 16)
-    put(dual_job, "CANDIDATES", 4)
-    put(dual_evaluate, "CANDIDATES", 4)
-    put(xvlm_job, "PRESETS", {name: replace(p, **XVLM_SIZES) for name, p in xvlm_job.PRESETS.items()})
-    put(xvlm_job, "GLANCE", 16)
-    put(finetune, "GLANCE", 16)
-    put(finetune, "CHANGES", {"steps": 6, "batch": 16, "warmup": 2})
+    """Make every preset, the checks during training and the candidates of the evaluation small."""
+    families = {ViltRecipe: SIZES, CaptionsRecipe: SIZES, DualRecipe: DUAL_SIZES, XvlmRecipe: XVLM_SIZES}
+    for recipe, sizes in families.items():
+        put(recipe, "presets", {name: replace(preset, **sizes) for name, preset in recipe.presets.items()})
+    put(Filip, "overrides", {"patch": 7})
+    put(tasks, "OVERRIDES", {"batch": 16, "warmup": 2})
+    for recipe in (VqaRecipe, Nlvr2Recipe):
+        put(recipe, "overrides", {**recipe.overrides, "steps": 6})
+    for module in (vilt, tasks, dual, xvlm):
+        put(module, "CHECKED", 16)
+    for module in (vilt, vilt_evaluation, dual, dual_evaluation):
+        put(module, "CANDIDATES", 4)
 
 
 def commands_with(patch: pytest.MonkeyPatch, draw: bool = False) -> Callable[..., int]:
@@ -67,7 +70,7 @@ def commands_with(patch: pytest.MonkeyPatch, draw: bool = False) -> Callable[...
     Without `draw` a training run draws no pictures, which takes longer than all the rest.
     """
     shrink(patch.setattr)
-    patch.setattr(scene_job, "draw_run", gallery.draw_run if draw else lambda *run, **data: [])
+    patch.setattr(ViltRecipe, "draw", DRAW if draw else lambda *run: [])
     return lambda job, *flags: main([job, *map(str, flags), "--threads", "1"])
 
 
@@ -110,8 +113,8 @@ def kill_at(place: str, times: int) -> None:
         "written": (os, "fsync", False, lambda *a: True),  # all bytes of some file are in its draft
         "rename": (os, "replace", False, lambda old, new: new.name == "checkpoint.pt"),
         "renamed": (os, "replace", True, lambda old, new: new.name == "checkpoint.pt"),
-        "logged": (runs.Run, "log", True, lambda *a: True),
-        "step": (scene_job, "pretraining_loss", False, lambda *a: True),
+        "logged": (Run, "log", True, lambda *a: True),
+        "step": (vilt, "pretraining_loss", False, lambda *a: True),
     }[place]
     real, seen = getattr(owner, name), 0
 

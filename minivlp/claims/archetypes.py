@@ -6,10 +6,10 @@
     patch      meeting > picture = text     a patch projection, then a transformer (ViLT)
     bag        the control: `towers` with a bag of words in place of the text tower
 
-All are made of the towers, blocks and heads of dual.py and vilt.py, have one interface, `look`, `read` and
-`meet`, and differ in their numbers of parameters by at most a tenth (the bag has fewer). Of the `blocks`
-transformer blocks the heavy side of `heavy` has all but one, each of the two `towers` has half, `patch` has
-all where words and patches meet, and `grid` has two fewer there, for its convolutions.
+All are made of the towers, blocks and heads of models/dual.py and models/vilt.py, have one interface, `look`,
+`read` and `meet`, and differ in their numbers of parameters by at most a tenth (the bag has fewer). Of the
+`blocks` transformer blocks the heavy side of `heavy` has all but one, each of the two `towers` has half,
+`patch` has all where words and patches meet, and `grid` has two fewer there, for its convolutions.
 
 The bag adds up word vectors in the order of their ids, so two captions of the same words have the same vector
 to the last bit, and no strict comparison can tell them apart: a test that scores it above 0 counts ties.

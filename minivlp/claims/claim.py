@@ -8,13 +8,14 @@ from minivlp.claims.verdict import OPEN, Interval, Sample, difference, interval,
 from minivlp.claims.work import Samples
 
 Results = Mapping[str, Sequence[Samples]]  # of each experiment, by seed
-Which = tuple[str, str]  # an experiment and one of its measures
+Measure = tuple[str, str]  # an experiment and one of its measures
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim. The number is `first`, minus `second` where there is one; `above`: is it said to be above?
+    """One claim. Its number is `first`, minus `second` where there is one.
 
+    above: whether the claim says that the number lies above the margin, and not below it.
     points: what else the table and the picture show, a label and a number each. floor: what guessing reaches;
     while neither of the deciding measures (or of `learned`, where these must be near the floor) is above it,
     nothing was learned that could be compared, and the claim cannot be told. draw: the name of the kind of
@@ -25,26 +26,26 @@ class Claim:
     source: str
     tested: str
     number: str  # in words
-    first: Callable[[Settings], Which]
+    first: Callable[[Settings], Measure]
     margin: float
-    points: Callable[[Settings], dict[str, Which]]
-    second: Callable[[Settings], Which] | None = None
+    points: Callable[[Settings], dict[str, Measure]]
+    second: Callable[[Settings], Measure] | None = None
     above: bool = True
     floor: Callable[[Settings], float] | None = None
-    learned: Callable[[Settings], list[Which]] | None = None
+    learned: Callable[[Settings], list[Measure]] | None = None
     draw: str = "dots"
     axis: str = "share of items that are right"
     chance: float | None = None
 
-    def deciding(self, settings: Settings) -> list[Which]:
+    def deciding(self, settings: Settings) -> list[Measure]:
         """The one or two measures of which the number is made."""
-        return [which(settings) for which in (self.first, self.second) if which]
+        return [measure(settings) for measure in (self.first, self.second) if measure]
 
     def experiments(self, settings: Settings) -> list[str]:
         """What must be done for this claim."""
-        which = [*self.deciding(settings), *self.points(settings).values()]
-        which += self.learned(settings) if self.learned else []
-        return list(dict.fromkeys(name for name, _ in which))
+        measures = [*self.deciding(settings), *self.points(settings).values()]
+        measures += self.learned(settings) if self.learned else []
+        return list(dict.fromkeys(name for name, _ in measures))
 
     def found(self, results: Results, settings: Settings) -> Interval:
         """The deciding number with its interval."""
@@ -57,8 +58,8 @@ class Claim:
         """Has one of the models learned what is asked?"""
         if self.floor is None:
             return True
-        which = self.learned(settings) if self.learned else self.deciding(settings)
-        return any(interval(samples(results, one)).low > self.floor(settings) for one in which)
+        measures = self.learned(settings) if self.learned else self.deciding(settings)
+        return any(interval(samples(results, one)).low > self.floor(settings) for one in measures)
 
     def verdict(self, results: Results, settings: Settings) -> str:
         if not self.above_guessing(results, settings):
@@ -70,6 +71,7 @@ class Claim:
         return f"{'above' if self.above else 'below'} {self.margin:g}"
 
 
-def samples(results: Results, which: Which) -> list[Sample]:
+def samples(results: Results, measure: Measure) -> list[Sample]:
     """One measure of one experiment, by seed."""
-    return [seed[which[1]] for seed in results[which[0]]]
+    experiment, name = measure
+    return [seed[name] for seed in results[experiment]]

@@ -16,8 +16,6 @@ from minivlp.data import load_emojivl
 from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen
 
-OF_MODE = {True: QUICK, False: FULL}  # by --quick
-
 
 def run_claims(args: argparse.Namespace, screen: Screen) -> None:
     """The command; as many experiments at once as there are threads, one thread each."""
@@ -25,7 +23,8 @@ def run_claims(args: argparse.Namespace, screen: Screen) -> None:
     need_writable(folder / "claims.md", make_folder=True)
     load_emojivl()  # refuses a damaged file before anything takes time
     args.go_on = args.command_line  # what is done is not done again
-    write_claims(names, OF_MODE[args.quick], folder, torch.get_num_threads(), args.command_line, screen)
+    settings = QUICK if args.quick else FULL
+    write_claims(names, settings, folder, torch.get_num_threads(), args.command_line, screen)
 
 
 def write_claims(

@@ -43,9 +43,9 @@ from minivlp.data.probes import (
     swapped,
     takes,
 )
+from minivlp.data.questions import ONE, SAME, statements
 from minivlp.evaluation.point import patches_inside, transport
 from minivlp.evaluation.reading import BATCH, encoded, fitting_rows
-from minivlp.recipes.questions import ONE, SAME, statements
 
 CHANCE = {
     "swapped": 1 / 2,
@@ -89,7 +89,7 @@ def scores(
     )
 
 
-def names(scene: Scene) -> str:
+def pair_of(scene: Scene) -> str:
     """The cluster of a scene: its pair of objects."""
     return "-".join(map(str, meaning(scene)[:2]))
 
@@ -107,7 +107,7 @@ def _retrieval(model, world: World) -> Sample:
         s = scores(model, world, [scene.caption for scene in group], group, every).reshape(n, n)
         best_other = np.where(np.eye(n, dtype=bool), -np.inf, s).max(1)
         hits += (s.diagonal() > best_other).tolist()
-        clusters += [names(scene) for scene in group]
+        clusters += [pair_of(scene) for scene in group]
     return _sample(hits, clusters)
 
 
@@ -115,7 +115,7 @@ def _swapped(model, world: World, scenes: Sequence[Scene]) -> Sample:
     n = len(scenes)
     texts = [scene.caption for scene in scenes] + [swapped(scene) for scene in scenes]
     s = scores(model, world, texts, scenes, np.concatenate([_own(n), _own(n, text=n)]))
-    return _sample(s[:n] > s[n:], map(names, scenes))
+    return _sample(s[:n] > s[n:], map(pair_of, scenes))
 
 
 def counterparts(source, n: int) -> list[tuple[Scene, Scene]]:
@@ -140,7 +140,7 @@ def winoground(model, world: World, couples: Sequence[tuple[Scene, Scene]]) -> d
     asked = [_own(n, t, p) for t in (0, n) for p in (0, n)]
     s00, s01, s10, s11 = scores(model, world, texts, pictures, np.concatenate(asked)).reshape(4, n)
     text, image = (s00 > s10) & (s11 > s01), (s00 > s01) & (s11 > s10)
-    clusters = [names(a) for a, _ in couples]
+    clusters = [pair_of(a) for a, _ in couples]
     hits = {"text": text, "image": image, "group": text & image}
     return {name: _sample(h, clusters) for name, h in hits.items()}
 
@@ -169,35 +169,31 @@ def _matching(model, world: World, scenes: Sequence[Scene]) -> Sample:
              for i, (scene, j) in enumerate(zip(scenes, others, strict=True))]  # fmt: skip
     texts = [scene.caption for scene in scenes] + wrong
     said = scores(model, world, texts, scenes, np.concatenate([_own(n), _own(n, text=n)])) > 0
-    return _sample(np.concatenate([said[:n], ~said[n:]]), [names(scene) for scene in scenes] * 2)
+    return _sample(np.concatenate([said[:n], ~said[n:]]), [pair_of(scene) for scene in scenes] * 2)
 
 
 @torch.inference_mode()
 def _noun(model, world: World, scenes: Sequence[Scene]) -> Sample:
     hidden = [hide_slots(scene, [i % 2], world.tokenizer) for i, scene in enumerate(scenes)]
     hits = np.zeros(len(scenes))
-    for rows, ids, states in encoded(model.net, world.tokenizer, [t for t, _ in hidden], scenes, _unheard):
+    for rows, ids, states in encoded(model.net, world.tokenizer, [t for t, _ in hidden], scenes):
         is_mask = ids == world.tokenizer.mask_id  # (B, L)
         best = model.net.mlm_logits(states["text"][is_mask]).argmax(-1)
         for i, one in zip(rows, best.split(is_mask.sum(1).tolist()), strict=True):
             hits[i] = one.tolist() == hidden[i][1]
-    return _sample(hits, map(names, scenes))
+    return _sample(hits, map(pair_of, scenes))
 
 
 @torch.inference_mode()
 def _pointing(model, world: World, scenes: Sequence[Scene]) -> Sample:
     hits, texts = np.zeros((len(scenes), 2)), [scene.caption for scene in scenes]
-    for rows, _, states in encoded(model.net, world.tokenizer, texts, scenes, _unheard):
+    for rows, _, states in encoded(model.net, world.tokenizer, texts, scenes):
         for i, plan in zip(rows, transport(states).numpy(), strict=True):
             inside = patches_inside(scenes[i], model.config.patch)  # (2, N)
             best = [plan[span].sum(0).argmax() for span in noun_spans(scenes[i], world.tokenizer)]
             hits[i] = inside[[0, 1], best]
-    return _sample(hits.ravel(), [names(scene) for scene in scenes for _ in range(2)])
+    return _sample(hits.ravel(), [pair_of(scene) for scene in scenes for _ in range(2)])
 
 
 def _sample(hits, clusters) -> Sample:
     return Sample([float(hit) for hit in hits], list(clusters))
-
-
-def _unheard(passes: int) -> None:
-    pass

@@ -8,7 +8,6 @@ Left out: retrieval of whole pictures.
 """
 
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +16,33 @@ import torch
 from minivlp.claims.settings import RegionsSize
 from minivlp.claims.training import train
 from minivlp.claims.verdict import Sample
-from minivlp.data import load_emojivl, scene_pixels
+from minivlp.data import scene_pixels
 from minivlp.data.crowds import Crowds
 from minivlp.evaluation.point import patches_inside
 from minivlp.evaluation.reading import fitting_rows
 from minivlp.evaluation.xvlm import ask_phrases, iou, predict_boxes
 from minivlp.models.xvlm import Xvlm
-from minivlp.recipes.train import scene_tokenizer
-from minivlp.recipes.xvlm_rows import RegionSource
-from minivlp.recipes.xvlm_train import ABLATIONS, new_xvlm, xvlm_loss
+from minivlp.recipes.base import Recipe
+from minivlp.recipes.xvlm import ABLATIONS, XvlmRecipe
 from minivlp.regions import patches_touched, region_tokens
 
 WITH, WITHOUT = "regions", "captions"
 TEST_SEED = 1_000_000  # of the test scenes, which no training seed draws
 
 
+class Grounding(XvlmRecipe):
+    """X-VLM, asked at its end alone."""
+
+    check = Recipe.check
+
+
 def grounding(size: RegionsSize, seed: int, folder: Path, variant: str) -> dict[str, Sample]:
     """Samples "naming", "pointing" and "grounding" of WITH or WITHOUT, each over the same phrases."""
-    emojivl = load_emojivl()
-    config = replace(size.train, seed=seed, **(ABLATIONS["regions"] if variant == WITHOUT else {}))
-    nouns = emojivl.nouns(config.nouns)
-    tokenizer = scene_tokenizer(nouns, config.vocab_size)
-    how = {name: getattr(config, name) for name in ("canvas", "patch", "regions", "mask", "seed")}
-    source = RegionSource(emojivl, nouns, tokenizer, pictures=config.batch, **how)
-    about = {"variant": variant, "seed": seed, "size": asdict(size)}
-    job = (source, partial(xvlm_loss, config=config), config, tokenizer, folder, about)
-    model = train(new_xvlm(config, len(tokenizer)), *job)
-    crowds = Crowds(emojivl, nouns, canvas=config.canvas, seed=TEST_SEED)
-    return _asked(model, tokenizer, crowds, size.items)
+    ablation = ABLATIONS["regions"] if variant == WITHOUT else {}
+    recipe = Grounding(replace(size.train, seed=seed, **ablation))
+    model = train(recipe, folder, {"variant": variant, "seed": seed, "size": asdict(size)})
+    crowds = Crowds(recipe.emojivl, recipe.nouns, canvas=recipe.settings.canvas, seed=TEST_SEED)
+    return _asked(model, recipe.tokenizer, crowds, size.items)
 
 
 @torch.inference_mode()

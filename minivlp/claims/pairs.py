@@ -9,15 +9,14 @@ Left out: rates tuned for each; all take those of the main job.
 """
 
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
-from minivlp.claims.archetypes import ARCHETYPES, CONTROL, new_archetype
+from minivlp.claims.archetypes import ARCHETYPES, CONTROL
 from minivlp.claims.exam import exam
 from minivlp.claims.settings import WorldSize
 from minivlp.claims.training import train
 from minivlp.claims.verdict import Sample
-from minivlp.claims.world import archetype_loss, world
+from minivlp.claims.world import ArchetypeRecipe, world
 
 VARIANTS = (*ARCHETYPES, CONTROL, "unaligned", "words", "pieces")
 
@@ -27,9 +26,7 @@ def paired(size: WorldSize, seed: int, folder: Path, variant: str) -> dict[str, 
     masked = variant in ("words", "pieces")
     place = world(size, size.pieces if masked else size.train.vocab_size)
     kind = variant if variant in (*ARCHETYPES, CONTROL) else "patch"
-    config = replace(size.train, seed=seed, **({"wpa_weight": 0.0} if variant == "unaligned" else {}))
-    model = new_archetype(place.sizes(kind), seed)
-    rows = place.rows(seed, variant if masked else "curriculum")
+    settings = replace(size.train, seed=seed, **({"wpa_weight": 0.0} if variant == "unaligned" else {}))
+    recipe = ArchetypeRecipe(settings, place, kind, variant if masked else "curriculum")
     about = {"variant": variant, "seed": seed, "size": asdict(size)}
-    loss = partial(archetype_loss, wpa_weight=config.wpa_weight)
-    return exam(train(model, rows, loss, config, place.tokenizer, folder, about), place)
+    return exam(train(recipe, folder, about), place)

@@ -6,24 +6,24 @@ with, so a number changed here costs the experiments that it belongs to and no o
 
 from dataclasses import dataclass, replace
 
-from minivlp.recipes.curriculum import Part, Stage
-from minivlp.recipes.dual_train import DualTrain
-from minivlp.recipes.train import TrainConfig
-from minivlp.recipes.xvlm_train import XvlmTrain
+from minivlp.recipes.dual import DualSettings
+from minivlp.recipes.vilt import ViltSettings
+from minivlp.recipes.vilt_batches import Part, Stage, Wrong
+from minivlp.recipes.xvlm import XvlmSettings
 
 # Eight things of different colour and shape.
 NOUNS = ("dog", "guitar", "tomato", "key", "sunflower", "candle", "cloud", "trophy")
 SIZES = (0.42, 0.5)  # of objects that share a picture, as shares of its side
-ALONE = (0.34, 0.4)  # of one that is alone, which scenes.py enlarges by 1.25: the same size in pixels
+ALONE = (0.34, 0.4)  # of one that is alone, which data/scenes.py enlarges by 1.25: the same size in pixels
 
 
 def curriculum(canvas: int) -> tuple[Stage, ...]:
-    """The main job's order of scenes (curriculum.py), in pictures of one size, which a dual encoder needs.
+    """The stages of recipes/vilt_batches.py in pictures of one size, which a dual encoder needs.
 
     Wrong captions with two objects: half in the wrong places, the others with a wrong relation, a wrong noun,
     or another picture.
     """
-    places = {"canvas": canvas, "sizes": SIZES, "relations": 0.5, "wrong": (0.5, 0.1, 0.2)}
+    places = {"canvas": canvas, "sizes": SIZES, "relations": 0.5, "wrong": Wrong(0.5, 0.1, 0.2)}
     pick = Part("pick", 1.0, **places)
     return (
         Stage(0.15, (Part("one", 1.0, canvas, ALONE, matching=0.6),)),
@@ -37,7 +37,7 @@ def curriculum(canvas: int) -> tuple[Stage, ...]:
 class WorldSize:
     """The world of eight objects; `items` pictures a question, retrieval in `sets` of `candidates`."""
 
-    train: TrainConfig = TrainConfig(  # noqa: RUF009
+    train: ViltSettings = ViltSettings(  # noqa: RUF009
         nouns=NOUNS, canvas=32, patch=8, dim=96, layers=4, heads=3, hidden=192, max_text_len=24,
         vocab_size=512, steps=2000, batch=48, wpa_weight=0.1, mask=0.2, save_every=1000, report_every=1000,
     )  # fmt: skip
@@ -50,25 +50,23 @@ class WorldSize:
 
 
 @dataclass(frozen=True)
-class NamesSize:
+class NamingSize:
     """Dual encoders that name drawings: one training a loss and a batch size, all of equally many steps."""
 
-    train: DualTrain = DualTrain(  # noqa: RUF009
+    train: DualSettings = DualSettings(  # noqa: RUF009
         scenes=0, embed=64, dim=96, layers=2, heads=2, hidden=192, text_dim=64, text_heads=2, text_hidden=128,
         steps=1000, batch=256, lr=3e-3, matrix_lr=0.02, save_every=1000, report_every=1000,
     )  # fmt: skip
     every: int = 9  # concept is learned, about a hundred
     artists: tuple[str, ...] = ("noto", "twemoji", "emojione")
     batches: tuple[int, ...] = (6, 20, 60)
-    init_bias: float = -10.0  # of the sigmoid loss
-    init_scale: float = 10.0
 
 
 @dataclass(frozen=True)
 class RegionsSize:
     """X-VLM, with regions and without, in the world's eight objects but drawn by all training artists."""
 
-    train: XvlmTrain = XvlmTrain(  # noqa: RUF009
+    train: XvlmSettings = XvlmSettings(  # noqa: RUF009
         nouns=NOUNS, canvas=32, patch=8, dim=64, image_layers=2, text_layers=1, cross_layers=1, heads=2,
         hidden=128, embed=64, steps=2000, batch=16, save_every=1000, report_every=1000,
     )  # fmt: skip
@@ -105,7 +103,7 @@ class Settings:
 
     seeds: int = 3
     world: WorldSize = WorldSize()
-    names: NamesSize = NamesSize()
+    naming: NamingSize = NamingSize()
     regions: RegionsSize = RegionsSize()
     clock: ClockSize = ClockSize()
     chunks: ChunksSize = ChunksSize()
@@ -115,7 +113,7 @@ FULL = Settings()
 QUICK = Settings(
     seeds=2,
     world=replace(FULL.world, train=replace(FULL.world.train, steps=600), items=256, sets=4),
-    names=replace(FULL.names, train=replace(FULL.names.train, steps=250)),
+    naming=replace(FULL.naming, train=replace(FULL.naming.train, steps=250)),
     regions=replace(FULL.regions, train=replace(FULL.regions.train, steps=300), items=256),
     clock=replace(FULL.clock, seconds=6.0),
 )

@@ -7,15 +7,15 @@ The number is a mean over seeds and test items of one measure, of one experiment
 from collections.abc import Callable, Sequence
 
 from minivlp.claims.archetypes import ARCHETYPES, CONTROL
-from minivlp.claims.claim import Claim, Which
+from minivlp.claims.claim import Claim, Measure
 from minivlp.claims.clock import PARTS
 from minivlp.claims.exam import CHANCE
-from minivlp.claims.losses import LOSSES
+from minivlp.claims.naming import LOSSES
 from minivlp.claims.settings import Settings
 from minivlp.core.require import fail
 
 
-def always(name: str, measure: str) -> Callable[[Settings], Which]:
+def always(name: str, measure: str) -> Callable[[Settings], Measure]:
     return lambda settings: (name, measure)
 
 
@@ -23,15 +23,15 @@ def _constant(value: float) -> Callable[[Settings], float]:
     return lambda settings: value
 
 
-def _each(names: Sequence[str], measure: str) -> Callable[[Settings], dict[str, Which]]:
+def _each(names: Sequence[str], measure: str) -> Callable[[Settings], dict[str, Measure]]:
     return lambda settings: {name: (name, measure) for name in names}
 
 
-def _batches(settings: Settings) -> dict[str, Which]:
-    return {f"{loss} {b}": (loss, f"batch {b}") for loss in LOSSES for b in settings.names.batches}
+def _batches(settings: Settings) -> dict[str, Measure]:
+    return {f"{loss} {b}": (loss, f"batch {b}") for loss in LOSSES for b in settings.naming.batches}
 
 
-def _layers(settings: Settings) -> dict[str, Which]:
+def _layers(settings: Settings) -> dict[str, Measure]:
     depth = range(settings.world.train.layers + 1)
     return {
         f"{kind} {k}": ("patch", f"layer {k} {kind}")
@@ -40,7 +40,7 @@ def _layers(settings: Settings) -> dict[str, Which]:
     }
 
 
-def _parts(settings: Settings) -> dict[str, Which]:
+def _parts(settings: Settings) -> dict[str, Measure]:
     return {f"{kind} {part}": ("clock", f"ms {kind} {part}") for kind in ARCHETYPES for part in PARTS}
 
 
@@ -118,8 +118,8 @@ CLAIMS = {
         source="Zhai et al. 2023 (SigLIP), section 4.2",
         tested="Names of drawings, the same towers and steps; R@1 among all names, smallest batch",
         number="R@1 with the sigmoid minus that with the softmax",
-        first=lambda settings: ("sigmoid", f"batch {settings.names.batches[0]}"),
-        second=lambda settings: ("softmax", f"batch {settings.names.batches[0]}"),
+        first=lambda settings: ("sigmoid", f"batch {settings.naming.batches[0]}"),
+        second=lambda settings: ("softmax", f"batch {settings.naming.batches[0]}"),
         margin=0.01,
         floor=_constant(0.05),  # five times a guess among a hundred names
         points=_batches,

@@ -2,32 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from minivlp.text import WordPiece
-from minivlp.training.fit import Loss, Rates, fit
+from minivlp.training.loop import Trainable, steps
 from minivlp.training.run import Run
 
 
-def train(
-    model: nn.Module,
-    source: Callable[[int], Any],
-    loss: Loss,
-    config: Rates,
-    tokenizer: WordPiece,
-    folder: Path,
-    about: dict[str, Any],
-) -> nn.Module:
-    """The model, trained and in eval mode; on from a checkpoint that was begun with the same `about`."""
-    about = json.loads(json.dumps(about))  # as it is read back
-    run = _begun(folder, about)
-    for _ in fit(model, source, loss, config, run, tokenizer):
+def train(recipe: Trainable, folder: Path, about: dict[str, Any]) -> nn.Module:
+    """The recipe's model, trained and in eval mode.
+
+    about: what decides the result; a training that was stopped goes on if it began with the same, and starts
+    anew otherwise.
+    """
+    run = _begun(folder, json.loads(json.dumps(about)))  # as it is read back
+    for _ in steps(recipe, run):
         pass
-    return model.eval()
+    return recipe.model.eval()
 
 
 def _begun(folder: Path, about: dict[str, Any]) -> Run:

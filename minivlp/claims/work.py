@@ -6,7 +6,7 @@ In the folder of the command, runs/claims unless --out says otherwise:
     work/<experiment>-<seed>/             a training that is not over yet
 
 A result counts when its settings are those asked for; another one is made again. A file is written whole or
-not at all (atomic.py), so whatever stops the command costs at most what trained since its last checkpoint.
+not at all (core/files.py), so whatever stops the command costs at most the steps since its last checkpoint.
 Experiments run on one thread each, so that their numbers do not depend on how many run at once; the clock
 runs alone.
 
@@ -31,7 +31,7 @@ import torch
 from minivlp.claims.chunks import chunks
 from minivlp.claims.clock import clock
 from minivlp.claims.grounding import WITH, WITHOUT, grounding
-from minivlp.claims.losses import LOSSES, names
+from minivlp.claims.naming import LOSSES, naming_experiment
 from minivlp.claims.pairs import VARIANTS, paired
 from minivlp.claims.settings import Settings
 from minivlp.claims.verdict import Sample
@@ -55,7 +55,7 @@ EXPERIMENTS = {
     "clock": Experiment("clock", lambda size, seed, folder: clock(size, seed), alone=True),
     "chunks": Experiment("chunks", lambda size, seed, folder: chunks(size, seed)),
     **{name: Experiment("world", partial(paired, variant=name)) for name in VARIANTS},
-    **{name: Experiment("names", partial(names, loss=name)) for name in LOSSES},
+    **{name: Experiment("naming", partial(naming_experiment, loss=name)) for name in LOSSES},
     **{f"xvlm-{name}": Experiment("regions", partial(grounding, variant=name)) for name in (WITH, WITHOUT)},
 }
 Job = tuple[str, int]  # the name of an experiment, and a seed

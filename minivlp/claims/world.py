@@ -3,7 +3,7 @@
 Pictures are small, objects are drawn by few artists, and pairs are those of the training split, in new
 pictures for the test: the question is whether words are bound to places, not whether drawings are recognised.
 
-Every archetype sees the same rows in the same steps, those of the main job (batches.py), half of them to be
+Every archetype sees the same examples in the same steps, as recipes/vilt_batches.py makes them: half to be
 matched (true, random, or the right objects in the wrong places), half with hidden words:
 
     grid, patch            matching and word-patch alignment on the first half, masked words on the second,
@@ -19,25 +19,27 @@ Left out: negatives beyond the batch.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minivlp.claims.archetypes import Archetype, ArchetypeConfig
+from minivlp.claims.archetypes import Archetype, ArchetypeConfig, new_archetype
 from minivlp.claims.settings import WorldSize
 from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl
+from minivlp.data.names import scene_texts
 from minivlp.data.probes import meaning
 from minivlp.infonce import infonce
 from minivlp.itm import itm_loss
 from minivlp.mlm import IGNORE, mask_tokens
-from minivlp.recipes.curriculum import Part, stage_at
-from minivlp.recipes.train import pretraining_loss, scene_texts
-from minivlp.recipes.vilt_batches import Rows, SceneRows
+from minivlp.recipes.base import Recipe
+from minivlp.recipes.vilt import ViltRecipe, ViltSettings, pretraining_loss
+from minivlp.recipes.vilt_batches import Part, SceneBatches, ViltBatch, stage_at
 from minivlp.text import WordPiece
+from minivlp.training.workers import ONE_PROCESS, Workers
 
 MASKINGS = ("curriculum", "words", "pieces")
 
@@ -51,11 +53,11 @@ class World:
     tokenizer: WordPiece
     size: WorldSize
 
-    def rows(self, seed: int, masking: str) -> "WorldRows":
-        """Training rows from the seed; masking: whose words are hidden, one of MASKINGS."""
+    def batches(self, seed: int, masking: str) -> "WorldBatches":
+        """Training batches from the seed; masking: how words are hidden, one of MASKINGS."""
         t = self.size.train
         scenes = (self.emojivl, self.nouns, self.tokenizer, self.size.stages, t.steps, t.batch, seed)
-        return WorldRows(masking, t.mask, *scenes)
+        return WorldBatches(masking, t.mask, *scenes)
 
     def scenes(self, seed: int) -> Scenes:
         """Pairs in pictures that no training seed draws."""
@@ -84,20 +86,16 @@ def world(size: WorldSize, vocab_size: int) -> World:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairedRows(Rows):
-    """Rows with what a dual encoder needs besides.
+class PairedBatch(ViltBatch):
+    """Examples with what a dual encoder needs besides."""
 
-    whole (B, L') and whole_mask: the text of each row with no word hidden; contrast (B,) bool: true pairs, no
-    text of which is true of another's picture.
-    """
-
-    whole: Tensor = field()
-    whole_mask: Tensor = field()
-    contrast: Tensor = field()
+    whole: Tensor  # (B, L') the text of each example with no word hidden
+    whole_mask: Tensor  # (B, L') bool
+    contrast: Tensor  # (B,) bool, true pairs, no text of which is true of another's picture
 
 
-class WorldRows(SceneRows):
-    """`rows(step)` → one PairedRows. Hidden are what the curriculum says, or words or pieces at random."""
+class WorldBatches(SceneBatches):
+    """`batches(step)` → one PairedBatch. Hidden is what the curriculum says, or words or pieces at random."""
 
     def __init__(self, masking: str, mask: float, *scenes):
         super().__init__(*scenes)
@@ -107,29 +105,31 @@ class WorldRows(SceneRows):
         """As the curriculum says, or nothing yet: pieces are chosen once all texts are cut."""
         return super()._masked(part, scene, rng) if self.masking == "curriculum" else (scene.caption, ())
 
-    def __call__(self, step: int) -> list[PairedRows]:
+    def __call__(self, step: int) -> list[PairedBatch]:
         rng = np.random.default_rng((self.seed, step))
         stage = stage_at(self.stages, step / self.steps)
-        drawn = [self._drawn(part, step, rng) for part in stage.parts]
-        rows, t = self._joined(drawn), self.tokenizer
-        scenes, texts = (list(chain(*(part[k] for part in drawn))) for k in (0, 1))
-        to_match = (rows.match >= 0).tolist()
-        whole = [text if m else scene.caption for m, text, scene in zip(to_match, texts, scenes, strict=True)]
+        parts = [self._drawn(part, step, rng) for part in stage.parts]
+        batch, t = self._joined(parts), self.tokenizer
+        scenes = list(chain(*(part.scenes for part in parts)))
+        texts = list(chain(*(part.texts for part in parts)))
+        paired = batch.paired.tolist()
+        whole = [text if m else scene.caption for m, text, scene in zip(paired, texts, scenes, strict=True)]
         ids, word_ids, mask = t.batch(whole)
-        given = vars(rows)
+        tensors = vars(batch)
         if self.masking != "curriculum":
             hidden, labels = mask_tokens(
                 ids, word_ids, rng, len(t), t.mask_id, t.special_ids, self.mask, self.masking == "words"
             )
-            hidden[to_match], labels[to_match] = ids[to_match], IGNORE
+            hidden[paired], labels[paired] = ids[paired], IGNORE
             arrays = {"ids": hidden, "text_mask": mask, "labels": labels}
-            given = given | {name: torch.from_numpy(array) for name, array in arrays.items()}
-        last = len(scenes) - len(drawn[-1][0])  # within one kind of scene it is known which texts are true
-        true = [i for i in range(last, len(scenes)) if rows.match[i] != 0]
+            tensors = tensors | {name: torch.from_numpy(array) for name, array in arrays.items()}
+        # Within one kind of scene it is known which texts are true.
+        last = len(scenes) - len(parts[-1].scenes)
+        true = [i for i in range(last, len(scenes)) if batch.match[i] != 0]
         contrast = np.zeros(len(scenes), bool)
-        contrast[apart([facts(scenes[i]) for i in true], true)] = True
-        both = {"whole": ids, "whole_mask": mask, "contrast": contrast}
-        return [PairedRows(**given, **{name: torch.from_numpy(array) for name, array in both.items()})]
+        contrast[without_shared_facts([facts(scenes[i]) for i in true], true)] = True
+        arrays = {"whole": ids, "whole_mask": mask, "contrast": contrast}
+        return [PairedBatch(**tensors, **{name: torch.from_numpy(array) for name, array in arrays.items()})]
 
 
 def facts(scene: Scene) -> set[Hashable]:
@@ -143,7 +143,7 @@ def facts(scene: Scene) -> set[Hashable]:
     return {(named, axis, first), (other, axis, not first)}  # they lie on opposite sides of the middle
 
 
-def apart(said: Sequence[set[Hashable]], rows: Sequence[int]) -> list[int]:
+def without_shared_facts(said: Sequence[set[Hashable]], rows: Sequence[int]) -> list[int]:
     """The rows, first come first served, that share no fact with one before them that was taken."""
     taken, used = [], set()
     for row, mine in zip(rows, said, strict=True):
@@ -153,17 +153,39 @@ def apart(said: Sequence[set[Hashable]], rows: Sequence[int]) -> list[int]:
     return taken
 
 
-def archetype_loss(model: Archetype, groups: Sequence[PairedRows], wpa_weight: float) -> dict[str, Tensor]:
+class ArchetypeRecipe(ViltRecipe):
+    """One archetype in the world, asked at its end alone (exam.py)."""
+
+    check = Recipe.check
+
+    def __init__(self, settings: ViltSettings, place: World, kind: str, masking: str):
+        """kind: of archetype; masking: one of MASKINGS."""
+        super().__init__(settings)
+        self.tokenizer = place.tokenizer
+        self.model = new_archetype(place.sizes(kind), settings.seed)
+        self.batches = place.batches(settings.seed, masking)
+
+    def loss(
+        self, model: Archetype, batches: Sequence[PairedBatch], workers: Workers = ONE_PROCESS
+    ) -> dict[str, Tensor]:
+        return archetype_loss(model, batches, self.settings.wpa_weight)
+
+    def matrices(self, model: Archetype) -> list[nn.Parameter]:
+        """Those of the blocks, and for a transformer over both those of its heads."""
+        return Recipe.matrices(self, model) if model.config.dot else super().matrices(model.net)
+
+
+def archetype_loss(model: Archetype, batches: Sequence[PairedBatch], wpa_weight: float) -> dict[str, Tensor]:
     """The terms of one step, by the archetype."""
     if not model.config.dot:
-        return pretraining_loss(model.net, groups, wpa_weight)
-    (rows,) = groups
+        return pretraining_loss(model.net, batches, wpa_weight)
+    (batch,) = batches
     model.net.clamp_scale()
-    x, y = model.look(rows.pixels), model.read(rows.whole, rows.whole_mask)  # (B, D)
-    asked, terms = rows.match >= 0, {}
-    if asked.any():
-        score = model.meet(x[asked], y[asked], rows.whole_mask[asked])
-        terms["itm"] = itm_loss(torch.stack([torch.zeros_like(score), score], 1), rows.match[asked])
-    if rows.contrast.any():
-        terms["infonce"] = infonce(x[rows.contrast], y[rows.contrast], model.net.scale)
+    x, y = model.look(batch.pixels), model.read(batch.whole, batch.whole_mask)  # (B, D)
+    paired, terms = batch.paired, {}
+    if paired.any():
+        score = model.meet(x[paired], y[paired], batch.whole_mask[paired])
+        terms["itm"] = itm_loss(torch.stack([torch.zeros_like(score), score], 1), batch.match[paired])
+    if batch.contrast.any():
+        terms["infonce"] = infonce(x[batch.contrast], y[batch.contrast], model.net.scale)
     return terms
