@@ -190,6 +190,21 @@ def test_every_parameter_has_one_optimizer_and_small_ones_no_decay():
     assert all(p.ndim >= 2 for g in groups if g["weight_decay"] for p in g["params"])
 
 
+def test_what_requires_no_gradient_has_no_optimizer_and_stays_as_it_is(tmp_path):
+    """Of matrices and vectors, of Muon's and AdamW's, with much decay."""
+    made = recipe(replace(CONFIG, weight_decay=0.5, steps=4))
+    names = ("patch.weight", "patch.bias", "encoder.blocks.0.qkv.weight", "word.weight", "encoder.norm.bias")
+    parts = dict(made.model.named_parameters())
+    frozen = {name: parts[name].requires_grad_(False) for name in names}
+    before = {name: p.detach().numpy().tobytes() for name, p in made.model.named_parameters()}
+    tuned = optimizers(made.model, made.matrices(made.model), made.settings)
+    taken = {id(p) for optimizer in tuned for group in optimizer.param_groups for p in group["params"]}
+    assert taken == {id(p) for p in parts.values()} - {id(p) for p in frozen.values()}
+    list(steps(made, Run.begin(tmp_path / "run", {})))
+    same = {name for name, p in made.model.named_parameters() if p.detach().numpy().tobytes() == before[name]}
+    assert same == set(frozen)
+
+
 def test_the_rate_rises_stays_and_falls():
     config = replace(CONFIG, steps=100, warmup=10, cooldown=0.4)
     rates = [rate(config, step) for step in range(100)]
