@@ -3,15 +3,15 @@
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from minivlp import bench as bench_module
-from minivlp import commands
 from minivlp.__main__ import main
-from minivlp.bench import bench, chosen, comparison, fresh, measure
+from minivlp.bench import bench, chosen, command, comparison, fresh, measure
 from minivlp.bench import peers as bench_peers
 from minivlp.bench.cases import BARE, CASES
 from minivlp.bench.figure import bars
@@ -20,7 +20,6 @@ from minivlp.bench.problems import bare_products
 from minivlp.bench.report import GOALS, goals, report
 from minivlp.bench.task import measure as measure_here
 from minivlp.ipot import wpa
-from minivlp.training import run as runs
 
 MB = 1 << 20
 
@@ -232,10 +231,10 @@ def test_a_fresh_process_answers_and_one_that_dies_is_told(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_command_prints_and_writes_what_it_found(as_json, here, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(runs, "HOME", tmp_path)
-    monkeypatch.setattr(commands, "bench", lambda names, sizes, *rest: bench(names, "tiny", *rest))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "bench", lambda names, sizes, *rest: bench(names, "tiny", *rest))
     assert main(["bench", "--only", "nce, nce", "--threads", "1"] + ["--json"] * as_json) == 0
-    out, folder = capsys.readouterr().out, tmp_path / "runs" / "bench"
+    out, folder = capsys.readouterr().out, Path("runs/bench")
     written = json.loads((folder / "bench.json").read_text())
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.png", "report.md"]
     if as_json:
@@ -247,7 +246,7 @@ def test_the_command_prints_and_writes_what_it_found(as_json, here, monkeypatch,
 
 @pytest.mark.parametrize("only", ["infonce,clip", ""])
 def test_an_unknown_case_is_refused_with_the_list(only, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(runs, "HOME", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert main(["bench", "--only", only]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and f"must name some of {', '.join(CASES)}" in err

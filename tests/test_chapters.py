@@ -15,7 +15,7 @@ import pytest
 from chapters import build, desk, train
 from chapters.__main__ import main
 from minivlp.bench.measure import cores
-from minivlp.recipes import scene_job
+from minivlp.recipes.vilt import ViltRecipe
 from tests import tiny
 from tests.course import ROOT, exercises, find
 from tests.test_course import ONE_DIRECTION, RIGHT, write
@@ -242,15 +242,15 @@ return -log_p[rows, labels].mean(), (dlogits / len(rows),)
 def test_the_real_model_trains_with_the_learners_functions(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     """One in PyTorch, one with its gradient by hand; afterwards the library is as it was."""
     tiny.shrink(monkeypatch.setattr)
-    monkeypatch.setattr(scene_job, "draw_run", lambda *run, **data: [])
+    monkeypatch.setattr(ViltRecipe, "draw", lambda *run: [])
     monkeypatch.setattr(train, "ITEMS", 16)
     monkeypatch.setattr(train, "NAME", tmp_path / "attempt")
     write("mlm_loss", MLM_LOSS)
     write("itm_loss_np", ITM_LOSS_NP)
-    before = dict(vars(sys.modules["minivlp.recipes.train"]))
+    before = dict(vars(sys.modules["minivlp.recipes.vilt"]))
     assert main(["train", "--use", "mlm_loss,itm_loss_np", "--steps", "3", "--threads", "1"]) == 0
     assert re.search(r"calls: mlm_loss [1-9]\d*, itm_loss_np [1-9]", capsys.readouterr().out)
-    assert dict(vars(sys.modules["minivlp.recipes.train"])) == before
+    assert dict(vars(sys.modules["minivlp.recipes.vilt"])) == before
     assert (tmp_path / "attempt-vilt-1" / "checkpoint.pt").exists()
     # A function that the training does not call is noticed after the first step.
     monkeypatch.setattr(train, "_named", lambda function: [])
