@@ -114,7 +114,8 @@ def steps(
     model = recipe.model.to(device).train()
     matrices = recipe.matrices(model)
     tuned = optimizers(model, matrices, settings)
-    clipped = [p for o in tuned for g in o.param_groups if g["weight_decay"] for p in g["params"]]
+    by_muon = {id(p) for p in matrices}
+    clipped = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in by_muon]
     first, seconds, saved, means = 0, 0.0, None, {}
     # Process 0 decides, before it writes a first checkpoint that another might take for an old one.
     state = workers.broadcast(run.load() if workers.rank == 0 and run.checkpoint.exists() else None)
