@@ -12,18 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from minivlp import commands
 from minivlp.__main__ import main
 from minivlp.data import CPU_NOUNS, FOLDER, RELATIONS, emojivl, load_emojivl
 from minivlp.data.own import captions_folder, split
 from minivlp.evaluation.vilt import MEASURES
 from minivlp.pictures import demo
-from minivlp.recipes import train
+from minivlp.recipes import base, vilt
+from minivlp.recipes.base import load_trained, ship
+from minivlp.training import loop
 from minivlp.training import run as runs
 from minivlp.training.run import Run, load_checkpoint
-from minivlp.training.trained import load_trained, ship
 from tests.test_train import equal, timeless
 from tests.tiny import SIZES, commands_with, told, trained
 
@@ -87,17 +88,17 @@ def test_help_answers_at_once_from_any_folder(job, tmp_path):
         ("paint", "invalid choice: 'paint'"),
         ("train --device mps", "--device must be one that torch finds on this machine, got mps"),
         ("train --name ../up", "--name must be a name or an absolute path, got '../up'"),
-        ("train --preset captions", "--preset must be cpu or gpu without --captions, got captions"),
-        ("train --start runs/vilt", "--start must come with --task, got none"),
-        ("train --images here", "--images must come with --captions, got none"),
-        ("train --on-error stop", "--on-error must come with --captions, got none"),
+        ("train --preset captions", "--preset must be cpu or gpu for this model, got captions"),
+        ("train --start runs/vilt", "--start must come with --task, got vilt"),
+        ("train --images here", "--images must come with --captions, got vilt"),
+        ("train --on-error stop", "--on-error must come with --captions, got vilt"),
         ("train --task vqa --preset cpu", "--task must come alone: it starts from a trained run"),
         ("train --captions nowhere", "--captions must be a folder with captions.jsonl, or a COCO JSON file"),
         (
             "train --captions nowhere.json",
             "--captions must be a folder with captions.jsonl, or a COCO JSON file",
         ),
-        ("train --task vqa --start nowhere", "there is no trained model nowhere"),
+        ("train --task vqa --start nowhere", "there is no trained model HERE/nowhere: make one by"),
         ("eval --run nowhere", "there is no trained model nowhere"),
         ("eval --run README.md", "README.md is not a checkpoint of minivlp"),
         ("eval --out nowhere/out.json", "nowhere/out.json cannot be written: No such file or directory"),
@@ -106,8 +107,7 @@ def test_help_answers_at_once_from_any_folder(job, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(line, message, command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands.torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(runs, "HOME", tmp_path)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text("no checkpoint")
     job, *flags = line.split()
@@ -116,6 +116,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(line, message, command, tmp_p
     except SystemExit as exit:
         code = exit.code
     out, err = capsys.readouterr()
+    message = message.replace("HERE", str(tmp_path))
     assert code == 2 and SENTENCE.fullmatch(err) and message in err and out == ""
     assert [path.name for path in tmp_path.rglob("*")] == ["README.md"]
 
@@ -224,8 +225,9 @@ def test_resume_of_a_finished_run_evaluates_again(command, tmp_path, capsys):
 def test_resume_keeps_the_threads_of_the_run(tmp_path, monkeypatch):
     folder, seen = tmp_path / "vilt", []
     shutil.copytree(trained(), folder)
-    monkeypatch.setattr(commands, "train_scenes", lambda *a: None)
-    monkeypatch.setattr(commands.torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(loop, "train", lambda *a: None)
+    monkeypatch.setattr(loop, "finish", lambda *a: None)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
     assert main(["train", "--name", str(folder), "--resume"]) == 0 and seen[-1] == 1
     assert main(["train", "--name", str(folder), "--resume", "--threads", "3"]) == 0 and seen[-1] == 3
 
@@ -335,20 +337,20 @@ def test_one_right_picture_is_put_in_where_there_would_be_none(monkeypatch):
 
 
 def test_a_nan_stops_with_the_step_and_the_term(command, tmp_path, monkeypatch, capsys):
-    real, calls = train.itm_loss, []
+    real, calls = vilt.itm_loss, []
 
     def broken(logits, labels):
         calls.append(None)
         return real(logits, labels) * (float("nan") if len(calls) > 9 else 1)
 
-    monkeypatch.setattr(train, "itm_loss", broken)
+    monkeypatch.setattr(vilt, "itm_loss", broken)
     assert command("train", "--name", tmp_path / "vilt") == 2
     err = capsys.readouterr().err
     assert SENTENCE.fullmatch(err) and re.search(
         r"step \d: loss term itm is nan; the checkpoint of step 4 is kept", err
     )
     assert load_trained(tmp_path / "vilt").step == 4
-    monkeypatch.setattr(train, "itm_loss", real)
+    monkeypatch.setattr(vilt, "itm_loss", real)
     assert command("train", "--name", tmp_path / "vilt", "--resume", "--items", 16) == 0
     assert same_run(tmp_path / "vilt", trained())
 
@@ -412,10 +414,10 @@ def test_a_run_killed_again_and_again_at_any_time_resumes_to_the_same_weights(tm
     flags = ("--items", 4, "--threads", 2, "--steps", 120)
     code = (
         "import sys; from dataclasses import replace;"
-        "from minivlp import __main__, commands, evaluate, scene_job, train;"
-        "commands.PRESETS = {'cpu': replace(train.PRESETS['cpu'], batch=16, save_every=7, report_every=5)};"
-        "evaluate.CANDIDATES = 4; scene_job.GLANCE = 16;"
-        "scene_job.draw_run = lambda *run, **data: []; sys.exit(__main__.main())"
+        "from minivlp import __main__; from minivlp.evaluation import vilt as evaluation;"
+        "from minivlp.recipes import vilt; evaluation.CANDIDATES = 4; vilt.CHECKED = 16;"
+        "vilt.PRESETS['cpu'] = replace(vilt.PRESETS['cpu'], batch=16, save_every=7, report_every=5);"
+        "vilt.ViltRecipe.draw = lambda *run: []; sys.exit(__main__.main())"
     )
 
     def start(folder: Path, *more) -> subprocess.Popen:
@@ -456,7 +458,7 @@ def test_ctrl_c_before_there_is_a_run_says_only_that(command, tmp_path, monkeypa
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "load_emojivl", interrupted)
+    monkeypatch.setattr(base, "load_emojivl", interrupted)
     assert command("train", "--name", tmp_path / "vilt") == 130
     assert capsys.readouterr().err == "stopped\n" and not (tmp_path / "vilt").exists()
 

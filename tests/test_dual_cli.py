@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from minivlp.models.dual import load_clip, load_siglip
-from minivlp.training.trained import load_trained, ship
+from minivlp.recipes import base, dual
+from minivlp.recipes.base import load_trained, ship
 from tests.test_cli import SENTENCE, same_run
 from tests.test_train import equal
 from tests.tiny import commands_with, few, trained, use_few
@@ -123,10 +124,8 @@ def test_the_demo_needs_a_word_it_knows(query, got, command, tmp_path, capsys):
 
 
 def test_the_models_own_run_comes_before_the_shipped_one(command, tmp_path, monkeypatch, capsys):
-    from minivlp.training import trained as module
-
-    monkeypatch.setattr(module, "HOME", tmp_path)
-    monkeypatch.setattr(module, "WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(base, "packaged", {"weights": tmp_path}.get)
     code = command("demo", "dog", "--model", "clip")
     refused(capsys, code, "make one by python -m minivlp train --model clip")
     ship(load_trained(trained("clip")), tmp_path / "clip_tiny.safetensors", {})
@@ -143,7 +142,7 @@ def test_the_models_own_run_comes_before_the_shipped_one(command, tmp_path, monk
         ("train --language zh", "--language must come with a dual encoder, as in --model clip, got vilt"),
         ("train --model clip --task vqa", "--task must come with --model vilt, got clip"),
         ("train --model clip --captions here", "--captions must come with --model vilt, got clip"),
-        ("train --model clip --preset gpu", "--preset must be cpu for a dual encoder, got gpu"),
+        ("train --model clip --preset gpu", "--preset must be cpu for this model, got gpu"),
         ("train --task vqa --start CLIP", "--start must be a run of ViLT, got clip"),
     ],
 )
@@ -159,9 +158,7 @@ def test_what_cannot_be_is_refused(line, message, command, tmp_path, capsys):
 
 def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path, monkeypatch):
     """Stopped at the fifth step, after a checkpoint at the fourth."""
-    from minivlp.recipes import dual_job
-
-    real, calls = dual_job.dual_loss, []
+    real, calls = dual.DualRecipe.loss, []
 
     def stopped(*args, **settings):
         calls.append(None)
@@ -169,10 +166,10 @@ def test_a_killed_run_resumes_to_the_same_weights(command, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return real(*args, **settings)
 
-    monkeypatch.setattr(dual_job, "dual_loss", stopped)
+    monkeypatch.setattr(dual.DualRecipe, "loss", stopped)
     flags = ("train", "--model", "clip", "--name", tmp_path / "clip", "--items", 16)
     assert command(*flags) == 130
-    monkeypatch.setattr(dual_job, "dual_loss", real)
+    monkeypatch.setattr(dual.DualRecipe, "loss", real)
     assert command(*flags, "--resume") == 0 and same_run(tmp_path / "clip", trained("clip"))
 
 
@@ -185,8 +182,6 @@ def test_report_is_markdown_of_one_width_a_table():
 
 @pytest.mark.slow
 def test_the_run_folder_is_named_after_the_model(command, monkeypatch, tmp_path):
-    from minivlp.training import run as runs
-
-    monkeypatch.setattr(runs, "HOME", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert command("train", "--model", "vse", "--items", 8) == 0
     assert (tmp_path / "runs" / "vse" / "eval.json").is_file() and Path(tmp_path / "runs").is_dir()

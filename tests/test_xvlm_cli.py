@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from minivlp.training.trained import load_trained
+from minivlp.recipes.base import load_trained
 from tests.test_cli import SENTENCE
 from tests.test_train import equal
 from tests.tiny import commands_with, trained
@@ -90,7 +90,7 @@ def test_other_phrases_are_refused(phrase, message, command, tmp_path, capsys):
         (["--language", "zh"], "--language must come with a dual encoder"),
         (["--task", "vqa"], "--task must come with --model vilt"),
         (["--captions", "pictures"], "--captions must come with --model vilt"),
-        (["--preset", "gpu"], "--preset must be cpu for xvlm"),
+        (["--preset", "gpu"], "--preset must be cpu for this model, got gpu"),
     ],
 )
 def test_flags_of_other_models_are_refused(flags, message, command, tmp_path, capsys):
