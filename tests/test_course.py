@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minivlp import infonce
-from minivlp.__main__ import MODELS
+from minivlp.recipes import MODELS
 from tests import check, course, stubs
 from tests.attempts import broken, fault_at_import, load
 from tests.course import ROOT, exercises, find, functions, table, untouched
