@@ -10,7 +10,7 @@ from minivlp.boxes import cxcywh_to_xyxy
 from minivlp.data import load_emojivl
 from minivlp.data.names import scene_tokenizer
 from minivlp.data.probes import meaning
-from minivlp.models.xvlm import Xvlm, whole
+from minivlp.models.xvlm import Xvlm, whole_picture
 from minivlp.recipes.xvlm import ABLATIONS, XvlmRecipe, XvlmSettings, matching_pairs, xvlm_loss
 from minivlp.recipes.xvlm_batches import RegionBatch, RegionBatches, first_of_each
 from minivlp.training.loop import optimizers, steps
@@ -18,8 +18,8 @@ from minivlp.training.run import Run
 
 EMOJIVL = load_emojivl()
 CONFIG = replace(
-    XvlmRecipe.presets["cpu"], dim=16, image_layers=1, text_layers=1, cross_layers=1, heads=2, hidden=32, embed=16,
-    steps=6, batch=12, warmup=2, save_every=3, report_every=3,
+    XvlmRecipe.presets["cpu"], dim=16, image_layers=1, text_layers=1, cross_layers=1, heads=2, hidden=32,
+    embed=16, steps=6, batch=12, warmup=2, save_every=3, report_every=3,
 )  # fmt: skip
 NOUNS = EMOJIVL.nouns(CONFIG.nouns)
 TOKENIZER = scene_tokenizer(NOUNS, CONFIG.vocab_size)
@@ -203,7 +203,7 @@ def test_the_box_is_read_from_the_whole_picture():
     states = []
     model.cross.register_forward_pre_hook(lambda module, inputs: states.append(inputs[1]))
     xvlm_loss(model, [rows], CONFIG)
-    expected = whole(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
+    expected = whole_picture(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
     assert torch.allclose(states[-1], expected, atol=1e-6)
 
 
