@@ -166,7 +166,7 @@ def test_hugging_face_takes_the_same_step():
     pytest.importorskip("transformers", reason="transformers is not installed")
     case, peer, found = CASES["vilt"], "transformers ViltModel", {}
     ours = case.problem(**case.sizes["tiny"][0])
-    # In float64: the LayerNorm of near-zero texts, with eps 1e-12, blows rounding up.
+    # In float64: the norm of near-zero texts blows rounding up.
     exact = (
         a.double() if isinstance(a, torch.nn.Module) or a.is_floating_point() else a for a in ours.arguments
     )

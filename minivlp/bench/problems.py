@@ -155,7 +155,8 @@ def training_step(
     sizes = {"dim": D, "layers": layers, "heads": heads, "hidden": hidden, "patch": p, "image_size": side}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Vilt(ViltConfig(vocab_size=V, max_text_len=L, **sizes))
+        # One eps in all norms, as Hugging Face's model has it.
+        model = Vilt(ViltConfig(vocab_size=V, max_text_len=L, **sizes, eps=1e-12, text_eps=1e-12))
     ids = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(1))
     labels = torch.where(torch.arange(B * L).view(B, L) % 7 == 3, ids, IGNORE)
     batch = (ids, torch.ones_like(ids, dtype=torch.bool), _random(B, 3, side, side), labels, ids[:, 0] % 2)
