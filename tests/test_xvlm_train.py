@@ -18,7 +18,8 @@ from minivlp.training.run import Run
 
 EMOJIVL = load_emojivl()
 CONFIG = replace(
-    XvlmRecipe.presets["cpu"], dim=16, image_layers=1, text_layers=1, cross_layers=1, heads=2, hidden=32, embed=16,
+    XvlmRecipe.presets["cpu"],
+    dim=16, image_layers=1, text_layers=1, cross_layers=1, heads=2, hidden=32, embed=16,
     steps=6, batch=12, warmup=2, save_every=3, report_every=3,
 )  # fmt: skip
 NOUNS = EMOJIVL.nouns(CONFIG.nouns)
