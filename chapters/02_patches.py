@@ -26,7 +26,7 @@ import torch
 from minivlp.data import Scenes, load_emojivl
 from minivlp.models.vilt import resize_positions, vilt_pixels
 from minivlp.patch import from_patches, patch_embed, patch_embed_fused, patch_embed_np, to_patches
-from minivlp.training.trained import load_trained
+from minivlp.recipes.base import load_trained
 from tests import check
 from tests.bugs.patch import cut_by_reshape, cut_column_by_column, cut_with_channels_last
 from tests.laws import Subject, central_differences

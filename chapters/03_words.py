@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from minivlp.data import CPU_NOUNS, Scenes, load_emojivl
-from minivlp.recipes.train import scene_texts
+from minivlp.data.names import scene_texts
 from minivlp.text import SPECIALS, WordPiece, learn_vocab, split_words, wordpiece
 from tests import check
 from tests.bugs.text import backtracking, most_frequent, no_continuation_mark, shortest_first, unknown_rest
@@ -198,9 +198,10 @@ print("byte pairs merge", most_frequent(small, 99)[singles:])
 # largest there is: hence `min_count`, the number of times that a pair must occur. Ties are broken by
 # frequency and then by the alphabet, so that every machine learns the same vocabulary.
 #
-# Recounting everything before each merge costs the length of the corpus's word list for every merge. The
-# library keeps the scores on a heap and touches only the words that hold the merged pair. For the exercise
-# the slow way is good enough: the law *equals_the_slow_loop* compares the results, not the time.
+# `learn_vocab_slow` recounts everything before each merge, which costs the length of the corpus's word list
+# for every merge. `learn_vocab` keeps the scores on a heap and touches only the words that hold the merged
+# pair. For the exercise the slow way is good enough: the law *equals_the_slow_loop* compares the results, not
+# the time.
 #
 # **Exercise 2** · `learn_vocab` · difficulty 3 of 3 · 60 minutes. Open `chapters/exercises/text.py`. Merging
 # the most frequent pair is among the mistakes that are recognised.

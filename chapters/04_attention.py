@@ -26,7 +26,7 @@ from minivlp.attention import attention, attention_fused, attention_np
 from minivlp.data import Scenes, load_emojivl, scene_pixels
 from minivlp.data.probes import hide_slots, swapped
 from minivlp.evaluation.point import patches_inside
-from minivlp.training.trained import WEIGHTS, load_trained
+from minivlp.recipes.base import WEIGHTS, load_trained
 from tests import check
 from tests.laws import central_differences
 

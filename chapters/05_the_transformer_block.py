@@ -28,7 +28,7 @@ from torch import nn
 from minivlp.attention import attention
 from minivlp.data import Scenes, load_emojivl, scene_pixels
 from minivlp.data.probes import hide_slots
-from minivlp.training.trained import WEIGHTS, load_trained
+from minivlp.recipes.base import WEIGHTS, load_trained
 from minivlp.transformer import Block, Encoder, layer_norm, layer_norm_np
 from tests import check
 from tests.laws import central_differences

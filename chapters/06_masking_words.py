@@ -34,8 +34,8 @@ from minivlp.data import RELATIONS, Scenes, held_out, load_emojivl
 from minivlp.data.probes import hide_relation, hide_slots
 from minivlp.evaluation.reading import encoded
 from minivlp.mlm import IGNORE, mask_tokens, mlm_loss, mlm_loss_fused, mlm_loss_np
+from minivlp.recipes.base import WEIGHTS, load_trained
 from minivlp.text import WordPiece
-from minivlp.training.trained import WEIGHTS, load_trained
 from tests import check
 from tests.bugs.mlm import any_piece_chooses, choose, hide
 from tests.laws import central_differences

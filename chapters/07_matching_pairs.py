@@ -33,7 +33,7 @@ from minivlp.evaluation.reading import encoded
 from minivlp.hinge import hinge, hinge_np
 from minivlp.infonce import infonce
 from minivlp.itm import derangement, hard_negatives, itm_loss, itm_loss_np
-from minivlp.training.trained import WEIGHTS, load_trained
+from minivlp.recipes.base import WEIGHTS, load_trained
 from tests import check
 from tests.bugs.itm import in_place, masked_after_the_softmax, one_cycle, permutation, shift, two_sigmoids
 from tests.laws import central_differences

@@ -24,7 +24,6 @@ sys.path.insert(0, str(root))
 
 import json
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import matplotlib.pyplot as plt
@@ -37,12 +36,11 @@ from minivlp.evaluation.point import plan
 from minivlp.evaluation.rank import match_scores
 from minivlp.evaluation.vilt import MEASURES, NAMES
 from minivlp.itm import itm_loss_np
-from minivlp.recipes.curriculum import CPU_STAGES, SINGLE, Stage
-from minivlp.recipes.train import TrainConfig, new_model, pretraining_loss, scene_tokenizer
-from minivlp.recipes.vilt_batches import SceneRows
-from minivlp.training.fit import fit
-from minivlp.training.run import Onlooker
-from minivlp.training.trained import WEIGHTS, load_trained
+from minivlp.recipes.base import WEIGHTS, load_trained
+from minivlp.recipes.vilt import ViltRecipe, ViltSettings, pretraining_loss
+from minivlp.recipes.vilt_batches import CPU_STAGES, SINGLE, SceneBatches, Stage
+from minivlp.training import loop
+from minivlp.training.run import ReadOnlyRun
 from tests.course import exercises
 
 np.set_printoptions(precision=3, suppress=True)
@@ -121,24 +119,27 @@ print(f"dZ is within 1e-12 of autograd:    {np.abs(dZ - z.grad.numpy()).max() < 
 #
 # ## What a step sees
 #
-# `SceneRows` composes fresh scenes for every step. Some rows have a hidden word and their own picture, the
-# others a whole caption, about half of these with a wrong picture. `match` is 1 for a true pair, 0 for a
+# `SceneBatches` composes fresh scenes for every step. Some rows have a hidden word and their own picture,
+# the others a whole caption, about half of these with a wrong picture. `match` is 1 for a true pair, 0 for a
 # wrong one, −1 for a row with a hidden word; alignment pulls (`align` +1), pushes (−1) or does nothing (0).
 
 # %%
-nouns = emojivl.nouns(CPU_NOUNS[:8])
-tokenizer = scene_tokenizer(nouns, 512)
-config = TrainConfig(canvas=24, layers=2, steps=150, batch=24, matrix_lr=0.04, warmup=10, report_every=15)
-source = SceneRows(emojivl, nouns, tokenizer, (Stage(1.0, (SINGLE,)),), config.steps, config.batch, seed=0)
-(rows,) = source(0)
+settings = ViltSettings(
+    nouns=CPU_NOUNS[:8], canvas=24, layers=2, steps=150, batch=24, matrix_lr=0.04, warmup=10, report_every=15
+)
+recipe = ViltRecipe(settings)
+nouns, tokenizer = recipe.nouns, recipe.tokenizer
+singles = (emojivl, nouns, tokenizer, (Stage(1.0, (SINGLE,)),))
+batches = SceneBatches(*singles, settings.steps, settings.batch, seed=0)
+(rows,) = batches(0)
 for i in (0, 1, 3, 12, 13):
     text = " ".join(tokenizer.tokens[k] for k in rows.ids[i])
     answer = "".join(tokenizer.tokens[k] for k in rows.labels[i] if k >= 0) or "–"
     print(f"{text:<24} answer {answer:<9} match {rows.match[i]:+d}  align {rows.align[i]:+.0f}")
 
-model = new_model(config, len(tokenizer))
+model = recipe.model
 print(f"\n{sum(t.numel() for t in model.parameters()):,} parameters; lengths of the gradients in step 0:")
-for name, term in pretraining_loss(model, [rows], config.wpa_weight).items():
+for name, term in pretraining_loss(model, [rows], settings.wpa_weight).items():
     grads = torch.autograd.grad(term, (model.patch.weight, model.word.weight), retain_graph=True)
     sizes = f"at the patch projection {grads[0].norm():.4f}, at the word vectors {grads[1].norm():.4f}"
     print(f"{name} {term.item():6.3f}, {sizes}")
@@ -150,11 +151,11 @@ for name, term in pretraining_loss(model, [rows], config.wpa_weight).items():
 #
 # ## Watch it learn
 #
-# `minivlp/training/fit.py` has the loop: rows, loss terms, gradients, one update, and now and then a look.
-# Eight nouns, one object a picture, pictures of 24 × 24 pixels, which is nine patches. The looks are at 96
-# scenes that training never drew: which word is hidden, and does the caption match? Half of the captions
-# asked about name another noun. One artist's drawings never occur in training; the last look is at 96 scenes
-# of those.
+# `minivlp/training/loop.py` has the loop: rows, loss terms, gradients, one update, and now and then a look.
+# A **recipe** tells it what a step sees, what the loss is and how to look. Eight nouns, one object a picture,
+# pictures of 24 × 24 pixels, which is nine patches. The looks are at 96 scenes that training never drew:
+# which word is hidden, and does the caption match? Half of the captions asked about name another noun. One
+# artist's drawings never occur in training; the last look is at 96 scenes of those.
 #
 # Guessing one noun in eight is right with 1/8 and costs $\log 8$; yes or no is right with 1/2 and costs
 # $\log 2$. Beside the real run stands a short **blind** one: each row is shown another row's picture.
@@ -182,19 +183,33 @@ def look(model, scenes):
     return {"word": float(word), "match": float(yes.mean() + no.mean()) / 2}
 
 
-def run(looks, blind=False):
-    model, nowhere = new_model(config, len(tokenizer)), Onlooker("nowhere", {})  # no file is written
-    loss = partial(pretraining_loss, wpa_weight=config.wpa_weight)
-    shown = (lambda step: [replace(g, pixels=g.pixels.roll(1, 0)) for g in source(step)]) if blind else source
-    records = fit(model, shown, loss, config, nowhere, tokenizer, lambda model: look(model, scenes))
-    return model, list(islice(records, looks))
+class Singles(ViltRecipe):
+    """ViLT's loss on single objects, looked at with our own questions."""
+
+    def batch(self, step):
+        return batches(step)
+
+    def check(self, model):
+        return look(model, scenes)
+
+
+class Blind(Singles):
+    """The same, with each row shown another row's picture."""
+
+    def batch(self, step):
+        return [replace(b, pixels=b.pixels.roll(1, 0)) for b in batches(step)]
+
+
+def run(kind, looks):
+    recipe, nowhere = kind(settings), ReadOnlyRun("nowhere", {})  # no file is written
+    return recipe.model, list(islice(loop.steps(recipe, nowhere), looks))
 
 
 drawn = dict(canvas=24, kinds={"one": 1}, sizes=SINGLE.sizes, seed=1)
 seen, new = Scenes(emojivl, nouns, **drawn), Scenes(emojivl, nouns, emojivl.unseen_artists, **drawn)
 scenes, unseen = ([some[i] for i in range(96)] for some in (seen, new))
-model, records = run(10)
-_, blind = run(3, blind=True)
+model, records = run(Singles, 10)
+_, blind = run(Blind, 3)
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), constrained_layout=True)
@@ -244,19 +259,20 @@ print(f"blind, loss of hidden words {blind[-1]['mlm']:.1f}; log 8 = {np.log(8):.
 #
 # A **pick** is the smallest problem that needs binding: "a dog left of the middle", with another object in
 # the picture. The caption names one place and one object, and the model must find *that* object. So the
-# curriculum (`minivlp/recipes/curriculum.py`) has stages. Easy kinds come first; some keep a share later,
+# curriculum (`minivlp/recipes/vilt_batches.py`) has stages. Easy kinds come first; some keep a share later,
 # lest they be forgotten.
 
 # %%
 for stage in CPU_STAGES:
     shares = ", ".join(f"{part.share:.2f} {part.kind} ({part.canvas} px)" for part in stage.parts)
-    print(f"until {stage.until:.2f} of the run: {shares}; apart {stage.apart:.1f}")
+    print(f"until {stage.until:.2f} of the run: {shares}; contrast {stage.contrast:.1f}")
 
 # %% [markdown]
-# What to see: each line is a stage. **Apart** is the share of rows that serve a fourth term, which ViLT does
-# not have: words and patches also pass half of the blocks without seeing each other, and a noun must find its
-# picture (`minivlp/recipes/noun_contrast.py`). It can do so only if it carries what its object looks like.
-# Without this term, words pointed at their objects in one run and not in the next (`chapters/main_job.md`).
+# What to see: each line is a stage. **Contrast** is the share of rows that serve a fourth term, which ViLT
+# does not have: words and patches also pass half of the blocks without seeing each other, and a noun must
+# find its picture (`minivlp/recipes/noun_contrast.py`). It can do so only if it carries what its object looks
+# like. Without this term, words pointed at their objects in one run and not in the next
+# (`chapters/main_job.md`).
 #
 # Single objects come on a small canvas, because it is cheaper. On one thread, forward and backward:
 
@@ -265,16 +281,17 @@ from time import perf_counter
 
 
 def seconds(canvas):
-    model, part = new_model(replace(config, canvas=canvas), len(tokenizer)), replace(SINGLE, canvas=canvas)
-    some = SceneRows(emojivl, nouns, tokenizer, (Stage(1.0, (part,)),), 1, 20, seed=0)(0)
+    model = ViltRecipe(replace(settings, canvas=canvas)).model
+    stage = Stage(1.0, (replace(SINGLE, canvas=canvas),))
+    some = SceneBatches(emojivl, nouns, tokenizer, (stage,), 1, 20, seed=0)(0)
     begin = perf_counter()
-    sum(pretraining_loss(model, some, config.wpa_weight).values()).backward()
+    sum(pretraining_loss(model, some, settings.wpa_weight).values()).backward()
     return perf_counter() - begin
 
 
 times = {canvas: min(seconds(canvas) for _ in range(3)) for canvas in (24, 48, 96)}
 for canvas, time in times.items():
-    patches = f"{(canvas // config.patch) ** 2} patches, {1000 * time / 20:.2f} ms a row"
+    patches = f"{(canvas // settings.patch) ** 2} patches, {1000 * time / 20:.2f} ms a row"
     print(f"{canvas} pixels: {patches}, {time / times[24]:.1f} times the smallest")
 
 # %% [markdown]
@@ -392,7 +409,7 @@ print("\n".join(f"{name}: {', '.join(functions)}" for name, functions in uses.it
 #
 # * Photographs. These are icons on plain backgrounds. ViLT-B/32 read millions of captioned pictures; its
 #   published weights load into the same class.
-# * The optimiser: Muon for the matrices, and the starting values of `models/vilt_start.py`, make a run of
+# * The optimiser: Muon for the matrices, and the starting values of `vilt.small_init`, make a run of
 #   minutes possible. ViLT used AdamW alone.
 #
 # ## Sources

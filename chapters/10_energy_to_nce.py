@@ -347,8 +347,8 @@ print(f"nce_np   {nce.nce_np(*far)[0]:.2f}, gradient {nce.nce_np(*far)[1][1].ite
 # multiplies them by the upstream gradient and hands them out, with a minus to $\log q$.
 #
 # **Exercise 3** · `nce_fused` · difficulty 3 of 3 · 40 minutes. Open `chapters/exercises/nce.py`.
-# `minivlp.stream.Ready` is an `autograd.Function` whose `backward` is already written: it hands out what
-# `forward` saved, in the order of the inputs. No blocks are needed to obey the laws.
+# `minivlp.stream.GradientsFromForward` is an `autograd.Function` whose `backward` is already written: it
+# hands out what `forward` saved, in the order of the inputs. No blocks are needed to obey the laws.
 
 # %%
 check("nce_fused")

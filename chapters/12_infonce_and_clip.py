@@ -31,8 +31,8 @@ from minivlp import infonce
 from minivlp.data import CPU_NOUNS, load_emojivl
 from minivlp.data.names import PROMPTS, name_tokenizer
 from minivlp.evaluation.match import Matcher, ranks, similarities
-from minivlp.recipes.dual_train import DualTrain, PairSource, dual_loss, new_dual
-from minivlp.training.fit import optimizers, rate
+from minivlp.recipes.dual import Clip, DualSettings, PairBatches
+from minivlp.training.loop import optimizers, rate
 from tests import check
 from tests.bugs import infonce as bugs
 
@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 full = load_emojivl()
 emojivl = replace(full, concepts=full.nouns(CPU_NOUNS))  # 32 nouns that the artists draw alike
 tokenizer = name_tokenizer(emojivl.concepts, "en")
-source = PairSource(emojivl, tokenizer, DualTrain(canvas=48, batch=6, scenes=0, unknown=0, seed=16))
+source = PairBatches(emojivl, tokenizer, DualSettings(canvas=48, batch=6, scenes=0, unknown=0, seed=16))
 (pairs,) = source(0)
 fig, axes = plt.subplots(1, 6, figsize=(8, 1.8), constrained_layout=True)
 for ax, pixels, ids in zip(axes, pairs.pixels, pairs.ids.tolist(), strict=True):
@@ -278,7 +278,7 @@ for B in (8, 32):
 
 # %% [markdown]
 # Such rows push like things apart, the more the larger the batch. On the web twins are rarer and tolerated.
-# Here they would be the rule, so `PairSource` takes every concept at most once a batch, and none beside one
+# Here they would be the rule, so `PairBatches` takes every concept at most once a batch, and none beside one
 # that looks the same.
 #
 # ## Train one
@@ -286,17 +286,18 @@ for B in (8, 32):
 # The **dual encoder** of `minivlp/models/dual.py` has CLIP's form: a transformer for pictures, read at a
 # [CLS] token, a causal one for words, read at the end of the text, a linear map each into the common space,
 # unit rows. Nothing but the dot product connects the two. Ours is small enough for seconds: one block a
-# tower, and a picture of 16 × 16 pixels is a single patch. `PairSource` places, turns and tints the drawings
+# tower, and a picture of 16 × 16 pixels is a single patch. `PairBatches` places, turns and tints the drawings
 # anew in each step; the texts are names, keywords or both. The world is an easy one on purpose: *dog*,
 # *guitar* and the 30 nouns that the training artists draw most alike, all of them in every batch.
 
 # %%
-config = DualTrain(
+settings = DualSettings(
     canvas=16, patch=16, embed=64, dim=64, layers=1, heads=2, hidden=128, text_dim=48, text_heads=2,
     text_hidden=96, steps=160, batch=32, scenes=0, warmup=10, lr=1.2e-3, matrix_lr=0.01,
 )  # fmt: skip
-source = PairSource(emojivl, tokenizer, config)
-model = new_dual("clip", config, tokenizer)
+source = PairBatches(emojivl, tokenizer, settings)
+recipe = Clip(settings, tokens=tokenizer.tokens)
+model = recipe.model
 matcher = Matcher(model, tokenizer)
 nouns = [concept.noun for concept in emojivl.concepts]
 
@@ -308,20 +309,21 @@ def cosines(artist, prompts):
 
 
 before = cosines("fluent", PROMPTS["en"])
-losses, tuned = [], optimizers(model.train(), config)  # Muon for blocks, AdamW
-for step in range(config.steps):
-    value = sum(dual_loss(model, source(step), "clip", config).values())
+losses, tuned = [], optimizers(model.train(), recipe.matrices(model), settings)  # Muon for blocks, AdamW
+for step in range(settings.steps):
+    value = sum(recipe.loss(model, source(step)).values())
     for optimizer in tuned:
         optimizer.zero_grad()
     value.backward()
     for optimizer in tuned:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate(config, step)
+            group["lr"] = group["peak"] * rate(settings, step)
         optimizer.step()
     losses.append(value.item())
 model.eval()
 after = cosines("fluent", PROMPTS["en"])
-print(f"{sum(p.numel() for p in model.parameters()):,} weights, {config.steps} steps of {config.batch} pairs")
+size = sum(p.numel() for p in model.parameters())
+print(f"{size:,} weights, {settings.steps} steps of {settings.batch} pairs")
 print(f"loss {losses[0]:.2f} at first, {np.mean(losses[-20:]):.2f} at last; log 32 = {math.log(32):.2f}")
 print(f"scale {1 / 0.07:.1f} at first, {model.scale.item():.1f} at last")
 

@@ -28,7 +28,7 @@ from minivlp import ipot, sinkhorn
 from minivlp.data import Scenes, load_emojivl, scene_pixels
 from minivlp.data.probes import swapped
 from minivlp.evaluation import point as pointing
-from minivlp.training.trained import WEIGHTS, load_trained
+from minivlp.recipes.base import WEIGHTS, load_trained
 from tests import check
 from tests.bugs import ipot as mistakes
 

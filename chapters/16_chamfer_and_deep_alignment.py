@@ -29,7 +29,7 @@ from minivlp.data import Scenes, load_emojivl, scene_pixels
 from minivlp.data.probes import swapped
 from minivlp.ipot import alignment_masks
 from minivlp.models.vilt import Vilt
-from minivlp.training.trained import WEIGHTS, load_trained
+from minivlp.recipes.base import WEIGHTS, load_trained
 from tests import check
 from tests.laws import central_differences
 

@@ -148,25 +148,25 @@ print([np.allclose(a, b.grad, atol=1e-12) for a, b in ((dX, x), (dY, y), (dscale
 # ## The loop has a name
 #
 # `minivlp/stream.py` holds the walk. `stream.fold(step, x, y, *state, scale=…)` makes tile after tile and
-# calls `step(S, spare, rows, columns, *state)`: the first walk. `stream.accumulate` does the same, and
+# calls `step(S, scratch, rows, columns, *state)`: the first walk. `stream.accumulate` does the same, and
 # expects that the step turns `S` *in place* into $G$; it adds up and returns `dx, dy, dscale`: the second
-# walk. `spare` is a second tile to write to. `rows` and `columns` are tuples of one slice, which index states
-# and tokens as above; in a batch, (B, M, D) and (B, N, D), a slice of pairs comes first. Both walks also take
-# a `bias`, one for all or one a column, and a largest `tile`. Without it that is 512 × 1024: two of these fit
-# the caches, and smaller ones would slow the products down.
+# walk. `scratch` is a second tile to write to. `rows` and `columns` are tuples of one slice, which index
+# states and tokens as above; in a batch, (B, M, D) and (B, N, D), a slice of pairs comes first. Both walks
+# also take a `bias`, one for all or one a column, and a largest `tile`. Without it that is 512 × 1024: two of
+# these fit the caches, and smaller ones would slow the products down.
 #
 # A step is all that an objective adds. Here is one that the library has not: push apart what points the same
-# way, $L = \frac12 \sum_{ij} \max(S_{ij}, 0)^2$, with $G = \max(S, 0)$. `stream.Ready` (chapter 10) makes a
-# loss of it: `forward` saves the gradients in the order of its inputs, `backward` hands them out.
+# way, $L = \frac12 \sum_{ij} \max(S_{ij}, 0)^2$, with $G = \max(S, 0)$. `GradientsFromForward` (chapter 10)
+# makes a loss of it: `forward` saves the gradients in the order of its inputs, `backward` hands them out.
 
 
 # %%
-def push_apart(S, spare, rows, columns, losses):
+def push_apart(S, scratch, rows, columns, losses):
     S.clamp_(min=0)  # now it is G
-    losses[rows] += torch.mul(S, S, out=spare).sum(1) / 2
+    losses[rows] += torch.mul(S, S, out=scratch).sum(1) / 2
 
 
-class PushApart(stream.Ready):
+class PushApart(stream.GradientsFromForward):
     @staticmethod
     def forward(ctx, x, y, scale):
         losses = x.new_zeros(len(x))
@@ -219,9 +219,10 @@ for name, f in (
 # Both wrong answers have the right shape and a plausible size. The law `equals_the_slow_loop` refuses them.
 #
 # **Exercise 1** · `attention_fused` · difficulty 3 of 3 · 90 minutes. Open `chapters/exercises/attention.py`.
-# The output is no scalar: in place of `Ready` write an `autograd.Function`, the first walk in `forward`, the
-# second in `backward`, over a batch of B · H. No row of a mask is all False, but in a tile (checks use 2 × 3)
-# it may be, and while $m$ is still $-\infty$ the shrinking $e^{m - m'}$ must not become NaN.
+# The output is no scalar: in place of `GradientsFromForward` write an `autograd.Function`, the first walk in
+# `forward`, the second in `backward`, over a batch of B · H. No row of a mask is all False, but in a tile
+# (checks use 2 × 3) it may be, and while $m$ is still $-\infty$ the shrinking $e^{m - m'}$ must not become
+# NaN.
 
 # %%
 check("attention_fused")
@@ -239,17 +240,17 @@ check("attention_fused")
 # partner's vector and those of the tokens that chose $i$, weighted and added up, without any product.
 #
 # **Exercise 2** · `mlm_loss_fused` · difficulty 3 of 3 · 60 minutes. Open `chapters/exercises/mlm.py`; a
-# `stream.Ready` serves here and in the next two. **Exercise 3** · `infonce_fused` · difficulty 3 of 3 · 60
-# minutes. Open `chapters/exercises/infonce.py`. **Exercise 4** · `sigmoid_loss_fused` · difficulty 3 of 3 ·
-# 45 minutes. Open `chapters/exercises/sigmoid.py`. **Exercise 5** · `chamfer_fused` · difficulty 3 of 3 · 60
-# minutes. Open `chapters/exercises/chamfer.py`; it gathers in `backward`.
+# `GradientsFromForward` serves here and in the next two. **Exercise 3** · `infonce_fused` · difficulty 3 of 3
+# · 60 minutes. Open `chapters/exercises/infonce.py`. **Exercise 4** · `sigmoid_loss_fused` · difficulty 3 of
+# 3 · 45 minutes. Open `chapters/exercises/sigmoid.py`. **Exercise 5** · `chamfer_fused` · difficulty 3 of 3 ·
+# 60 minutes. Open `chapters/exercises/chamfer.py`; it gathers in `backward`.
 
 # %%
 check("mlm_loss_fused", "infonce_fused", "sigmoid_loss_fused", "chamfer_fused")
 
 # %% [markdown]
-# All five at once against the plain rungs, in float64, with 600 rows. `stream.path` says which code a fused
-# rung takes, and why: `run` then uses the tiles, or `load`s a kernel, and nothing changes silently.
+# All five at once against the plain rungs, in float64, with 600 rows. `stream.choose_backend` says which code
+# a fused rung takes, and why: `dispatch` then uses the tiles or a kernel, and nothing changes silently.
 
 # %%
 g, E = torch.Generator().manual_seed(3), torch.nn.functional.normalize
@@ -278,7 +279,7 @@ for name, (ask, rungs, inputs) in five.items():
         answers.append([value.detach(), *torch.autograd.grad(value, tensors)])
     same = all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(*answers, strict=True))
     print(f"{name:<13} equal: {same}; kept for the way back: plain {kept[0]:.2f} MB, fused {kept[1]:.2f} MB")
-print("path and reason:", stream.path(rows[0]))
+print("path and reason:", stream.choose_backend(rows[0]))
 
 # %% [markdown]
 # ## Memory, measured
@@ -368,11 +369,12 @@ import subprocess
 
 program = """
 import numpy as np, torch
-from minivlp import infonce, kernels_losses, sigmoid, stream
+from minivlp import infonce, sigmoid, stream
+from minivlp.kernels import losses
 x, y = torch.nn.functional.normalize(torch.randn(2, 20, 24, generator=torch.manual_seed(0)), dim=-1)
-print("path and reason:", stream.path(x))
+print("path and reason:", stream.choose_backend(x))
 for name, scalars in (("infonce", (10.0,)), ("sigmoid_loss", (10.0, -3.0))):
-    loss, grads = getattr(kernels_losses, name)(x, y, *scalars)
+    loss, grads = getattr(losses, name)(x, y, *scalars)
     np_rung = {"infonce": infonce.infonce_np, "sigmoid_loss": sigmoid.sigmoid_loss_np}[name]
     wanted, by_hand = np_rung(x.double().numpy(), y.double().numpy(), *scalars)
     worst = max(np.abs(a.numpy() - b).max() for a, b in zip(grads, by_hand))

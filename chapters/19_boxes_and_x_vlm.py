@@ -19,7 +19,6 @@ sys.path.insert(0, str(root))
 
 import re
 from dataclasses import replace
-from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,12 +29,10 @@ from minivlp.data import CPU_NOUNS, load_emojivl
 from minivlp.data.crowds import Crowds, phrases
 from minivlp.evaluation.xvlm import ask_phrases, best_guess, iou, predict_boxes
 from minivlp.mlm import IGNORE
-from minivlp.recipes.train import scene_tokenizer
-from minivlp.recipes.xvlm_rows import RegionSource
-from minivlp.recipes.xvlm_train import XvlmTrain, matching_pairs, new_xvlm, xvlm_loss
+from minivlp.recipes.xvlm import XvlmRecipe, XvlmSettings, matching_pairs
 from minivlp.regions import patches_touched, region_tokens_np
-from minivlp.training.fit import fit
-from minivlp.training.run import Onlooker
+from minivlp.training.loop import steps
+from minivlp.training.run import ReadOnlyRun
 from tests import check
 
 np.set_printoptions(precision=3, suppress=True)
@@ -298,14 +295,15 @@ print("gradient of the first mean:\n", dv[0].reshape(3, 3))
 
 # %%
 small = dict(canvas=32, patch=16, dim=64, heads=2, hidden=128, embed=64, image_layers=1, cross_layers=1)
-config = XvlmTrain(**small, steps=160, batch=12, warmup=10, regions=1.0, report_every=32)
-tokenizer = scene_tokenizer(nouns, config.vocab_size)
-sizes = {name: getattr(config, name) for name in ("canvas", "patch", "regions", "mask", "seed")}
-source = RegionSource(emojivl, nouns, tokenizer, pictures=config.batch, **sizes)
+settings = XvlmSettings(
+    nouns=tuple(c.noun for c in nouns), **small, steps=160, batch=12, warmup=10, regions=1.0, report_every=32
+)
+recipe = XvlmRecipe(settings)
+tokenizer = recipe.tokenizer
 torch.manual_seed(0)
 counts = np.zeros(4)
 for step in range(20):
-    (rows,) = source(step)
+    (rows,) = recipe.batch(step)
     R, picture, same = len(rows.ids), rows.picture, rows.same
     fails = (picture[:, None] == picture) | ((same[:, None] == same) & (same >= 0))  # (R, R)
     x = torch.nn.functional.normalize(torch.randn(R, 8), dim=-1)  # in place of the model's vectors
@@ -324,28 +322,30 @@ print(f"the library's wrong pairs in 20 steps: {counts[3]:.0f}, of them {counts[
 
 
 # %%
-def shown(step):
-    return [replace(r, match=r.match & False, labels=torch.full_like(r.labels, IGNORE)) for r in source(step)]
-
-
-asked = ask_phrases(Crowds(emojivl, nouns, canvas=config.canvas, pairs="all", seed=1), 64)
+asked = ask_phrases(Crowds(emojivl, nouns, canvas=settings.canvas, pairs="all", seed=1), 64)
 truth = {kind: np.array([s.boxes[p.row] for s, p in items], float) for kind, items in asked.items()}
 
 
-@torch.inference_mode()
-def found(model):
-    boxes = {kind: predict_boxes(model, tokenizer, items) for kind, items in asked.items()}
-    return {kind: float((iou(boxes[kind], truth[kind]) >= 0.5).mean()) for kind in asked}
+class Boxes(XvlmRecipe):
+    """X-VLM without matching and without hidden words, asked for boxes now and then."""
+
+    def batch(self, step):
+        (b,) = super().batch(step)
+        return [replace(b, match=b.match & False, labels=torch.full_like(b.labels, IGNORE))]
+
+    def check(self, model):
+        boxes = {kind: predict_boxes(model, tokenizer, items) for kind, items in asked.items()}
+        return {kind: float((iou(boxes[kind], truth[kind]) >= 0.5).mean()) for kind in asked}
 
 
-model, nowhere = new_xvlm(config, len(tokenizer)), Onlooker("nowhere", {})  # no file is written
-records = list(fit(model, shown, partial(xvlm_loss, config=config), config, nowhere, tokenizer, found))
-steps = [r["step"] for r in records]
+recipe = Boxes(settings)
+model, records = recipe.model, list(steps(recipe, ReadOnlyRun("nowhere", {})))  # no file is written
+done = [r["step"] for r in records]
 fig, axes = plt.subplots(1, 2, figsize=(8, 2.8), constrained_layout=True)
-axes[0].plot(steps, [r["box"] for r in records], ".-", color=BLUE, label="box")
-axes[0].plot(steps, [r["itc"] for r in records], ".-", color=RED, label="contrast")
+axes[0].plot(done, [r["box"] for r in records], ".-", color=BLUE, label="box")
+axes[0].plot(done, [r["itc"] for r in records], ".-", color=RED, label="contrast")
 for kind, colour in zip(asked, (BLUE, RED, GREEN), strict=True):
-    axes[1].plot(steps, [r[kind] for r in records], ".-", color=colour, label=kind)
+    axes[1].plot(done, [r[kind] for r in records], ".-", color=colour, label=kind)
     axes[1].axhline(best_guess(truth[kind]), color=colour, linestyle=":", linewidth=1)
 axes[0].set(xlabel="step", ylabel="loss, means of 32 steps", ylim=(0, None))
 axes[1].set(xlabel="step", ylabel="boxes right", ylim=(0, 1), title="64 fresh phrases of each kind")

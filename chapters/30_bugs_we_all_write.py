@@ -34,8 +34,8 @@ from minivlp.ipot import ipot
 from minivlp.itm import derangement
 from minivlp.mlm import IGNORE, mask_tokens, mlm_loss
 from minivlp.patch import from_patches, to_patches
+from minivlp.recipes.base import WEIGHTS, load_trained
 from minivlp.sinkhorn import cosine, sinkhorn, unit, unit_np
-from minivlp.training.trained import WEIGHTS, load_trained
 from tests.bugs.ipot import share
 from tests.notebook import hold
 

@@ -89,6 +89,8 @@ def _replace(one: Exercise, calls: Counter) -> list[tuple[Any, str, Callable]]:
     ladder = vars(sys.modules[f"minivlp.{one.concept}"])["RUNGS"].get(one.family, {})
     library = [function for rung, function in ladder.items() if rung != "np"]
     library += [vars(sys.modules[f"minivlp.{one.concept}"])[one.name]]
+    cores = vars(sys.modules[f"minivlp.{one.concept}"]).get("CORES", {})
+    library += [cores[one.family]] if one.family in cores else []  # what the models call
     attempt = load(one)
     usable = by_hand(attempt) if one.rung == "np" else attempt
 

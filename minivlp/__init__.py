@@ -1,1 +1,45 @@
-"""Vision-language pretraining from scratch: one file an idea, from NumPy to PyTorch to a fused rung."""
+"""minivlp: vision-language pretraining from scratch. A file here is one idea, in the order of the course.
+
+Pictures and words become rows, and rows look at rows.
+
+    patch        a picture becomes rows of patches
+    text         a caption becomes ids: WordPiece, cut greedily from a vocabulary that is learned
+    attention    every query takes a mean of the values, weighted by how its match with their keys compares
+    transformer  LayerNorm, the block, the encoder, and blocks that look across at other tokens
+
+What is hidden, and what is matched.
+
+    mlm          masked words
+    itm          does the caption belong to the picture? Wrong pairs, and hard ones
+
+From densities to partners.
+
+    nce          data or noise?
+    infonce      CLIP's loss: every picture finds its text among all, and back
+    sigmoid      SigLIP's loss: every pair is judged by itself
+    hinge        VSE++'s loss: the hardest negative by a margin
+    filip        late interaction: tokens find tokens
+
+Transport, best partners, places.
+
+    sinkhorn     optimal transport with entropy
+    ipot         optimal transport by proximal steps, and word-patch alignment
+    chamfer      every row's best partner
+    boxes        L1 and generalised IoU
+    regions      a box becomes tokens
+
+    stream       the one tile loop behind all fused rungs
+
+The rooms: what ideas may import, and what is made of them.
+
+    core         checks of arguments, files written whole, what the transports share
+    kernels      the tile loop in Triton
+    models       architectures, and the names of published weights
+    recipes      ways of training: batches, loss, measures
+    training     the loop, the run folder, several processes
+    data         drawings, scenes, captions, probes
+    evaluation   measures beside chance, with intervals
+    pictures     figures, sheets, demos
+    bench        time and memory beside other libraries
+    claims       the papers' claims, tested again
+"""

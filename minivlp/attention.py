@@ -18,6 +18,9 @@ Rungs:
     attention_fused   a walk over tiles of S with a running softmax, and another in the backward pass: S and P
                       are never whole; kept are the arguments, O and a logsumexp a query, L × d numbers a head
 
+The blocks of the models call `attend`: the same numbers from torch's own kernel, without a look at the
+arguments, because a model checks its inputs once for all of its blocks.
+
 Sources: Vaswani et al. 2017 (Attention is all you need), eq. 1. The row sum G ∘ O in place of dP ∘ P is from
 Dao et al. 2022 (FlashAttention), appendix B.2.
 Left out: dropout on P (0 in ViLT's blocks), additive biases, heads that share keys: no model here has them.
@@ -27,6 +30,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minivlp import stream
@@ -48,13 +52,22 @@ def _check_shapes(q, k, v, mask) -> tuple[int, ...]:
     return full
 
 
+def _allowed(q, k, mask, causal: bool):
+    """Which (query, key) pairs are allowed, or None when all are."""
+    if not causal:
+        return mask
+    square = (q.shape[2], k.shape[2])
+    if isinstance(q, Tensor):
+        past = torch.ones(square, dtype=torch.bool, device=q.device).tril()  # True where key ≤ query
+    else:
+        past = np.tri(*square, dtype=bool)
+    return past if mask is None else mask & past
+
+
 def _check(q, k, v, mask, causal: bool):
     """Refuse bad input; return which (query, key) pairs are allowed, or None when all are."""
-    full = _check_shapes(q, k, v, mask)
-    if causal:
-        past = np.tri(*full[2:], dtype=bool)  # (Lq, Lk): True where key ≤ query
-        past = torch.from_numpy(past).to(q.device) if isinstance(q, Tensor) else past
-        mask = past if mask is None else mask & past
+    _check_shapes(q, k, v, mask)
+    mask = _allowed(q, k, mask, causal)
     if mask is not None:
         require.mask("mask", mask, whole_rows=True)
     return mask
@@ -101,6 +114,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     if allowed is not None:
         S = S.masked_fill(~allowed, -math.inf)
     return S.softmax(-1) @ v  # (B, H, Lq, d)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """`attention` in torch's kernel, and unchecked: a query without a key gets no sensible row here."""
+    if mask is not None:  # the kernel takes one of the two
+        mask, causal = _allowed(q, k, mask, causal), False
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
 def attention_fused(
@@ -164,7 +184,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        stream.refuse_twice()
+        stream.refuse_create_graph()
         *arrays, mask, out, lse = ctx.saved_tensors
         x, y, z, O, G = (t.flatten(0, 1) for t in stream.working(*arrays, out, upstream))
         inner, dv = (G * O).sum(-1), torch.zeros_like(z)
@@ -188,3 +208,4 @@ class _Fused(torch.autograd.Function):
 
 
 RUNGS = {"attention": {"np": attention_np, "torch": attention, "fused": attention_fused}}
+CORES = {"attention": attend}  # what the models call

@@ -2,10 +2,10 @@
 
     GIoU(a, b) = I/U − (C − U)/C,        loss = mean over boxes of Σ₄ |pred − target| + 1 − GIoU,
 
-with I the area of the intersection, U = A + B − I that of the union and C that of the smallest box around
-both. IoU is 0 for every pair of disjoint boxes; the second term still says how far apart they are. GIoU lies
-in [−1, 1] and is 1 only for equal boxes. A ratio 0/0, of boxes without area, counts as 0 with gradient 0, so
-that a degenerate box spoils nothing but its own term.
+with I the area of the intersection, U = A + B − I the area of the union and C the area of the smallest box
+around both. IoU is 0 for every pair of disjoint boxes; the second term still measures their distance. GIoU
+lies in [−1, 1] and is 1 only for equal boxes. A ratio 0/0, of boxes without area, counts as 0 with gradient
+0, so that a degenerate box affects no term but its own.
 
 Gradient: GIoU = I/U + U/C − 1, and every area is a product of two extents whose ends are corners of a or b.
 
@@ -15,7 +15,7 @@ Rungs (n boxes):
 
 Sources: Rezatofighi et al. 2019 (GIoU), algorithm 1; Zeng, Zhang and Li 2022 (X-VLM), box prediction.
 Left out: weights other than 1 : 1 between the two terms, and the matching of predictions to boxes, because
-grounding has one box a phrase.
+grounding has one box for each phrase.
 """
 
 import numpy as np
@@ -91,7 +91,8 @@ def giou_np(a: np.ndarray, b: np.ndarray, grad: np.ndarray | None = None):
     to_I = G * _ratio_np(np.ones_like(U), U) - to_U
     dA, dB, dI, dC = (slope * to[..., None] for slope, to in ((dA, to_U), (dB, to_U), (dI, to_I), (dC, to_C)))
     # A corner of the intersection or of the enclosing box is a corner of a or of b, and its gradient goes
-    # there; a when they are equal. High corners receive plus, low corners minus the gradient of the area.
+    # there, to a when the two are equal. High corners receive plus, low corners minus the gradient of the
+    # area.
     inner, outer = a_high <= b_high, a_high >= b_high
     a_from_high, b_from_high = dA + dI * inner + dC * outer, dB + dI * ~inner + dC * ~outer
     inner, outer = a_low >= b_low, a_low <= b_low
@@ -114,7 +115,7 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     _check(a, b)
     dtype = torch.promote_types(a.dtype, torch.float32)  # C − U cancels
     (a_low, a_high), (b_low, b_high) = a.to(dtype).split(2, -1), b.to(dtype).split(2, -1)
-    # where, not minimum and maximum: those split the gradient of equal corners, here a takes it.
+    # where, not minimum and maximum, which split the gradient of equal corners; here a takes all of it.
     I = _area(torch.where(a_low >= b_low, a_low, b_low), torch.where(a_high <= b_high, a_high, b_high))
     C = _area(torch.where(a_low <= b_low, a_low, b_low), torch.where(a_high >= b_high, a_high, b_high))
     U = _area(a_low, a_high) + _area(b_low, b_high) - I

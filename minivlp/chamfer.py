@@ -1,6 +1,6 @@
 """Chamfer alignment: how well do two sets of tokens match when every token may choose its best partner?
 
-A similarity in [−1, 1], larger is better, 1 when every token has an exact partner on the other side:
+The answer is a similarity in [−1, 1], and 1 when every token has an exact partner on the other side:
 
     s = ½ (meanᵢ maxⱼ Sᵢⱼ + meanⱼ maxᵢ Sᵢⱼ),        Sᵢⱼ = cos(xᵢ, yⱼ), padding excluded from means and maxima.
 
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
-from minivlp.core.transport import SHORTEST
-from minivlp.sinkhorn import check_tokens, cosine, unit, unit_grad_np, unit_np
+from minivlp.core.transport import MIN_NORM
+from minivlp.sinkhorn import cosine, unit, unit_grad_np, unit_np
 
 
 def _check(x, y, x_mask, y_mask) -> None:
@@ -36,7 +36,7 @@ def _check(x, y, x_mask, y_mask) -> None:
     require.shapes(x=(x, "… M D"), y=(y, "… N D"))
     if x.shape[:-2] != y.shape[:-2]:
         require.fail("y", f"must have the leading axes {tuple(x.shape[:-2])} of x", tuple(y.shape))
-    check_tokens(("x", x, "x_mask", x_mask), ("y", y, "y_mask", y_mask))
+    require.tokens(("x", x, "x_mask", x_mask), ("y", y, "y_mask", y_mask))
 
 
 def mean_max_np(S: np.ndarray, row_mask: np.ndarray | None, col_mask: np.ndarray | None):
@@ -47,8 +47,7 @@ def mean_max_np(S: np.ndarray, row_mask: np.ndarray | None, col_mask: np.ndarray
     best = (S if col_mask is None else np.where(col_mask[..., None, :], S, -np.inf)).argmax(-1)[..., None]
     real = np.ones(S.shape[:-1]) if row_mask is None else np.broadcast_to(row_mask, S.shape[:-1])
     weight = real / real.sum(-1, keepdims=True)  # (…, M), summing to one
-    # value = Σ_i weight_i S_i,best(i): moving S_ij moves it by weight_i where j is the partner, else not at
-    # all.
+    # value = Σ_i weight_i S_i,best(i): its slope in S_ij is weight_i where j is the partner, else 0.
     dS = np.zeros_like(S)
     np.put_along_axis(dS, best, weight[..., None], -1)
     return (dS * S).sum((-2, -1)), dS
@@ -101,24 +100,29 @@ def chamfer(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor |
     return (0.5 * (mean_max(S, x_mask, y_mask) + mean_max(S.mT, y_mask, x_mask))).to(x.dtype)
 
 
-def partner_tile(S, spare, rows, columns, x_best, x_partner, x_veto, y_best, y_partner, y_veto) -> None:
-    """Fold the tile into the best value (B, M) and the partner's index (B, M) of x's tokens, and of y's.
+def mismatched(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
+    """The baseline to read `chamfer(x, y)` against: its mean over wrong pairs of equal size, a scalar.
 
-    A veto is −inf at padding, which is nobody's partner, else 0; None stands for all 0.
+    x (B, M, D), y (B, N, D), masks as in `chamfer`. Partners of pair i are the yⱼ, j ≠ i, with as many real
+    tokens as yᵢ, because the similarity of unrelated sets depends on how many tokens there are to choose
+    from. Every pair that has partners counts once. Raises ValueError when none has, and as `chamfer` does.
     """
-    seen = S if y_veto is None else torch.add(S, y_veto[columns][:, None], out=spare)  # (b, m, n)
-    _keep_best(seen, columns[1].start, x_best[rows], x_partner[rows])
-    seen = S if x_veto is None else torch.add(S, x_veto[rows][..., None], out=spare)
-    _keep_best(seen.mT, rows[1].start, y_best[columns], y_partner[columns])
+    _check(x, y, x_mask, y_mask)
+    B = require.shapes(x=(x, "B M D"))["B"]
+    real = y.new_ones(y.shape[:2], dtype=torch.bool) if y_mask is None else y_mask.expand(y.shape[:2])
+    size = real.sum(1)  # (B,)
+    total, partners = y.new_zeros(B), size.new_zeros(B)
+    for shift in range(1, B):
+        equal = size == size.roll(shift)  # (B,)
+        total = total + chamfer(x, y.roll(shift, 0), x_mask, real.roll(shift, 0)) * equal
+        partners = partners + equal
+    if not bool(partners.any()):
+        require.fail("y", "must hold two sets with equally many real tokens", f"sizes {size.tolist()}")
+    return (total / partners.clamp_min(1))[partners > 0].mean()
 
 
-def _keep_best(seen: Tensor, first: int, best: Tensor, partner: Tensor) -> None:
-    """Rows of `seen` (b, m, n) against their best so far (b, m); `first` is the index of the first column."""
-    top = seen.amax(-1)
-    better = top > best  # not ≥: of equal maxima the first stays
-    best[better] = top[better]
-    # An index costs ten times its maximum, and few rows improve once some tiles were seen.
-    partner[better] = seen[better].argmax(-1) + first
+# The fused rung never holds S: one walk over its tiles keeps the best partner of each token, on both sides. G
+# has at most M + N entries that are not 0, so backward needs no second walk: it gathers partners.
 
 
 def chamfer_fused(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
@@ -140,9 +144,11 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, x, y, x_mask, y_mask):
         rows = [t.reshape(-1, *t.shape[-2:]) for t in (x, y)]  # (B, M, D), (B, N, D)
         (x_best, a, x_veto, w), (y_best, b, y_veto, v) = _empty_state(x, x_mask), _empty_state(y, y_mask)
-        if stream.path(x)[0] == "kernels":
+        if stream.choose_backend(x)[0] == "kernels":
+            from minivlp.kernels import losses  # imports Triton, hence only where it is used
+
             vetoes = (0.0 if veto is None else veto for veto in (x_veto, y_veto))
-            x_best, a, y_best, b = stream.load("kernels.losses.best_partners")(*rows, *vetoes)
+            x_best, a, y_best, b = losses.best_partners(*rows, *vetoes)
         else:
             p, q = map(unit, stream.working(*rows))
             stream.fold(partner_tile, p, q, x_best, a, x_veto, y_best, b, y_veto)
@@ -155,13 +161,33 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        stream.refuse_twice()
+        stream.refuse_create_graph()
         x, y, a, b, w, v = ctx.saved_tensors
         x, y, half = *stream.working(x, y), 0.5 * upstream.reshape(-1, 1)
         w, v = half * w, half * v  # (B, M), (B, N)
         dx = _pulled(x, y, a, w, b, v) if ctx.needs_input_grad[0] else None
         dy = _pulled(y, x, b, v, a, w) if ctx.needs_input_grad[1] else None
         return dx, dy, None, None
+
+
+def partner_tile(S, scratch, rows, columns, x_best, x_partner, x_veto, y_best, y_partner, y_veto) -> None:
+    """Fold the tile into the best value (B, M) and the partner's index (B, M) of x's tokens, and of y's.
+
+    A veto is −inf at padding, which is nobody's partner, else 0; None stands for all 0.
+    """
+    allowed = S if y_veto is None else torch.add(S, y_veto[columns][:, None], out=scratch)  # (b, m, n)
+    _keep_best(allowed, columns[1].start, x_best[rows], x_partner[rows])
+    allowed = S if x_veto is None else torch.add(S, x_veto[rows][..., None], out=scratch)
+    _keep_best(allowed.mT, rows[1].start, y_best[columns], y_partner[columns])
+
+
+def _keep_best(allowed: Tensor, first: int, best: Tensor, partner: Tensor) -> None:
+    """Compare `allowed` (b, m, n) with the best so far (b, m); its first column has the index `first`."""
+    top = allowed.amax(-1)
+    better = top > best  # not ≥: of equal maxima the first stays
+    best[better] = top[better]
+    # An index costs ten times its maximum, and few rows improve after the first tiles.
+    partner[better] = allowed[better].argmax(-1) + first
 
 
 def _empty_state(tokens: Tensor, mask: Tensor | None) -> tuple:
@@ -176,44 +202,24 @@ def _empty_state(tokens: Tensor, mask: Tensor | None) -> tuple:
     return best, partner, veto, real / real.sum(1, keepdim=True, dtype=best.dtype)
 
 
-TOKENS = 1024  # whose pulls are added up together: a unit copy of them all would be another array like y
+TOKENS = 1024  # tokens whose pulls are added together: scaling all of y at once would be another array like y
 
 
 def _pulled(x: Tensor, y: Tensor, a: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
     """dx of Σᵢ wᵢ cos(xᵢ, y_aᵢ) + Σⱼ vⱼ cos(x_bⱼ, yⱼ): x (…, M, D), y (…, N, D), a, w (B, M), b, v (B, N)."""
     flat, others = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])  # (BM, D), (BN, D)
-    per_y = 1 / others.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)  # (BN, 1)
+    per_y = 1 / others.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)  # (BN, 1)
     a, w = a.flatten(), w.view(-1, 1)
     pull = others[a].mul_(per_y[a].mul_(w))  # (BM, D)
-    for some, chosen, share in zip(
-        others.split(TOKENS), b.flatten().split(TOKENS), (per_y * v.view(-1, 1)).split(TOKENS), strict=True
+    shares = per_y * v.view(-1, 1)  # (BN, 1)
+    for chooser, chosen, share in zip(
+        others.split(TOKENS), b.flatten().split(TOKENS), shares.split(TOKENS), strict=True
     ):
-        pull.index_add_(0, chosen, some * share)
+        pull.index_add_(0, chosen, chooser * share)
     # As in unit_grad_np; in place, so that beside x and y one array of tokens is held.
-    length = flat.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
-    along = stream.row_dots(flat, pull)[:, None] * (length > SHORTEST) / length**2
+    length = flat.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)
+    along = stream.row_dots(flat, pull)[:, None] * (length > MIN_NORM) / length**2
     return pull.addcmul_(flat, along, value=-1).div_(length).view(x.shape)
-
-
-def mismatched(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
-    """The baseline to read `chamfer(x, y)` against: its mean over wrong pairs of equal size, a scalar.
-
-    x (B, M, D), y (B, N, D), masks as in `chamfer`. Partners of pair i are the yⱼ, j ≠ i, with as many real
-    tokens as yᵢ, because the similarity of unrelated sets depends on how many tokens there are to choose
-    from. Every pair that has partners counts once. Raises ValueError when none has, and as `chamfer` does.
-    """
-    _check(x, y, x_mask, y_mask)
-    B = require.shapes(x=(x, "B M D"))["B"]
-    real = y.new_ones(y.shape[:2], dtype=torch.bool) if y_mask is None else y_mask.expand(y.shape[:2])
-    size = real.sum(1)  # (B,)
-    total, partners = y.new_zeros(B), size.new_zeros(B)
-    for shift in range(1, B):
-        equal = size == size.roll(shift)  # (B,)
-        total = total + chamfer(x, y.roll(shift, 0), x_mask, real.roll(shift, 0)) * equal
-        partners = partners + equal
-    if not bool(partners.any()):
-        require.fail("y", "must hold two sets with equally many real tokens", f"sizes {size.tolist()}")
-    return (total / partners.clamp_min(1))[partners > 0].mean()
 
 
 RUNGS = {"chamfer": {"np": chamfer_np, "torch": chamfer, "fused": chamfer_fused}}

@@ -1,18 +1,18 @@
 """The hinge loss: a pair must beat its negatives by a margin; VSE++ asks it of the hardest one alone.
 
-With unit rows x (B, D) the images, y (B, D) their texts and S = x yᵀ, every negative has a cost in the row of
-its image and one in the column of its text,
+With unit rows of images X (B, D), of their texts Y (B, D) and S = X Yᵀ, every negative has a cost in the row
+of its image and one in the column of its text,
 
     R_ij = max(0, margin + S_ij − S_ii),        C_ij = max(0, margin + S_ij − S_jj),        0 on the diagonal,
 
     L = Σ_i maxⱼ R_ij + Σ_j maxᵢ C_ij        (hardest, VSE++),        or Σ_ij R_ij + C_ij        (VSE0).
 
-A negative beyond the margin has no cost and no gradient: unlike a softmax, a hinge stops when it is content.
-The hardest one is also the likeliest to be no negative at all: another picture of the same thing costs the
-whole margin. From random weights it can collapse; begin with all negatives.
+A negative beyond the margin has no cost and no gradient, where a softmax never stops pushing. The hardest
+negative is also the likeliest to be a false one: another picture of the same thing costs the whole margin.
+Training on the hardest negatives alone can collapse from random weights; it should begin with all of them.
 
-Gradient: G = dL/dS has +1 where a cost that counts is positive and −1, for each of these, at its diagonal
-entry; dx = G y, dy = Gᵀ x. On ties the first index wins.
+Gradient: each cost that counts and is positive puts +1 into G = dL/dS at its own entry and −1 at its pair's
+diagonal entry; dX = G Y, dY = Gᵀ X. On ties the first index wins.
 
 Rungs (S has B² entries):
     hinge_np    the formula and its gradients, a few arrays like S
@@ -20,7 +20,7 @@ Rungs (S has B² entries):
 
 Sources: Kiros, Salakhutdinov and Zemel 2014, eq. 8, for the sum; Faghri et al. 2018 (VSE++), eq. 6, for the
 maximum. Both sum over the batch; divide by B for a mean.
-Left out: normalising x and y, which is the model's affair; the asymmetric similarity of order embeddings.
+Left out: normalising X and Y, which the model does; the asymmetric similarity of order embeddings.
 """
 
 import numpy as np
@@ -30,29 +30,32 @@ from torch import Tensor
 from minivlp.core import require
 
 
-def _check(x, y, margin: float) -> int:
-    """Refuse what is not `x (B, D)`, `y (B, D)` with B ≥ 1 and `margin` > 0; return B."""
-    sizes = require.shapes(x=(x, "B D"), y=(y, "B D"))
+def _check(images, texts, margin: float) -> int:
+    """Refuse what is not `images (B, D)`, `texts (B, D)` with B ≥ 1 and `margin` > 0; return B."""
+    sizes = require.shapes(images=(images, "B D"), texts=(texts, "B D"))
     if sizes["B"] < 1:
-        require.fail("x", "must hold at least one pair", tuple(x.shape))
-    require.floats(x=x, y=y)
+        require.fail("images", "must hold at least one pair", tuple(images.shape))
+    require.floats(images=images, texts=texts)
     require.positive(margin=margin)
     return sizes["B"]
 
 
-def hinge_np(x: np.ndarray, y: np.ndarray, margin: float = 0.2, hardest: bool = True):
+def hinge_np(images: np.ndarray, texts: np.ndarray, margin: float = 0.2, hardest: bool = True):
     """The hinge loss and its gradients by hand.
 
-    x (B, D), y (B, D) with row i of one the partner of row i of the other, margin > 0 in units of S; hardest:
-    one negative a row and a column, else all. Returns `(loss, (dx, dy))`, the loss summed over the batch.
+    images (B, D) and texts (B, D), row i of one the partner of row i of the other; margin > 0 in units of S.
+    With `hardest` one negative counts in each row and column, else all. Returns `(loss, (dimages, dtexts))`,
+    the loss summed over the batch.
     Raises ValueError on bad shapes, dtypes, NaN, B = 0 or margin ≤ 0.
     """
-    B = _check(x, y, margin)
-    S = x @ y.T  # (B, B)
+    B = _check(images, texts, margin)
+    S = images @ texts.T  # (B, B)
     loss, G = 0.0, np.zeros_like(S)
     for axis in (1, 0):  # along a row the image chooses among texts, along a column the text among images
-        own = np.expand_dims(S.diagonal(), axis)  # the pair's score, at every place of its row or column
-        cost = np.maximum(margin + S - own, 0) * (1 - np.eye(B))
+        positives = np.expand_dims(
+            S.diagonal(), axis
+        )  # the pair's score, at every place of its row or column
+        cost = np.maximum(margin + S - positives, 0) * (1 - np.eye(B))
         counts = cost > 0
         if hardest:
             first = np.expand_dims(cost.argmax(axis), axis)  # argmax gives the first of equal ones
@@ -60,20 +63,20 @@ def hinge_np(x: np.ndarray, y: np.ndarray, margin: float = 0.2, hardest: bool = 
         loss += (cost * counts).sum()
         # dL/dS_ij is 1 where the cost counts; the pair itself is in each cost of its line with −1.
         G += counts - np.diag(counts.sum(axis))
-    # S = x yᵀ, so each factor's gradient is G times the other.
-    return float(loss), (G @ y, G.T @ x)
+    # S = X Yᵀ, so each factor's gradient is G times the other.
+    return float(loss), (G @ texts, G.T @ images)
 
 
-def hinge(x: Tensor, y: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
-    """The hinge loss: x (B, D), y (B, D) → scalar, summed over the batch.
+def hinge(images: Tensor, texts: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
+    """The hinge loss: images (B, D), texts (B, D) → scalar, summed over the batch.
 
     With `hardest` one negative counts in each row and column, else all. Errors as in `hinge_np`.
     """
-    B = _check(x, y, margin)
-    S = x @ y.T  # (B, B)
-    own, pair = S.diagonal(), torch.eye(B, dtype=torch.bool, device=S.device)
-    rows = (margin + S - own[:, None]).relu().masked_fill(pair, 0)  # (B, B)
-    columns = (margin + S - own).relu().masked_fill(pair, 0)
+    B = _check(images, texts, margin)
+    S = images @ texts.T  # (B, B)
+    positives, pair = S.diagonal(), torch.eye(B, dtype=torch.bool, device=S.device)
+    rows = (margin + S - positives[:, None]).relu().masked_fill(pair, 0)  # (B, B)
+    columns = (margin + S - positives).relu().masked_fill(pair, 0)
     if not hardest:
         return rows.sum() + columns.sum()
     # max with an index, so that the gradient goes to the first of equal ones.

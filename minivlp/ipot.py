@@ -5,13 +5,13 @@ each held near the plan before it by a Kullback-Leibler term of weight β:
 
     T_t = argmin ⟨T, C⟩ + β KL(T ‖ T_{t−1}).
 
-One Sinkhorn sweep a step is enough if the row scaling a is carried from step to step (T₀ = 1, a₀ = 1):
+One Sinkhorn sweep in each step is enough if the row scaling a is carried from step to step (T₀ = 1, a₀ = 1):
 
     Q = T_{t−1} · exp(−C / β),   b = (1/N) / (Qᵀ a_{t−1}),   a_t = (1/M) / (Q b),   T_t = diag(a_t) Q diag(b).
 
-Columns are scaled first and rows last, so every word gives exactly 1/M while the patches receive 1/N up to an
-error that dies out with t. Resetting a to 1 in each step leaves an error that does not: the plan then stays
-infeasible and its cost may fall below the true optimum.
+Columns are scaled first and rows last, so every word gives exactly 1/M, and the patches receive 1/N up to an
+error that vanishes as t grows. If a were reset to 1 in each step the error would stay: the plan would remain
+infeasible, and its cost might fall below the true optimum.
 
 With A_t = Πa and B_t = Πb the plan is diag(A_t) exp(−t C / β) diag(B_t): one sweep at ε = β/t from
 log-scalings that are extrapolated from the last two, log Ã_t = 2 log A_{t−1} − log A_{t−2}. So vectors
@@ -23,17 +23,18 @@ Rungs (M × N pairs, everything in logarithms, because T falls to exp(−t·rang
     ipot_np, ipot         log T is carried; three M × N arrays
     ipot_potentials_np    only potentials are carried, by the identity above; the same plan
     wpa_np, wpa           the cost, the detached plan, and the gradient through the cosine
-    wpa_fused             groups of pairs of like length, three M × N arrays a group; potentials are kept for
-                          the backward pass, B × (L + N) numbers, and the plan is made again from them
-The fused rung steps with exp(−t C / β) itself, and takes the scalings up into it before float32 or float64
-runs out of exponents: every `steps_at_once`, which is known from the range of the costs. Where not one step
-is safe (in float32 for range(C)/β above 22) it takes logarithms, as the other rungs do.
+    wpa_fused             groups of pairs of similar length, three M × N arrays for each group; backward makes
+                          the plan again from the potentials, B × (L + N) numbers that are kept
+The fused rung steps with exp(−t C / β) itself, and absorbs the scalings into it before float32 or float64
+runs out of exponents: after `safe_steps` steps, a number known from the range of the costs. Where not one
+step is safe (in float32 for range(C)/β above 22) it takes logarithms, as the other rungs do.
 
 Sources: Xie, Wang, Wang and Zha 2020 (IPOT), algorithm 1; Chen et al. 2020 (UNITER), section 3.2; Kim, Son
 and Kim 2021 (ViLT), section 3.2.
 Left out: more than one inner sweep, and marginals other than uniform, which no alignment loss uses.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,6 @@ from minivlp.core.transport import alignment_grads, cosines, gibbs, ipot_scaling
 from minivlp.sinkhorn import (
     check_cost,
     check_iters,
-    check_tokens,
     cosine,
     log_weights,
     log_weights_np,
@@ -65,7 +65,7 @@ def _check_plan(cost, beta, iters, row_mask, col_mask) -> None:
 def _check_pairs(words, patches, word_mask, patch_mask) -> None:
     """Refuse what is not `words (B, L, D)` and `patches (B, N, D)`, none empty, with masks that fit them."""
     require.shapes(words=(words, "B L D"), patches=(patches, "B N D"))
-    check_tokens(("words", words, "word_mask", word_mask), ("patches", patches, "patch_mask", patch_mask))
+    require.tokens(("words", words, "word_mask", word_mask), ("patches", patches, "patch_mask", patch_mask))
 
 
 def ipot_np(
@@ -189,8 +189,23 @@ def wpa(
     return (T * C).sum((-2, -1)).to(words.dtype)  # elementwise: the trace of C Tᵀ would cost L × L products
 
 
-# Entries of the plans of one group of pairs: with the kernel and its logarithm they stay in a core's cache.
-GROUP = 2**16
+def alignment_masks(text_mask: Tensor) -> Tensor:
+    """The words that take part in ViLT's alignment: text_mask (B, L), True = real → word mask (B, L).
+
+    Left out are padding, the first real token ([CLS]) and the last ([SEP]), neither of which names anything.
+    On the image side drop the class token likewise: `wpa(text, image[:, 1:], word_mask, image_mask[:, 1:])`.
+    A caption without words gives an all-False row, which `wpa` refuses. Raises ValueError unless text_mask is
+    bool (B, L).
+    """
+    require.shapes(text_mask=(text_mask, "B L"))
+    require.mask("text_mask", text_mask)
+    so_far = text_mask.cumsum(1)  # (B, L), 1 at the first real token and the total at the last
+    return text_mask & (so_far > 1) & (so_far < so_far[:, -1:])
+
+
+# The fused rung solves groups of pairs of similar length together, by products of exp(−t C / β) with vectors,
+# and absorbs the scalings into the kernel before its dtype runs out of exponents (core/transport.py). It
+# keeps potentials only; backward makes the plan again from them, and the gradients of the tokens by hand.
 
 
 def wpa_fused(
@@ -203,10 +218,10 @@ def wpa_fused(
 ) -> Tensor:
     """`wpa` by products of a kernel with vectors and a gradient by hand; differentiable once.
 
-    In units of L·N numbers a step of the plain rung reads and writes some 20 and takes two logsumexps, this
-    one reads 4 and writes 1, in the cache. Unit copies of the tokens and the gradients of these, which the
-    plain rung moves through memory 12 times, are never made. Padding behind the longest caption and the
-    largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
+    In units of L·N numbers a step of the plain rung reads and writes some 20 and takes two logsumexps, and
+    this rung reads 4 and writes 1, in the cache. It never makes unit copies of the tokens nor the gradients
+    of those copies, which the plain rung moves through memory 12 times. Padding behind the longest caption
+    and the largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
     """
     _check_pairs(words, patches, word_mask, patch_mask)
     require.positive(beta=beta)
@@ -215,10 +230,22 @@ def wpa_fused(
         z.new_ones(z.shape[:2], dtype=torch.bool) if mask is None else mask.expand(z.shape[:2])
         for z, mask in ((words, word_mask), (patches, patch_mask))
     )
-    return stream.run(_Wpa, "kernels.wpa.wpa", words, patches, *masks, beta, iters)
+    return stream.dispatch(_Fused, words, patches, *masks, beta, iters, kernel=_kernel, unfit=_unfit)
 
 
-class _Wpa(torch.autograd.Function):
+def _kernel() -> Callable:
+    from minivlp.kernels import wpa  # imports Triton, hence only where it is used
+
+    return wpa.wpa
+
+
+def _unfit(*inputs) -> str:
+    from minivlp.kernels import wpa
+
+    return wpa.unfit(*inputs)
+
+
+class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, words, patches, word_mask, patch_mask, beta, iters):
         ctx.beta, ctx.iters, ctx.groups = beta, iters, _groups(word_mask, patch_mask)
@@ -237,20 +264,25 @@ class _Wpa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        stream.refuse_twice()
+        stream.refuse_create_graph()
         inputs, potentials, wanted = ctx.saved_tensors[:4], ctx.saved_tensors[4:], ctx.needs_input_grad[:2]
         gradients = [z.new_zeros(z.shape) if n else None for z, n in zip(inputs, wanted, strict=False)]
         with torch.autocast(upstream.device.type, enabled=False):
             for group, u, v in zip(ctx.groups, potentials[::2], potentials[1::2], strict=True):
                 g = _gather(group, *inputs, ctx.beta)
                 T = _plan(g, u, v, ctx.iters).mul_(upstream[group[0], None, None])
-                moved = g.log_kernel.mul_(ctx.beta).add_(g.top).mul_(T)  # T · cos
-                parts = alignment_grads(T, moved, g.x, g.y, g.per_x, g.per_y, wanted)
+                T_cos = g.log_kernel.mul_(ctx.beta).add_(g.top).mul_(T)  # T · cos
+                parts = alignment_grads(T, T_cos, g.x, g.y, g.per_x, g.per_y, wanted)
                 for whole, part in zip(gradients, parts, strict=True):
                     if part is not None:
                         whole[:, : part.shape[1]][group[0]] = part.to(whole.dtype)
-                del g, T, moved, parts, whole, part  # two groups at a time would be too many
+                # Freed before the next group is made, so that only one group is held.
+                del g, T, T_cos, parts, whole, part
         return *gradients, None, None, None, None
+
+
+# Entries of the plans of a group of pairs: plans, kernels and their logarithms then stay in a core's cache.
+GROUP = 2**16
 
 
 def _groups(word_mask: Tensor, patch_mask: Tensor) -> list[tuple]:
@@ -258,24 +290,24 @@ def _groups(word_mask: Tensor, patch_mask: Tensor) -> list[tuple]:
     L, N = ((m * torch.arange(1, m.shape[1] + 1, device=m.device)).amax(1) for m in (word_mask, patch_mask))
     if len(L) == 0:
         return []
-    many = max(1, GROUP // int(L.max() * N.max()))
-    if many >= len(L):
+    size = max(1, GROUP // int(L.max() * N.max()))
+    if size >= len(L):
         return [(slice(None), int(L.max()), int(N.max()))]
-    return [(pairs, int(L[pairs].max()), int(N[pairs].max())) for pairs in N.argsort().split(many)]
+    return [(pairs, int(L[pairs].max()), int(N[pairs].max())) for pairs in N.argsort().split(size)]
 
 
 class _Group(NamedTuple):
-    """What is known of b pairs before they are solved, padding included."""
+    """A group of b pairs before it is solved, padding included."""
 
     x: Tensor  # (b, L, D) words
     y: Tensor  # (b, N, D) patches
-    per_x: Tensor  # (b, L, 1) one over their lengths
-    per_y: Tensor  # (b, N, 1)
-    log_kernel: Tensor  # (b, L, N) (cos − top) / β: −C/β but for a constant, which the scalings take up
+    per_x: Tensor  # (b, L, 1) one over the lengths of the words
+    per_y: Tensor  # (b, N, 1) one over the lengths of the patches
+    log_kernel: Tensor  # (b, L, N) (cos − top) / β: −C/β but for a constant, which the scalings absorb
     top: Tensor  # (b, 1, 1) the largest cosine
-    padding: Tensor  # (b, L, N)
-    mu: Tensor  # (b, L, 1)
-    nu: Tensor  # (b, 1, N)
+    padding: Tensor  # (b, L, N) True where the word or the patch is padding
+    mu: Tensor  # (b, L, 1) what each word gives
+    nu: Tensor  # (b, 1, N) what each patch receives
 
 
 def _gather(group, words, patches, word_mask, patch_mask, beta) -> _Group:
@@ -287,7 +319,7 @@ def _gather(group, words, patches, word_mask, patch_mask, beta) -> _Group:
     require.floats(cost=S)
     padding = ~(rows[:, :, None] & columns[:, None])
     top = S.masked_fill_(padding, -torch.inf).amax((1, 2), keepdim=True)
-    # A padded entry has cost 0 between tokens of weight 0: nothing reaches it, and nothing is 0/0.
+    # A padded entry has cost 0 between tokens of weight 0: it gets no mass, and no sum becomes 0/0.
     log_kernel = S.sub_(top).div_(beta).masked_fill_(padding, 0)
     mu, nu = (mask / mask.sum(1, keepdim=True, dtype=S.dtype) for mask in (rows, columns))
     return _Group(x, y, per_x, per_y, log_kernel, top, padding, mu[..., None], nu[:, None])
@@ -295,20 +327,6 @@ def _gather(group, words, patches, word_mask, patch_mask, beta) -> _Group:
 
 def _plan(g: _Group, u: Tensor, v: Tensor, iters: int) -> Tensor:
     return gibbs(g.log_kernel, u, v, torch.empty_like(g.log_kernel), iters)  # (b, L, N)
-
-
-def alignment_masks(text_mask: Tensor) -> Tensor:
-    """The words that take part in ViLT's alignment: text_mask (B, L), True = real → word mask (B, L).
-
-    Left out are padding, the first real token ([CLS]) and the last ([SEP]), neither of which names anything.
-    On the image side drop the class token likewise: `wpa(text, image[:, 1:], word_mask, image_mask[:, 1:])`.
-    A caption without words gives an all-False row, which `wpa` refuses. Raises ValueError unless text_mask is
-    bool (B, L).
-    """
-    require.shapes(text_mask=(text_mask, "B L"))
-    require.mask("text_mask", text_mask)
-    so_far = text_mask.cumsum(1)  # (B, L), 1 at the first real token and the total at the last
-    return text_mask & (so_far > 1) & (so_far < so_far[:, -1:])
 
 
 RUNGS = {

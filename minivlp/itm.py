@@ -1,23 +1,23 @@
 """Image-text matching: tell a true pair from a wrong one, after the model has looked at both together.
 
 A dual encoder compares two vectors. A model in which words and patches attend to one another can also
-notice that "a dog left of a guitar" is shown the other way round; matching teaches it to. A head maps the
-pooled pair to two logits z_b, label 1 = match, and the loss is their cross-entropy:
+notice that a picture shows "a dog left of a guitar" the other way round, and matching teaches it to notice. A
+head maps the pooled pair to two logits z_b, label 1 = match, and the loss is their cross-entropy:
 
     loss = 1/B Σ_b [ logsumexp(z_b) − z_b[label_b] ].
 
 Gradient: dL/dz = (softmax(z) − one-hot(label)) / B.
 
-The art is in the wrong pairs. `derangement` gives each text another image of the batch, every such
-assignment equally likely. `hard_negatives` prefers for each row (text) the columns (images) that a
+How hard the task is depends on the wrong pairs. `derangement` gives each text another image of the batch,
+every such assignment equally likely. `hard_negatives` prefers for each row (text) the columns (images) that a
 contrastive model finds similar:
 
     P(column j for row i) = exp(s_ij) / Σ_{k legal} exp(s_ik),        legal: j ≠ i and ids_j ≠ ids_i.
 
 Both return indices for a fresh gather, `wrong = images[index]`. Overwriting images one after another in
 place fails in three ways: a source may itself have been overwritten, which can even bring the true image
-back under label 0; a source drawn freely is the image itself once in B times; and the other objectives of
-the batch, masked words above all, then see the wrong images.
+back under label 0; a source drawn from all images is the image itself once in B times; and the other
+objectives of the batch, masked words above all, then see the wrong images.
 
 Rungs:
     derangement       draws permutations until one has no fixed point, about e of them; O(n) memory
@@ -49,9 +49,9 @@ def derangement(n: int, rng: np.random.Generator) -> np.ndarray:
         require.fail("n", "must be at least 2 for a swap", n)
     identity = np.arange(n, dtype=np.int64)
     while True:
-        drawn = rng.permutation(identity)
-        if (drawn != identity).all():
-            return drawn
+        permutation = rng.permutation(identity)
+        if (permutation != identity).all():
+            return permutation
 
 
 def hard_negatives(
@@ -59,9 +59,9 @@ def hard_negatives(
 ) -> np.ndarray:
     """For each row a wrong column, drawn by the softmax of the row over the legal ones: (B,) int64.
 
-    similarity (B, B) finite; row i and column i are a true pair; taken as it is, so multiply by the scale 1/τ
-    before. ids (B,) integers, equal where pairs share an image or a caption: a column with the row's id is as
-    illegal as the diagonal. Rows draw independently; a column may serve several rows.
+    similarity (B, B) finite; row i and column i are a true pair. It is not scaled here: multiply it by 1/τ
+    before the call. ids (B,) integers, equal where pairs share an image or a caption: a column with the row's
+    id is as illegal as the diagonal. Rows draw independently; a column may serve several rows.
     Raises ValueError on bad shapes, dtypes or entries, and when a row has no legal column.
     """
     B = require.shapes(similarity=(similarity, "B B"))["B"]

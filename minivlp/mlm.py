@@ -1,7 +1,7 @@
 """Masked language modelling: hide words of a caption and predict them from the rest and from the picture.
 
-A caption with a hole asks the picture what was there: "two [MASK] on a table". It is the objective by which
-a vision-language model learns single words, next to matching, which judges whole pairs. With hidden states
+The hidden word of "two [MASK] on a table" can be known only from the picture. This objective teaches a
+vision-language model single words, as matching teaches it whole pairs. With hidden states
 h_m (D) of the M tokens, word embeddings E (V, D), bias b (V), and t_m the true id of a masked token:
 
     logits_m = E h_m + b,        loss = 1/|masked| Σ_{m masked} [ logsumexp(logits_m) − logits_m[t_m] ].
@@ -10,9 +10,9 @@ Gradient: G = dL/dlogits = (softmax − one-hot) / |masked| on masked rows, zero
 db = Σ_m G_m. A batch in which nothing is masked has loss 0 and zero gradients, not 0/0.
 
 Which tokens to hide is drawn here too. Words are chosen with probability p, each with all of its pieces,
-since the other pieces of a word ("skate ##bo [MASK]") give it away without the picture. Of the chosen
-tokens 80 % become [MASK], 10 % another id and 10 % stay: a model that cannot tell which token it will be
-asked for has to represent them all, and fine-tuning, where there is no [MASK], finds it prepared.
+since the other pieces of a word ("skate ##bo [MASK]") give the hidden piece away without the picture. Of the
+chosen tokens 80 % become [MASK], 10 % another id and 10 % stay: a model that cannot tell which token it must
+predict has to represent them all, and is prepared for fine-tuning, where there is no [MASK].
 
 Rungs (M tokens, K of them masked, K ≈ 0.15 M):
     mask_tokens      random choices, no gradient
@@ -52,9 +52,9 @@ def mask_tokens(
 
     ids (B, L) integers in [0, vocab_size); word_ids (B, L) the index in its row of each token's word, −1 at
     special tokens and padding, as `WordPiece.batch` gives them. Each word is chosen with probability `p`,
-    independently, with all of its pieces; with `whole_word=False` each piece is chosen by itself. Then for
-    each chosen token by itself, so that the pieces of one word may differ, as in BERT: 80 % become
-    `mask_id`, 10 % a uniform draw from the ids that are not special (the true one included), 10 % stay.
+    independently, with all of its pieces; with `whole_word=False` each piece is chosen by itself. Each
+    chosen token then becomes `mask_id` (80 %), a uniform draw from the ids that are not special, the true one
+    included (10 %), or stays (10 %); the pieces of one word may differ, as in BERT.
     `mask_id` counts as special; tokens with a special id or a negative word index are never chosen.
     Returns `(inputs, labels)`, both (B, L) int64; labels hold the true ids of the chosen tokens and −100
     elsewhere; `ids` stays as it was. Raises ValueError on bad shapes, dtypes, ids or `p`.
@@ -134,41 +134,30 @@ def mlm_loss(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -
     return F.cross_entropy(logits, targets[masked].long(), reduction="sum") / max(len(logits), 1)
 
 
-PANEL = 256  # tokens whose logits are made together
-
-
-def word_panel(S, spare, rows, columns, targets: Tensor, losses: Tensor, slopes: Tensor) -> None:
-    """Whole rows of logits become K · G = softmax − one-hot; fills losses (K,), adds to the slopes (V,)."""
-    target = targets[rows][:, None]
-    S.sub_(S.amax(1, keepdim=True))
-    true = S.gather(1, target)
-    normaliser = S.exp_().sum(1, keepdim=True)
-    losses[rows] = (normaliser.log() - true)[:, 0]
-    S.div_(normaliser)
-    S.scatter_add_(1, target, S.new_full((1, 1), -1.0).expand_as(target))
-    slopes += S.sum(0)
+# The fused rung never holds all logits: it walks over panels of whole rows, so that a panel knows its
+# normalisers, and makes each panel's gradients before the next panel overwrites it.
 
 
 def mlm_loss_fused(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """`mlm_loss` without its (K, V) logits: panel by panel, each with its gradients; arguments as there.
 
     The same 3 products. In units of K · V numbers: the plain rung holds 3, logits, log-softmax and gradient,
-    and moves some 14 to and from memory; this one holds a panel, 256/K, and moves about as many, 10 for the
+    and moves some 14 to and from memory; this rung holds a panel, 256/K, and moves about as many, 10 for the
     panels and 4 D/256 for E and dE. It can be differentiated once.
     """
     _check(hidden, embedding, bias, targets)
     return _Fused.apply(hidden, embedding, bias, targets)
 
 
-class _Fused(stream.Ready):
+class _Fused(stream.GradientsFromForward):
     """One walk: a panel holds whole rows, so that their normalisers and their part of G are known at once."""
 
     @staticmethod
     def forward(ctx, hidden, embedding, bias, targets):
         masked = (targets != IGNORE).nonzero()[:, 0]  # (K,)
         K, V = len(masked), len(embedding)
-        everything = len(hidden) == K
-        h, E, b = stream.working(hidden if everything else hidden[masked], embedding, bias)
+        all_masked = len(hidden) == K
+        h, E, b = stream.working(hidden if all_masked else hidden[masked], embedding, bias)
         losses, slopes = h.new_zeros(K), b.new_zeros(V)
         dh, dE, _ = stream.accumulate(
             word_panel,
@@ -182,11 +171,26 @@ class _Fused(stream.Ready):
             weight=1 / max(K, 1),
             wanted=(*ctx.needs_input_grad[:2], False),
         )
-        if dh is not None and not everything:
+        if dh is not None and not all_masked:
             # Rows that are not masked took no part.
             dh = dh.new_zeros(hidden.shape).index_copy_(0, masked, dh)
         ctx.save_for_backward(dh, dE, slopes / max(K, 1))
         return (losses.sum() / max(K, 1)).to(hidden.dtype)
+
+
+PANEL = 256  # masked tokens whose logits are made together
+
+
+def word_panel(S, scratch, rows, columns, targets: Tensor, losses: Tensor, slopes: Tensor) -> None:
+    """Whole rows of logits become K · G = softmax − one-hot; fills losses (K,), adds to the slopes (V,)."""
+    target = targets[rows][:, None]
+    S.sub_(S.amax(1, keepdim=True))
+    true = S.gather(1, target)
+    normaliser = S.exp_().sum(1, keepdim=True)
+    losses[rows] = (normaliser.log() - true)[:, 0]
+    S.div_(normaliser)
+    S.scatter_add_(1, target, S.new_full((1, 1), -1.0).expand_as(target))
+    slopes += S.sum(0)
 
 
 RUNGS = {

@@ -4,7 +4,7 @@ A model gives every u an energy E(u) and means the density p(u) = exp(−E(u)) /
 
     ∇ log p(u) = −∇E(u) − ∇ log Z,        −∇ log Z = Σ_v p(v) ∇E(v):
 
-lower the energy of the data and raise it on samples of the model itself, drawn anew after every step. NCE
+lower the energy of the data and raise it on samples of the model, which must be drawn anew at every step. NCE
 draws from a fixed noise density instead, K samples for each sample of data, and asks of each: data or noise?
 With score(u) = −E(u) − c, where c stands for log Z and is learned like any weight, Bayes' rule gives the
 log-odds h and the loss its logistic regression:
@@ -86,8 +86,8 @@ def nce(score_data: Tensor, score_noise: Tensor, logp_data: Tensor, logp_noise: 
     return -(F.logsigmoid(h_data) + F.logsigmoid(-h_noise).sum(1)).mean()
 
 
-# Scores worked on at a time: they stay in the cache from one operation to the next.
-BLOCK = 2**16
+# The fused rung makes the slopes beside the loss, one block of scores after another, so that a block passes
+# through the cache once; both gradients are dL/dh but for the sign, so one array serves the two.
 
 
 def nce_fused(score_data: Tensor, score_noise: Tensor, logp_data: Tensor, logp_noise: Tensor) -> Tensor:
@@ -112,13 +112,17 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        stream.refuse_twice()
+        stream.refuse_create_graph()
         dh = [upstream * slope for slope in ctx.saved_tensors]
         signed = (*dh, *dh)
         return tuple(
             (-g if i >= 2 else g) if needed else None
             for i, (g, needed) in enumerate(zip(signed, ctx.needs_input_grad, strict=True))
         )
+
+
+# Scores that are worked on together: they stay in the cache from one operation to the next.
+BLOCK = 2**16
 
 
 def _walk(sign: int, slopes: Tensor, score: Tensor, logp: Tensor, K: int) -> Tensor:

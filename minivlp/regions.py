@@ -1,8 +1,8 @@
-"""Regions: a part of a picture as a short sequence of tokens, so that a phrase can be taught beside its box.
+"""Regions: a part of a picture as a short sequence of tokens, so that a phrase can be learned with its box.
 
 A caption of a whole picture leaves open which patches it speaks of; a phrase with a box does not. The image
-encoder runs once over the picture, and a region takes its states from there. With P the set of patches that
-the box touches, in row-major order:
+encoder runs once over the picture, and a region takes its tokens from the encoder's output. With P the set of
+patches that the box touches, in row-major order:
 
     region = [ 1/|P| Σ_{n∈P} patch_n ; patch_n for n in P ],
 
@@ -13,7 +13,7 @@ picture, so images and regions go through the same code.
 Gradient: d patch_n = G_n + G_mean / |P| for n in P, 0 outside, G_n the gradient at the place that n moved to.
 
 Rungs (R regions of N patches, at most K of them inside):
-    patches_touched     one comparison a box and a row or column of patches; no gradient
+    patches_touched     one comparison of each box with each row and column of patches; no gradient
     region_tokens_np    a loop over regions; gradients by hand
     region_tokens       one stable sort and one gather of (R, K, D)
 
@@ -41,7 +41,8 @@ def patches_touched(boxes: np.ndarray, patch: int, height: int, width: int) -> n
     low, high, ends = boxes[:, :2], boxes[:, 2:], np.array([width, height])
     if not ((low >= 0) & (low <= high) & (high <= ends)).all():
         rule = f"must have 0 ≤ x1 ≤ x2 ≤ {width} and 0 ≤ y1 ≤ y2 ≤ {height}"
-        require.fail("boxes", rule, "one that has not")
+        wrong = boxes[~((low >= 0) & (low <= high) & (high <= ends)).all(1)][0]
+        require.fail("boxes", rule, wrong.tolist())
     first = np.minimum(low // patch, ends // patch - 1)  # a corner on the far edge lies in the last patch
     beyond = np.maximum(-(-high // patch), first + 1)  # at least one patch
     columns, rows = (np.arange(end // patch) for end in ends)
@@ -68,11 +69,11 @@ def region_tokens_np(patches: np.ndarray, inside: np.ndarray, grad: np.ndarray |
     tokens = np.zeros((R, 1 + inside.sum(1).max(initial=0), D), patches.dtype)
     G = np.ones_like(tokens) if grad is None else grad
     dpatches = np.zeros_like(patches)
-    for r, mine in enumerate(inside):
-        own = patches[r, mine]  # (n, D), in order
-        tokens[r, 0], tokens[r, 1 : 1 + len(own)] = own.mean(0), own
+    for r, touched in enumerate(inside):
+        region = patches[r, touched]  # (n, D), in order
+        tokens[r, 0], tokens[r, 1 : 1 + len(region)] = region.mean(0), region
         # A patch is copied to its place, and is 1/n of the mean.
-        dpatches[r, mine] = G[r, 1 : 1 + len(own)] + G[r, 0] / len(own)
+        dpatches[r, touched] = G[r, 1 : 1 + len(region)] + G[r, 0] / len(region)
     return tokens, (dpatches,)
 
 
@@ -81,7 +82,7 @@ def region_tokens(patches: Tensor, inside: Tensor) -> Tensor:
     _check(patches, inside)
     count = inside.sum(1)  # (R,)
     K = int(count.max()) if len(count) else 0
-    order = (~inside).int().argsort(dim=1, stable=True)[:, :K]  # those inside first, otherwise as they were
+    order = (~inside).int().argsort(dim=1, stable=True)[:, :K]  # patches inside first, in their order
     packed = patches.gather(1, order[..., None].expand(-1, -1, patches.shape[-1]))  # (R, K, D)
     packed = packed.masked_fill(~region_mask(inside)[:, 1:, None], 0)
     mean = packed.sum(1, keepdim=True) / count[:, None, None].to(packed.dtype)  # (R, 1, D)

@@ -9,8 +9,8 @@ is found by solving for one marginal at a time, in logarithms so that no ε unde
     vⱼ = log bⱼ − logsumexpᵢ(uᵢ − Cᵢⱼ / ε),        then        uᵢ = log aᵢ − logsumexpⱼ(vⱼ − Cᵢⱼ / ε).
 
 u and v are dimensionless; in units of cost they are ε·u and ε·v. v comes first, so the row sums are exact at
-the end and the column sums are as good as the iterations. As ε → 0 the plan solves the linear programme, as ε
-→ ∞ it is a bᵀ.
+the end, and the error of the column sums shrinks with the iterations. As ε → 0 the plan solves the linear
+programme, as ε → ∞ it is a bᵀ.
 
 The alignment cost is ⟨T, C⟩ with C = 1 − cos(x, y). Gradient: T is held fixed, so dC = T.
 
@@ -20,12 +20,12 @@ Rungs (M × N pairs, width D):
     sinkhorn_cost_np, sinkhorn_cost   ⟨T, C⟩ with T a constant: a few M × N arrays, however many iterations
     sinkhorn_cost_fused               the same from one M × N array, which is S, the kernel and the plan in
                                       turn; gradients by hand, ready after the forward pass: (M + N) × D kept
-The fused rung scales exp(−C/ε) itself, v = b / (Kᵀu), u = a / (Kv), as long as `headroom` ≥ 1: in float32 for
-range(C)/ε up to 66. Beyond, it takes logarithms, block by block, as the other rungs do.
+The fused rung scales exp(−C/ε) itself, v = b / (Kᵀu), u = a / (Kv), as long as `exponent_budget` ≥ 1: in
+float32 for range(C)/ε up to 66. Beyond, it takes logarithms, block by block, as the other rungs do.
 
 Sources: Cuturi 2013, algorithm 1; Peyré and Cuturi 2019 (Computational Optimal Transport), section 4.4.
-Left out: the debiased divergence and unbalanced marginals, which answer other questions; a stopping rule,
-because a fixed number of iterations is what two rungs can be compared at.
+Left out: the debiased divergence and unbalanced marginals, which solve other problems; a stopping rule,
+because rungs can be compared only at the same number of iterations.
 """
 
 import numpy as np
@@ -34,96 +34,7 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
-from minivlp.core.transport import NOTHING, SHORTEST, alignment_grads, cosines, sinkhorn_scaled
-
-
-def check_axis(name: str, array, leading: tuple[int, ...], length: int) -> None:
-    """Refuse a mask or weight vector that is neither (…, length) nor one (length,) for the whole batch."""
-    shape = tuple(array.shape) if hasattr(array, "shape") else type(array).__name__
-    if shape not in ((*leading, length), (length,)):
-        require.fail(name, f"must have shape {(*leading, length)} or {(length,)}", shape)
-
-
-def check_mask(name: str, mask, leading: tuple[int, ...], length: int) -> None:
-    """Refuse a mask that does not fit its axis, is not bool, or leaves a row without a token."""
-    if mask is not None:
-        check_axis(name, mask, leading, length)
-        require.mask(name, mask, whole_rows=True)
-
-
-def check_tokens(*sets: tuple) -> None:
-    """Refuse token sets `(name, tokens (…, M, D), name of the mask, mask)` that cannot be compared.
-
-    That is: none in a set, no floats or NaN, masks that do not fit, two different dtypes.
-    """
-    for name, tokens, mask_name, mask in sets:
-        require.floats(**{name: tokens})
-        if tokens.shape[-2] == 0:
-            require.fail(name, "must hold at least one token", tuple(tokens.shape))
-        if tokens.dtype != sets[0][1].dtype:
-            require.fail(name, f"must have the dtype {sets[0][1].dtype} of {sets[0][0]}", tokens.dtype)
-        check_mask(mask_name, mask, tuple(tokens.shape[:-2]), tokens.shape[-2])
-
-
-def check_cost(cost, row_mask, col_mask, iters: int) -> None:
-    """Refuse what is not a finite `cost (…, M, N)`, masks that do not fit it, and iters < 1."""
-    sizes = require.shapes(cost=(cost, "… M N"))
-    require.floats(cost=cost)
-    if sizes["M"] * sizes["N"] == 0:
-        require.fail("cost", "must have at least one row and one column", tuple(cost.shape))
-    if bool((abs(cost) == float("inf")).any()):
-        require.fail("cost", "must be finite", "an infinite entry")
-    check_mask("row_mask", row_mask, tuple(cost.shape[:-2]), sizes["M"])
-    check_mask("col_mask", col_mask, tuple(cost.shape[:-2]), sizes["N"])
-    check_iters(iters)
-
-
-def check_iters(iters: int) -> None:
-    if not isinstance(iters, int | np.integer) or iters < 1:
-        require.fail("iters", "must be a whole number ≥ 1", iters)
-
-
-def check_weights(name: str, weights, mask, leading: tuple[int, ...], length: int) -> None:
-    """Refuse weights that are negative, do not sum to one, or lie on a padded token. Zeros are legal."""
-    check_axis(name, weights, leading, length)
-    require.floats(**{name: weights})
-    if bool((weights < 0).any()):
-        require.fail(name, "must not be negative", float(weights.min()))
-    finfo = torch.finfo if isinstance(weights, Tensor) else np.finfo
-    total = weights.sum(-1)
-    off = float(abs(total - 1).max()) if total.size != 0 else 0.0
-    if off > max(1e-6, length * float(finfo(weights.dtype).eps)):
-        require.fail(name, "must sum to one", f"a sum that is off by {off:.3g}")
-    if mask is not None and bool(((weights > 0) & ~mask).any()):
-        require.fail(name, "must be zero where the mask is False", "weight on a padded token")
-
-
-def log_weights_np(weights: np.ndarray | None, mask: np.ndarray | None, length: int) -> np.ndarray:
-    """log weights (…, length), uniform over the real tokens when None; NOTHING where the weight is 0."""
-    if weights is None:
-        real = np.ones(length, dtype=bool) if mask is None else mask
-        weights = real / real.sum(-1, keepdims=True)
-    return np.where(weights > 0, np.log(np.where(weights > 0, weights, 1.0)), NOTHING)
-
-
-def log_weights(weights: Tensor | None, mask: Tensor | None, like: Tensor, axis: int) -> Tensor:
-    """The same for one axis of the cost `like` (…, M, N), in its dtype and on its device."""
-    if weights is None:
-        real = like.new_ones(like.shape[axis]) if mask is None else mask.to(like.dtype)
-        weights = real / real.sum(-1, keepdim=True)
-    weights = weights.to(like.dtype)
-    return torch.where(weights > 0, weights.clamp_min(torch.finfo(like.dtype).tiny).log(), NOTHING)
-
-
-def logsumexp_np(x: np.ndarray, axis: int) -> np.ndarray:
-    """log Σ exp(x) along one axis, shifted by the maximum so that nothing overflows."""
-    top = x.max(axis, keepdims=True)
-    return np.log(np.exp(x - top).sum(axis)) + top.squeeze(axis)
-
-
-def solving(cost: Tensor) -> Tensor:
-    """The cost in the precision of the solver: half precisions are solved in float32."""
-    return cost.float() if torch.finfo(cost.dtype).bits < 32 else cost
+from minivlp.core.transport import LOG_ZERO, MIN_NORM, alignment_grads, cosines, sinkhorn_scaled
 
 
 def sinkhorn_np(
@@ -145,7 +56,7 @@ def sinkhorn_np(
     log_a = log_weights_np(a, row_mask, cost.shape[-2])  # (…, M)
     log_b = log_weights_np(b, col_mask, cost.shape[-1])  # (…, N)
     K = -cost / eps  # (…, M, N)
-    u = np.where(log_a > NOTHING, 0.0, NOTHING)
+    u = np.where(log_a > LOG_ZERO, 0.0, LOG_ZERO)
     for _ in range(iters):
         v = log_b - logsumexp_np(K + u[..., None], -2)  # columns
         u = log_a - logsumexp_np(K + v[..., None, :], -1)  # rows last: their sums are exact
@@ -170,11 +81,39 @@ def sinkhorn(
     K = -solving(cost) / eps  # (…, M, N)
     log_a = log_weights(a, row_mask, K, -2)  # (…, M)
     log_b = log_weights(b, col_mask, K, -1)  # (…, N)
-    u = torch.where(log_a > NOTHING, 0.0, NOTHING).to(K.dtype)
+    u = torch.where(log_a > LOG_ZERO, 0.0, LOG_ZERO).to(K.dtype)
     for _ in range(iters):
         v = log_b - (K + u[..., None]).logsumexp(-2)
         u = log_a - (K + v[..., None, :]).logsumexp(-1)
     return (K + u[..., None] + v[..., None, :]).exp().to(cost.dtype)
+
+
+def log_weights_np(weights: np.ndarray | None, mask: np.ndarray | None, length: int) -> np.ndarray:
+    """log weights (…, length), uniform over the real tokens when None; LOG_ZERO where the weight is 0."""
+    if weights is None:
+        real = np.ones(length, dtype=bool) if mask is None else mask
+        weights = real / real.sum(-1, keepdims=True)
+    return np.where(weights > 0, np.log(np.where(weights > 0, weights, 1.0)), LOG_ZERO)
+
+
+def log_weights(weights: Tensor | None, mask: Tensor | None, like: Tensor, axis: int) -> Tensor:
+    """The same for one axis of the cost `like` (…, M, N), in its dtype and on its device."""
+    if weights is None:
+        real = like.new_ones(like.shape[axis]) if mask is None else mask.to(like.dtype)
+        weights = real / real.sum(-1, keepdim=True)
+    weights = weights.to(like.dtype)
+    return torch.where(weights > 0, weights.clamp_min(torch.finfo(like.dtype).tiny).log(), LOG_ZERO)
+
+
+def logsumexp_np(x: np.ndarray, axis: int) -> np.ndarray:
+    """log Σ exp(x) along one axis, shifted by the maximum so that nothing overflows."""
+    top = x.max(axis, keepdims=True)
+    return np.log(np.exp(x - top).sum(axis)) + top.squeeze(axis)
+
+
+def solving(cost: Tensor) -> Tensor:
+    """The cost in the precision of the solver: half precisions are solved in float32."""
+    return cost.float() if torch.finfo(cost.dtype).bits < 32 else cost
 
 
 def _check(cost, a, b, eps, iters, row_mask, col_mask) -> None:
@@ -189,9 +128,42 @@ def _check_marginals(shape, a, b, eps, row_mask=None, col_mask=None) -> None:
             check_weights(name, weights, mask, shape[:-2], shape[axis])
 
 
+def check_cost(cost, row_mask, col_mask, iters: int) -> None:
+    """Refuse what is not a finite `cost (…, M, N)`, masks that do not fit it, and iters < 1."""
+    sizes = require.shapes(cost=(cost, "… M N"))
+    require.floats(cost=cost)
+    if sizes["M"] * sizes["N"] == 0:
+        require.fail("cost", "must have at least one row and one column", tuple(cost.shape))
+    if bool((abs(cost) == float("inf")).any()):
+        require.fail("cost", "must be finite", "an infinite entry")
+    require.token_mask("row_mask", row_mask, tuple(cost.shape[:-2]), sizes["M"])
+    require.token_mask("col_mask", col_mask, tuple(cost.shape[:-2]), sizes["N"])
+    check_iters(iters)
+
+
+def check_iters(iters: int) -> None:
+    if not isinstance(iters, int | np.integer) or iters < 1:
+        require.fail("iters", "must be a whole number ≥ 1", iters)
+
+
+def check_weights(name: str, weights, mask, leading: tuple[int, ...], length: int) -> None:
+    """Refuse weights that are negative, do not sum to one, or lie on a padded token. Zeros are legal."""
+    require.axis(name, weights, leading, length)
+    require.floats(**{name: weights})
+    if bool((weights < 0).any()):
+        require.fail(name, "must not be negative", float(weights.min()))
+    finfo = torch.finfo if isinstance(weights, Tensor) else np.finfo
+    total = weights.sum(-1)
+    off = float(abs(total - 1).max()) if total.size != 0 else 0.0
+    if off > max(1e-6, length * float(finfo(weights.dtype).eps)):
+        require.fail(name, "must sum to one", f"a sum that is off by {off:.3g}")
+    if mask is not None and bool(((weights > 0) & ~mask).any()):
+        require.fail(name, "must be zero where the mask is False", "weight on a padded token")
+
+
 def unit_np(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of x (…, D) divided by max(‖row‖, 1e-5); returns the rows and those divisors (…, 1)."""
-    length = np.maximum(np.sqrt((x * x).sum(-1, keepdims=True)), SHORTEST)
+    length = np.maximum(np.sqrt((x * x).sum(-1, keepdims=True)), MIN_NORM)
     return x / length, length
 
 
@@ -199,13 +171,13 @@ def unit_grad_np(unit: np.ndarray, length: np.ndarray, grad: np.ndarray) -> np.n
     """The gradient of x given the gradient of its unit rows, both (…, D)."""
     # û = x / ‖x‖ moves only across itself: dx = (dû − û ⟨û, dû⟩) / ‖x‖. Where the divisor is the constant
     # 1e-5 it does not move at all, and dx = dû / 1e-5.
-    along = np.where(length > SHORTEST, (unit * grad).sum(-1, keepdims=True), 0.0)
+    along = np.where(length > MIN_NORM, (unit * grad).sum(-1, keepdims=True), 0.0)
     return (grad - unit * along) / length
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows of x (…, D) divided by max(‖row‖, 1e-5)."""
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(SHORTEST)
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -254,6 +226,16 @@ def sinkhorn_cost(
     return (T * C).sum().to(x.dtype)
 
 
+def _check_rows(x, y) -> None:
+    require.shapes(x=(x, "M D"), y=(y, "N D"))
+    require.tokens(("x", x, "", None), ("y", y, "", None))
+
+
+# The fused rung scales the kernel exp(−C/ε) by vectors, without logarithms, where the exponents of the dtype
+# allow it (see core/transport.py). S, the kernel and the plan are one array in turn, and the gradients of the
+# rows are made by hand from the plan, two products for both.
+
+
 def sinkhorn_cost_fused(
     x: Tensor,
     y: Tensor,
@@ -273,7 +255,7 @@ def sinkhorn_cost_fused(
     return _Fused.apply(x, y, a, b, eps, iters)
 
 
-class _Fused(stream.Ready):
+class _Fused(stream.GradientsFromForward):
     @staticmethod
     def forward(ctx, x, y, a, b, eps, iters):
         with torch.autocast(x.device.type, enabled=False):
@@ -285,18 +267,13 @@ class _Fused(stream.Ready):
                 for weights, n in ((a, len(x)), (b, len(y)))
             )
             top = S.max()
-            log_kernel = S.sub_(top).div_(eps)  # −C/ε but for a constant, which the scalings take up
+            log_kernel = S.sub_(top).div_(eps)  # −C/ε but for a constant, which the scalings absorb
             T = sinkhorn_scaled(log_kernel, a[:, None], b[None], iters)
-            moved = log_kernel.mul_(eps).add_(top).mul_(T)  # T · cos
-            value = (T.sum(1) - moved.sum(1)).sum()
-            gradients = alignment_grads(T, moved, p, q, per_x, per_y, ctx.needs_input_grad)
+            T_cos = log_kernel.mul_(eps).add_(top).mul_(T)  # T · cos
+            value = (T.sum(1) - T_cos.sum(1)).sum()
+            gradients = alignment_grads(T, T_cos, p, q, per_x, per_y, ctx.needs_input_grad)
             ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g in gradients))
         return value.to(x.dtype)
-
-
-def _check_rows(x, y) -> None:
-    require.shapes(x=(x, "M D"), y=(y, "N D"))
-    check_tokens(("x", x, "", None), ("y", y, "", None))
 
 
 RUNGS = {

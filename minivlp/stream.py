@@ -13,22 +13,21 @@ When G needs no state (sigmoid loss, or rows that fit a tile whole) one accumula
 of 2·M·N·D flops each. When it needs row and column sums first (InfoNCE), a fold comes before: 4 products,
 because S is made twice. When G is sparse (Chamfer) the fold is enough: 1 product.
 
-A step is a plain function `step(S, spare, rows, columns, *state)`:
+A step is a plain function `step(S, scratch, rows, columns, *state)`:
 
     S          the tile (m, n), or (b, m, n) in a batch, contiguous; the step may overwrite it
-    spare      a second tile of the same shape to write into
+    scratch    a second tile of the same shape to write into
     rows       where its rows are: `state[rows]` is their part of a state (M,) or (B, M), `x[rows]` of x
     columns    the same for its columns, in states (N,) or (B, N) and y
     *state     what the caller gave, updated in place
 
-Memory: two tiles and what the caller holds, however large M and N are.
+Memory: two tiles beside what the caller holds, however large M and N are.
 
 Sources: Milakov and Gimelshein 2018 (the running normaliser of a softmax); Rabe and Staats 2021 and Dao et
 al. 2022 (FlashAttention), who walk over tiles of attention's S; Cheng et al. 2024 (Inf-CL), of InfoNCE's.
 Left out: gradients of gradients, which need a third walk; the plain rungs have them.
 """
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -53,14 +52,14 @@ def fold(
     bias: float | Tensor = 0.0,
     tile: tuple[int, int] | None = None,
 ) -> None:
-    """Call `step(S, spare, rows, columns, *state)` on every tile of S = scale · x yᵀ + bias.
+    """Call `step(S, scratch, rows, columns, *state)` on every tile of S = scale · x yᵀ + bias.
 
     x (M, D) and y (N, D), or x (B, M, D) and y (B, N, D), for which S is (B, M, N). Rows of tiles are walked
-    from first to last, in each the columns from first to last. `bias` is a number, or (N,), one a column;
-    `tile` the largest (rows, columns), None = TILE.
+    from first to last, in each the columns from first to last. `bias` is a number, or (N,), one for each
+    column; `tile` is the largest (rows, columns), None = TILE.
     """
-    for S, spare, rows, columns in _tiles(x, y, scale, bias, tile):
-        step(S, spare, rows, columns, *state)
+    for S, scratch, rows, columns in _tiles(x, y, scale, bias, tile):
+        step(S, scratch, rows, columns, *state)
 
 
 def accumulate(
@@ -76,14 +75,14 @@ def accumulate(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The same walk for a step that turns each S into G in place: returns (dx like x, dy like y, dscale).
 
-    `weight` is a factor of all three that the step may leave out of G. What is not `wanted` is None, and its
-    product not made. Other arguments as in `fold`.
+    `weight` multiplies all three, so that a step may leave a constant factor out of G. A gradient that is not
+    `wanted` is None, and its product is not made. Other arguments as in `fold`.
     """
     needs_x = wanted[0] or (wanted[2] and not wanted[1])  # dscale comes from one of the two
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None  # (…, M, D)
     dy = torch.zeros_like(y, memory_format=torch.contiguous_format) if wanted[1] else None  # (…, N, D)
-    for G, spare, rows, columns in _tiles(x, y, scale, bias, tile):
-        step(G, spare, rows, columns, *state)
+    for G, scratch, rows, columns in _tiles(x, y, scale, bias, tile):
+        step(G, scratch, rows, columns, *state)
         if needs_x:
             _product(dx[rows], G, y[columns], scale * weight, add=True)
         if wanted[1]:
@@ -97,10 +96,10 @@ def accumulate(
 def _tiles(
     x: Tensor, y: Tensor, scale: float, bias: float | Tensor, tile: tuple[int, int] | None
 ) -> Iterator:
-    """Every tile of S, each written over the one before: (S, spare, rows, columns)."""
+    """Every tile of S, each written over the one before: (S, scratch, rows, columns)."""
     M, N, batch, tile = x.shape[-2], y.shape[-2], x.shape[:-2], tile or TILE
     m, n = min(tile[0], M), min(tile[1], N)
-    # Of a batch of small S as many are taken together as fill a tile.
+    # Small S of a batch are made together, as many as fill a tile.
     many = min(max(1, tile[0] * tile[1] // max(1, m * n)), *batch) if batch else 1
     memory = x.new_empty(2, many * m * n)
     for place in _slices(batch[0], many) if batch else [()]:
@@ -109,13 +108,13 @@ def _tiles(
                 rows, columns = (*place, *row), (*place, *column)
                 left, right = x[rows], y[columns].mT
                 shape = (*left.shape[:-1], right.shape[-1])  # the last of a row or column may be smaller
-                S, spare = memory[:, : left[..., 0].numel() * right.shape[-1]].unflatten(1, shape)
+                S, scratch = memory[:, : left[..., 0].numel() * right.shape[-1]].unflatten(1, shape)
                 _product(S, left, right, scale)
                 if isinstance(bias, Tensor):
                     S.add_(bias[column])
                 elif bias:
                     S.add_(bias)
-                yield S, spare, rows, columns
+                yield S, scratch, rows, columns
 
 
 def _slices(length: int, step: int) -> list[Index]:
@@ -141,10 +140,11 @@ def row_dots(x: Tensor, y: Tensor) -> Tensor:
         return torch.linalg.vecdot(x, y)
 
 
-class Ready(torch.autograd.Function):
-    """A scalar loss whose `forward` makes the gradients too and saves them, in the order of its inputs.
+class GradientsFromForward(torch.autograd.Function):
+    """A scalar loss whose `forward` makes the gradients beside the value and saves them.
 
-    Inputs behind the last saved one have no gradient; None may stand for one that nobody needs.
+    Saved gradients match the first inputs, in their order; later inputs get None. A gradient that is not
+    needed may be saved as None.
     """
 
     @classmethod
@@ -155,34 +155,43 @@ class Ready(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        refuse_twice()
-        # In loss.backward() upstream is 1: then what is saved is handed out as it is. On a GPU the question
-        # alone would cost more than the copy.
-        as_it_is = upstream.is_cpu and upstream == 1
-        gradients = [*ctx.saved_tensors, *[None] * len(ctx.needs_input_grad)]
+        refuse_create_graph()
+        # In loss.backward() the upstream gradient is 1, and the saved gradients need no multiplication. A GPU
+        # is not asked whether it is 1: waiting for the answer would cost more than multiplying.
+        is_one = upstream.is_cpu and upstream == 1
+        saved = [*ctx.saved_tensors, *[None] * len(ctx.needs_input_grad)]
         return tuple(
-            (g if as_it_is else upstream * g) if needed and g is not None else None
-            for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+            (gradient if is_one else upstream * gradient) if needed and gradient is not None else None
+            for gradient, needed in zip(saved, ctx.needs_input_grad, strict=False)
         )
 
 
-def refuse_twice() -> None:
-    """For the backward pass of a fused rung, whose gradients are numbers without a graph of their own."""
+def refuse_create_graph() -> None:
+    """For the backward pass of a fused rung, whose gradients are numbers without a graph of their own.
+
+    Raises RuntimeError under `create_graph=True`.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError("a fused rung can be differentiated once: for create_graph use the plain one")
 
 
-def run(tiles: type[torch.autograd.Function], kernel: str, *inputs) -> Tensor:
-    """The loss of a fused rung on the path that `path` names: `tiles`, or a function of the kernels.
+def dispatch(
+    tiles: type[torch.autograd.Function],
+    *inputs,
+    kernel: Callable[[], Callable],
+    unfit: Callable[..., str] | None = None,
+) -> Tensor:
+    """The loss of a fused rung, by `tiles` (PyTorch) or by a kernel (Triton), as `choose_backend` decides.
 
-    A kernel is written "module.function" and returns (value, gradients) for `(*inputs, wanted=…)`.
+    `kernel()` imports and returns a function of `(*inputs, wanted=…)` that returns (value, gradients); it is
+    called only when the kernel is chosen, because Triton may be absent. `unfit` is as in `choose_backend`.
     """
-    if path(*inputs, kernel=kernel)[0] == "kernels":
-        return _OnKernels.apply(load(kernel), *inputs)
+    if choose_backend(*inputs, unfit=unfit)[0] == "kernels":
+        return _OnKernels.apply(kernel(), *inputs)
     return tiles.apply(*inputs)
 
 
-class _OnKernels(Ready):
+class _OnKernels(GradientsFromForward):
     """A kernel makes the value and the gradients: a scalar, or (B,) with an upstream gradient for each."""
 
     @staticmethod
@@ -199,26 +208,21 @@ class _OnKernels(Ready):
 
     @staticmethod
     def backward(ctx, upstream):
-        refuse_twice()
-        found = [
+        refuse_create_graph()
+        gradients = [
             None if g is None else upstream.reshape((*upstream.shape, *[1] * (g.ndim - upstream.ndim))) * g
             for g in ctx.saved_tensors
         ]
-        return None, *found, *[None] * (len(ctx.needs_input_grad) - 1 - len(found))
+        return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 1 - len(gradients))
 
 
-def load(kernel: str) -> Callable:
-    """The function "kernels.module.function", which are imported here and nowhere else."""
-    module, _, function = kernel.rpartition(".")
-    return getattr(importlib.import_module(f"minivlp.{module}"), function)
+def choose_backend(x: Tensor, *others, unfit: Callable[..., str] | None = None) -> tuple[str, str]:
+    """Which code a fused rung runs for x, and why: ("tiles", …) is PyTorch, ("kernels", …) is Triton.
 
-
-def path(x: Tensor, *others, kernel: str = "") -> tuple[str, str]:
-    """Which path a fused rung takes for x, and why: ("tiles", …) is PyTorch, ("kernels", …) is Triton.
-
-    It is the rule of InfoNCE, the sigmoid loss, Chamfer and word-patch alignment; other rungs have no kernel.
-    Word-patch alignment has a largest size, known from `(*inputs, kernel="kernels.wpa.wpa")`. With
-    TRITON_INTERPRET=1 in the environment kernels run on the CPU too, slowly, to be tested.
+    The rule of InfoNCE, the sigmoid loss, Chamfer and word-patch alignment; other rungs have no kernel.
+    `unfit(x, *others)` says why a kernel cannot take these inputs, "" when it can; it is asked last, so that
+    it may import Triton. With TRITON_INTERPRET=1 in the environment kernels run on the CPU too, slowly, to be
+    tested.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not x.is_cuda and not interpreted:
@@ -229,6 +233,6 @@ def path(x: Tensor, *others, kernel: str = "") -> tuple[str, str]:
         return "tiles", "x is empty"
     if importlib.util.find_spec("triton") is None:
         return "tiles", "Triton is not installed"
-    if kernel == "kernels.wpa.wpa" and (why := load("kernels.wpa.unfit")(x, *others)):
-        return "tiles", why
+    if unfit and (reason := unfit(x, *others)):
+        return "tiles", reason
     return "kernels", "Triton interprets them" if interpreted else f"x is {x.dtype} on {x.device.type}"

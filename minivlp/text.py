@@ -1,9 +1,9 @@
 """WordPiece: cut a caption into words, and words into the longest pieces of a fixed vocabulary; ViLT's input.
 
-A vision-language model reads ids, not letters. With whole words as ids every new word would be unknown, with
-letters captions would be long; word pieces lie between. From text to ids there are three steps:
+A vision-language model reads ids, not letters. If every word had an id, a new word would be unknown; if every
+letter had one, captions would be long; word pieces lie between. From text to ids there are three steps:
 
-    clean and split   drop control characters; set punctuation and CJK apart; lowercase and strip accents
+    clean and split   drop control characters; put spaces around punctuation and CJK; lowercase; strip accents
     cut               from the left, each time the longest piece in the vocabulary; a piece that continues a
                       word is written ##piece; a word that cannot be cut is one [UNK]
     look up           piece → id, the line of the piece in vocab.txt
@@ -12,13 +12,15 @@ Training starts from single characters and merges, again and again, the neighbou
 
     score(a, b) = freq(ab) / (freq(a) · freq(b)),
 
-the pair that meets most often for how common its parts are: to first order, of all merges it raises the
-likelihood of a unigram model of the pieces the most for each occurrence. There is no gradient. Encoding then
-cuts by longest match and does not replay the merges; byte-pair encoding does, and merges by freq(ab) alone.
+the pair that occurs most often for how common its parts are. To first order this merge raises the likelihood
+of a unigram model of the pieces more for each occurrence than any other merge. There is no gradient. Encoding
+then cuts by longest match and does not replay the merges; byte-pair encoding replays its merges, and chooses
+them by freq(ab) alone.
 
-Rungs (one each, plain Python):
-    wordpiece       the greedy cut of one word, O(length²) look-ups; `WordPiece` remembers what it has cut
-    learn_vocab     the training loop on a heap; a merge revisits only the words and pairs that it touches
+Rungs (plain Python):
+    wordpiece           the greedy cut of one word, O(length²) look-ups; `WordPiece` remembers what it has cut
+    learn_vocab_slow    the training loop as one explains it: all pairs are counted anew before every merge
+    learn_vocab         the same merges from a heap; a merge revisits only the words and pairs that it touches
 
 Sources: Schuster and Nakajima 2012 (WordPiece); Wu et al. 2016, section 4.1; Devlin et al. 2019 (BERT: basic
 tokenisation, ##, the special tokens); Kim, Son and Kim 2021 (ViLT) reads bert-base-uncased.
@@ -43,69 +45,6 @@ from minivlp.core import require
 from minivlp.core.files import whole_file
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
-REMEMBERED = 1 << 16  # chunks of text whose ids are kept
-
-# The ideographs that BERT sets apart as words of their own; not kana, not hangul.
-_CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F))
-_CJK += ((0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-
-# Python's Unicode tables grow with every release; ids must not. The published ids follow the categories of
-# Unicode 8, so marks, punctuation and format characters added since are ordinary characters, in every Python.
-_YOUNG = """
-5C8-5C9 61D 7FD 890-8E2 9FD-9FE A76 AFA-AFF B53-B55 C04-C3C C77 C84 D00 D3B-D3C D81 EBA ECE 180F-1886
-1ABF-1AF0 1B4E-1B4F 1B7D-1B7F 1DF6-1DFB 2E43-2E63 A82C A8C5 A8FF A9BD 10D24-10F89 11070-11074 110C2-110CD
-111CF 1123E-11241 1133B 113BB-1145E 11660-1166C 116B9 1182F-11FFF 12FF1-1612F 16D6D-16F4F 16FE2-16FE4
-1CF00-1D128 1D25B-1D25C 1E000-1E6F5 1E944-1E95F
-"""
-_YOUNG = [(int(r.split("-")[0], 16), int(r.split("-")[-1], 16)) for r in _YOUNG.split()]
-_MOVED = {0x166D: "Po", 0x1734: "Mn", 0x111C9: "Po", 0x1171E: "Mn"}  # put in another category since
-
-
-def _category(char: str) -> str:
-    code = ord(char)
-    young = any(first <= code <= last for first, last in _YOUNG)
-    return "Lo" if young else _MOVED.get(code) or unicodedata.category(char)
-
-
-@cache
-def _clean(char: str) -> str:
-    """Drop control, format and private characters; any white space is a space; ideographs get spaces."""
-    if char in "\t\n\r\u2028\u2029" or _category(char) == "Zs":
-        return " "
-    if char == "\ufffd" or _category(char) in ("Cc", "Cf", "Co", "Cs"):
-        return ""
-    return f" {char} " if any(first <= ord(char) <= last for first, last in _CJK) else char
-
-
-@cache
-def _apart(char: str) -> str:
-    """Spaces around punctuation, in which BERT counts every ASCII symbol ("$", "+", "~" …)."""
-    ascii_symbol = char.isascii() and char.isprintable() and not char.isalnum() and char != " "
-    return f" {char} " if ascii_symbol or _category(char).startswith("P") else char
-
-
-@cache
-def _fold(char: str) -> str:
-    """Lowercase without the accent. One character at a time: str.lower() would turn a final Σ into ς."""
-    return "" if _category(char) == "Mn" else "".join(map(_apart, char.lower()))
-
-
-def split_words(text: str, lowercase: bool = True) -> list[str]:
-    """BERT's basic tokenisation: text → words; each punctuation mark and each ideograph is a word.
-
-    With `lowercase`, accents go too: canonical decomposition makes them marks of category Mn, which are cut.
-    A special token written in the text ("a [MASK] on a mat") stays whole.
-    """
-    words = []
-    for part in _SPECIAL.split(text):
-        if part in SPECIALS:
-            words.append(part)
-            continue
-        part = "".join(map(_clean, part))
-        part = map(_fold, unicodedata.normalize("NFD", part)) if lowercase else map(_apart, part)
-        words.extend("".join(part).split())
-    return words
 
 
 def wordpiece(word: str, vocab: Mapping[str, int], unknown: str = "[UNK]", longest: int = 100) -> list[str]:
@@ -127,6 +66,58 @@ def wordpiece(word: str, vocab: Mapping[str, int], unknown: str = "[UNK]", longe
     return pieces
 
 
+def learn_vocab_slow(
+    counts: Mapping[str, int], vocab_size: int, min_count: int = 2, alphabet: int = 1000
+) -> list[str]:
+    """`learn_vocab`, counting everything anew before every merge; arguments, result and errors as there."""
+    words = {word: _characters(word) for word in counts}  # each word's pieces so far
+    learned = dict.fromkeys(_first_tokens(counts, vocab_size, alphabet))
+    while len(learned) < vocab_size:
+        piece_count, pair_count = Counter(), Counter()
+        for word, pieces in words.items():
+            for piece in pieces:
+                piece_count[piece] += counts[word]
+            for pair in pairwise(pieces):
+                pair_count[pair] += counts[word]
+        # The largest score first, then the more frequent pair, then the alphabet: the least of these tuples.
+        ranks = [
+            (-n / (piece_count[a] * piece_count[b]), -n, a, b)
+            for (a, b), n in pair_count.items()
+            if n >= min_count
+        ]
+        if not ranks:
+            break
+        *_, a, b = min(ranks)
+        merged = a + b.removeprefix("##")
+        learned[merged] = None
+        for pieces in words.values():
+            i = 0
+            while i < len(pieces) - 1:
+                if (pieces[i], pieces[i + 1]) == (a, b):
+                    pieces[i : i + 2] = [merged]
+                i += 1
+    return list(learned)
+
+
+def _characters(word: str) -> list[str]:
+    """The pieces that training starts from: "dog" → d ##o ##g."""
+    return [word[0], *("##" + char for char in word[1:])]
+
+
+def _first_tokens(counts: Mapping[str, int], vocab_size: int, alphabet: int) -> list[str]:
+    """The special tokens and the `alphabet` most frequent single characters, sorted."""
+    occurrences = Counter()
+    for word, n in counts.items():
+        for piece in _characters(word):
+            occurrences[piece] += n
+    singles = sorted(occurrences, key=lambda piece: (-occurrences[piece], piece))[:alphabet]
+    tokens = [*SPECIALS, *sorted(singles)]
+    if len(tokens) > vocab_size:
+        rule = f"must be at least {len(tokens)}, the special tokens and single characters"
+        require.fail("vocab_size", rule, vocab_size)
+    return tokens
+
+
 def learn_vocab(
     counts: Mapping[str, int], vocab_size: int, min_count: int = 2, alphabet: int = 1000
 ) -> list[str]:
@@ -139,7 +130,10 @@ def learn_vocab(
     integers is correctly rounded, so equal fractions are equal floats and every machine learns the same.
     Raises ValueError when `vocab_size` leaves no room for the single characters.
     """
-    words = [([word[0], *("##" + char for char in word[1:])], n) for word, n in sorted(counts.items())]
+    # A merge changes the counts of few pairs. So all counts are kept up to date, and each pair whose score
+    # may have changed is pushed on the heap again; an entry whose rank is out of date is skipped.
+    words = [(_characters(word), n) for word, n in sorted(counts.items())]
+    learned = dict.fromkeys(_first_tokens(counts, vocab_size, alphabet))
     piece_count, pair_count = Counter(), Counter()
     places = defaultdict(set)  # pair → indices of words that hold it, or held it
     pairs_of = defaultdict(set)  # piece → pairs that it is in, or was in
@@ -160,17 +154,12 @@ def learn_vocab(
 
     for index in range(len(words)):
         count(index, +1)
-    singles = sorted(piece_count, key=lambda piece: (-piece_count[piece], piece))[:alphabet]
-    learned = dict.fromkeys([*SPECIALS, *sorted(singles)])
-    if len(learned) > vocab_size:
-        rule = f"must be at least {len(learned)}, the special tokens and single characters"
-        require.fail("vocab_size", rule, vocab_size)
-    heap = sorted(rank(pair) for pair, n in pair_count.items() if n >= min_count)  # sorted is a heap
+    heap = sorted(rank(pair) for pair, n in pair_count.items() if n >= min_count)  # a sorted list is a heap
     while heap and len(learned) < vocab_size:
         best = heapq.heappop(heap)
         a, b = pair = best[2]
         if pair_count[pair] < min_count or best != rank(pair):
-            continue  # an old entry: the counts have changed since it was pushed
+            continue  # the counts have changed since this entry was pushed
         merged = a + b.removeprefix("##")
         learned[merged] = None
         for index in places.pop(pair):
@@ -189,10 +178,13 @@ def _merge(pieces: list[str], pair: tuple[str, str], merged: str) -> list[str]:
     """Replace every occurrence of `pair` in `pieces`, from the left."""
     out, i = [], 0
     while i < len(pieces):
-        found = tuple(pieces[i : i + 2]) == pair
-        out.append(merged if found else pieces[i])
-        i += 2 if found else 1
+        here = tuple(pieces[i : i + 2]) == pair
+        out.append(merged if here else pieces[i])
+        i += 2 if here else 1
     return out
+
+
+REMEMBERED = 1 << 16  # chunks of text whose ids a tokenizer keeps
 
 
 class WordPiece:
@@ -320,4 +312,75 @@ class WordPiece:
         return len(self.tokens)
 
 
-RUNGS = {"wordpiece": {"plain": wordpiece}, "learn_vocab": {"plain": learn_vocab}}
+# Text to words: BERT's rules, character by character, and the Unicode tables they need.
+
+_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
+
+
+def split_words(text: str, lowercase: bool = True) -> list[str]:
+    """BERT's basic tokenisation: text → words; each punctuation mark and each ideograph is a word.
+
+    With `lowercase`, accents go too: canonical decomposition makes them marks of category Mn, which are cut.
+    A special token written in the text ("a [MASK] on a mat") stays whole.
+    """
+    words = []
+    for part in _SPECIAL.split(text):
+        if part in SPECIALS:
+            words.append(part)
+            continue
+        part = "".join(map(_clean, part))
+        part = map(_fold, unicodedata.normalize("NFD", part)) if lowercase else map(_space_around, part)
+        words.extend("".join(part).split())
+    return words
+
+
+def _category(char: str) -> str:
+    """The general category in Unicode 8; of characters that are younger, that of a letter."""
+    code = ord(char)
+    if any(first <= code <= last for first, last in _AFTER_UNICODE_8):
+        return "Lo"
+    return _CATEGORY_OF_UNICODE_8.get(code) or unicodedata.category(char)
+
+
+@cache
+def _clean(char: str) -> str:
+    """Drop control, format and private characters; any white space is a space; ideographs get spaces."""
+    if char in "\t\n\r\u2028\u2029" or _category(char) == "Zs":
+        return " "
+    if char == "\ufffd" or _category(char) in ("Cc", "Cf", "Co", "Cs"):
+        return ""
+    return f" {char} " if any(first <= ord(char) <= last for first, last in _CJK) else char
+
+
+@cache
+def _space_around(char: str) -> str:
+    """Spaces around punctuation, in which BERT counts every ASCII symbol ("$", "+", "~" …)."""
+    ascii_symbol = char.isascii() and char.isprintable() and not char.isalnum() and char != " "
+    return f" {char} " if ascii_symbol or _category(char).startswith("P") else char
+
+
+@cache
+def _fold(char: str) -> str:
+    """Lowercase without the accent. One character at a time: str.lower() would turn a final Σ into ς."""
+    return "" if _category(char) == "Mn" else "".join(map(_space_around, char.lower()))
+
+
+# The ideographs that BERT sets apart as words of their own; not kana, not hangul.
+_CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F))
+_CJK += ((0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+
+# Python's Unicode tables grow with every release; ids must not. The published ids follow the categories of
+# Unicode 8, so marks, punctuation and format characters added since are ordinary characters, in every Python.
+_YOUNGER = """
+5C8-5C9 61D 7FD 890-8E2 9FD-9FE A76 AFA-AFF B53-B55 C04-C3C C77 C84 D00 D3B-D3C D81 EBA ECE 180F-1886
+1ABF-1AF0 1B4E-1B4F 1B7D-1B7F 1DF6-1DFB 2E43-2E63 A82C A8C5 A8FF A9BD 10D24-10F89 11070-11074 110C2-110CD
+111CF 1123E-11241 1133B 113BB-1145E 11660-1166C 116B9 1182F-11FFF 12FF1-1612F 16D6D-16F4F 16FE2-16FE4
+1CF00-1D128 1D25B-1D25C 1E000-1E6F5 1E944-1E95F
+"""
+_AFTER_UNICODE_8 = [(int(r.split("-")[0], 16), int(r.split("-")[-1], 16)) for r in _YOUNGER.split()]
+_CATEGORY_OF_UNICODE_8 = {0x166D: "Po", 0x1734: "Mn", 0x111C9: "Po", 0x1171E: "Mn"}  # it has changed since
+
+RUNGS = {
+    "wordpiece": {"plain": wordpiece},
+    "learn_vocab": {"slow": learn_vocab_slow, "plain": learn_vocab},
+}

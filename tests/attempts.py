@@ -24,7 +24,7 @@ import torch
 from hypothesis.errors import Flaky
 
 from minivlp import stream
-from minivlp.core import transport as scaling
+from minivlp.core import transport
 from tests.course import Exercise, Todo, shown
 from tests.laws import BUGS, LAWS, Bug, Law, Subject, load_bugs
 
@@ -164,7 +164,7 @@ def small_tiles() -> Iterator[None]:
     """Tiles smaller than the laws' arrays, so that a fused rung has to cross from one to the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "TILE", (2, 3))
-        patch.setattr(scaling, "BLOCK", 4)
+        patch.setattr(transport, "BLOCK", 4)
         yield
 
 
@@ -253,7 +253,7 @@ def load(one: Exercise) -> Callable:
 
 
 def _example(one: Exercise, call: Call | None) -> str:
-    """The question in one line: infonce(x=[[0.126]], y=[[-0.132]], scale=0.3)."""
+    """The question in one line: infonce(images=[[0.126]], texts=[[-0.132]], scale=0.3)."""
     if call is None:
         return f"{one.name} was not called"
     names = list(inspect.signature(solution(one)).parameters)

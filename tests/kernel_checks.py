@@ -14,9 +14,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: see tests/requirements-peers.txt")
 
 from minivlp import chamfer, infonce, ipot, sigmoid, stream
-from minivlp.kernels import losses as kernels_losses
-from minivlp.kernels import walks as kernels
-from minivlp.kernels import wpa as kernels_wpa
+from minivlp.kernels import losses, walks, wpa
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -62,7 +60,7 @@ def near(got, wanted, dtype: torch.dtype, floor: float = 1e-6, slack: float = 1.
 @every_size
 def test_infonce(B, D, scale, dtype):
     x, y = rows(2, B, D, dtype=dtype, unit=True)
-    near(kernels_losses.infonce(x, y, scale), infonce.infonce_np(*exact(x, y), scale), dtype)
+    near(losses.infonce(x, y, scale), infonce.infonce_np(*exact(x, y), scale), dtype)
 
 
 @every_dtype
@@ -70,17 +68,17 @@ def test_infonce(B, D, scale, dtype):
 def test_sigmoid(B, D, scale, dtype):
     x, y = rows(2, B, D, dtype=dtype, unit=True)
     wanted = sigmoid.sigmoid_loss_np(*exact(x, y), scale, -3.0)
-    near(kernels_losses.sigmoid_loss(x, y, scale, -3.0), wanted, dtype)
+    near(losses.sigmoid_loss(x, y, scale, -3.0), wanted, dtype)
 
 
 def test_the_sigmoid_loss_keeps_the_digits_of_easy_negatives():
     """A bias of −20 makes the softplus of a negative 2e-9, which 1 + e^s would round away."""
     x, y = rows(2, 5, 16, dtype=torch.float32, unit=True)
-    loss, gradients = kernels_losses.sigmoid_loss(x, -x, 1.0, -20.0)
+    loss, gradients = losses.sigmoid_loss(x, -x, 1.0, -20.0)
     wanted, by_hand = sigmoid.sigmoid_loss_np(*exact(x, -x), 1.0, -20.0)
     near((loss, gradients), (wanted, by_hand), torch.float32, floor=0)
-    only_negatives = kernels.accumulate(
-        kernels.sigmoid, kernels.side(x), kernels.side(y, 1.0, -20.0, torch.full((5,), 7))
+    only_negatives = walks.accumulate(
+        walks.sigmoid, walks.side(x), walks.side(y, 1.0, -20.0, torch.full((5,), 7))
     )
     softplus = np.logaddexp(0, np.subtract(*exact(x @ y.T, torch.tensor(20.0)))).sum(1)
     near((only_negatives[1][1, 0], ()), (softplus, ()), torch.float32, floor=0)
@@ -97,13 +95,13 @@ def test_word_patch_alignment(L, N, D, dtype):
     masks = word_mask.to(DEVICE), patch_mask.to(DEVICE)
     wanted = ipot.wpa_np(*exact(words, patches, *masks), iters=5)
     # The gradient's plan is exp(t/β · cos + …), so that an error of a cosine counts t/β times.
-    near(kernels_wpa.wpa(words, patches, *masks, iters=5), wanted, dtype, slack=5 / 0.5)
+    near(wpa.wpa(words, patches, *masks, iters=5), wanted, dtype, slack=5 / 0.5)
 
 
 def test_alignment_keeps_to_what_the_chip_can_hold():
     """Otherwise the tiles take the pairs, and say why."""
     few, many, patches = (torch.zeros(1, n, 4, device=DEVICE) for n in (40, 65, 240))
-    ask = functools.partial(stream.path, kernel="kernels.wpa.wpa")
+    ask = functools.partial(stream.choose_backend, unfit=wpa.unfit)
     assert ask(few, patches)[0] == "kernels"
     assert ask(many, patches) == (
         "tiles",
@@ -118,7 +116,7 @@ def test_best_partners(dtype):
     y[:, 30] = y[:, 3] = x[:, 0]  # the best partner of row 0 stands in two tiles: the first wins
     veto = torch.zeros(2, 35, device=DEVICE)
     veto[0, 17:] = -torch.inf
-    best, partner, y_best, y_partner = kernels_losses.best_partners(x, y, 0.0, veto)
+    best, partner, y_best, y_partner = losses.best_partners(x, y, 0.0, veto)
     unit = [t / np.linalg.norm(t, axis=-1, keepdims=True) for t in exact(x, y)]
     S = unit[0] @ unit[1].swapaxes(1, 2)
     seen = S + exact(veto)[0][:, None]
@@ -136,21 +134,21 @@ def test_a_plan_of_potentials_and_two_runs_alike():
         rows(2, 35, dtype=torch.float32),
     )
     v[:, 4] = -torch.inf
-    dx, sums = kernels.accumulate(kernels.plan, kernels.side(x, r, u), kernels.side(y, 0.5, v))
+    dx, sums = walks.accumulate(walks.plan, walks.side(x, r, u), walks.side(y, 0.5, v))
     X, Y, R, U, V = exact(x, y, r, u, v)
     G = np.exp(0.5 * R[..., None] * (X @ Y.swapaxes(1, 2)) + U[..., None] + V[:, None])
     wanted = 0.5 * R[..., None] * (G @ Y)
     near((dx[..., :20], [sums[0]]), (wanted, [G.sum(2)]), torch.float32)
-    again = kernels.accumulate(kernels.plan, kernels.side(x, r, u), kernels.side(y, 0.5, v))
+    again = walks.accumulate(walks.plan, walks.side(x, r, u), walks.side(y, 0.5, v))
     assert torch.equal(dx, again[0]) and torch.equal(sums, again[1])
 
 
 def test_a_frozen_side_is_not_computed():
     x, y = rows(2, 5, 16, dtype=torch.float32)
-    (dx, dy, dscale) = kernels_losses.infonce(x, y, 2.0, (False, True, False))[1]
+    (dx, dy, dscale) = losses.infonce(x, y, 2.0, (False, True, False))[1]
     assert dx is None and dscale is None and dy is not None
-    assert kernels_losses.sigmoid_loss(x, y, 2.0, 0.0, (True, False, True, True))[1][1] is None
-    assert kernels_wpa.wpa(x[None], y[None], iters=2, wanted=(False, False))[1] == [None, None]
+    assert losses.sigmoid_loss(x, y, 2.0, 0.0, (True, False, True, True))[1][1] is None
+    assert wpa.wpa(x[None], y[None], iters=2, wanted=(False, False))[1] == [None, None]
 
 
 FUSED = {
@@ -170,8 +168,8 @@ def test_fused_rungs_take_the_kernels(name, monkeypatch):
     fused, by_hand, shapes, scalars = FUSED[name]
     slack = 50 / 0.5 if name == "wpa" else 1.0  # as above, t/β
     arrays = [rows(*shape, dtype=torch.float32, unit=True).roll(k, -2) for k, shape in enumerate(shapes)]
-    assert stream.path(arrays[0])[0] == "kernels"
-    assert stream.path(arrays[0].double())[0] == "tiles"
+    assert stream.choose_backend(arrays[0])[0] == "kernels"
+    assert stream.choose_backend(arrays[0].double())[0] == "tiles"
     monkeypatch.setattr(stream, "fold", None)  # the tiles of stream.py are not touched
     monkeypatch.setattr(stream, "accumulate", None)
     inputs = [t.clone().requires_grad_() for t in [*arrays, *scalars]]

@@ -19,17 +19,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minivlp.kernels import walks as kernels
-from minivlp.kernels import wpa as kernels_wpa
+from minivlp.kernels import walks, wpa
 
 # KB of shared memory that one program may take: CUDA C++ programming guide, table of compute capabilities.
 KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 LIMITS = {chip: 1024 * size for chip, size in KB.items()}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEPS = {
-    kernels.fold_kernel: (kernels.logsumexp, kernels.best),
-    kernels.accumulate_kernel: (kernels.infonce, kernels.plan, kernels.sigmoid),
-    kernels_wpa.wpa_kernel: (None,),
+    walks.fold_kernel: (walks.logsumexp, walks.best),
+    walks.accumulate_kernel: (walks.infonce, walks.plan, walks.sigmoid),
+    wpa.wpa_kernel: (None,),
 }
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -53,10 +52,8 @@ def name(kernel: Any, step: Any) -> str:
 
 def compiled(kernel: Any, step: Any, dtype: torch.dtype, chip: int) -> Used:
     """Compile as the launch in `kernels` would: its tile, pointers and D multiples of 16, M and N any."""
-    if kernel is kernels_wpa.wpa_kernel:  # the largest pair that it takes
-        t = kernels_wpa.wpa_tile(dtype, chip, 64, 256)
-    else:
-        t = kernels.tile_for(dtype, chip)
+    largest_pair = 64, 256
+    t = wpa.wpa_tile(dtype, chip, *largest_pair) if kernel is wpa.wpa_kernel else walks.tile_for(dtype, chip)
     constants = {"step": step, "DOT": t.dot, "BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_D": t.d, "BLOCK_E": t.e}
     kinds = {"M": "i32", "N": "i32", "D": "i32", "iters": "i32", "beta": "fp32"}
     kinds |= {"row_ids": "*i32", "column_ids": "*i32"}

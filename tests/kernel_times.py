@@ -70,7 +70,7 @@ def lines(cases: list[traffic.Case], device: str) -> Iterator[str]:
             )
             x, y = x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
             times = {rung: milliseconds(f, x, y) for rung, f in losses(case).items()}
-            path = "tiles" if case.name == "masked words" else stream.path(x)[0]
+            path = "tiles" if case.name == "masked words" else stream.choose_backend(x)[0]
             bits = 8 * x.element_size()
             yield f"{case.name:14}{bits:4}{times['torch']:15.2f}{times['fused']:13.2f}   {path}"
 

@@ -13,6 +13,11 @@ A law is a hypothesis property that takes the function under test as its first a
 gradients over the float arguments in order. Positional floats are differentiated (learnable scalars too);
 keywords are settings and masks. So one law holds the NumPy rung and the torch rungs, and the learner's
 attempts at them (tests/attempts.py).
+
+How to read one test: `test_infonce.py::test_laws[infonce-fused-images_and_texts_exchange]` holds the function
+RUNGS["infonce"]["fused"] of minivlp/infonce.py to the law of that name in tests/test_infonce.py. hypothesis
+draws cases and calls the law with each; the test fails at the smallest case for which the law raises.
+tests/bugs/infonce.py has the wrong functions that each law must refuse.
 """
 
 import importlib
@@ -72,13 +77,16 @@ def bug(family: str, caught_by: str, story: str, rung: str = "torch") -> Callabl
 
 
 class Subject:
-    """One rung, made to speak NumPy (see the module docstring). `rung` is np, torch, fused or plain."""
+    """One rung, made to speak NumPy (see the module docstring).
+
+    `rung` is np, torch or fused, or plain or slow for functions without gradients.
+    """
 
     def __init__(self, function: Callable, rung: str):
         self.function, self.rung = function, rung
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
-        if self.rung == "plain":
+        if self.rung in ("plain", "slow"):
             return self.function(*args, **settings)
         if self.rung == "np":
             out = self.function(*args, **settings)

@@ -125,7 +125,7 @@ class _Change(ast.NodeTransformer):
 
     def visit_stmt(self, node: ast.stmt) -> ast.stmt:
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-        if isinstance(node, ast.Raise | ast.Assert) or any("refuse" in n or "check" in n for n in names):
+        if isinstance(node, ast.Raise | ast.Assert) or any("require" in n or "check" in n for n in names):
             return node
         return self.generic_visit(node)
 

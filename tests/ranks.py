@@ -53,9 +53,9 @@ def equal_one_process(results: list[dict], loss, scalars: tuple[float, ...]) -> 
 def refuse_together(results: list[dict]) -> None:
     """A NaN on the last rank and a shard of another length are refused by all ranks, in the same words."""
     for result in results:
-        assert f"rank {len(results) - 1}: x must not contain NaN" in result["spoilt"]
+        assert f"rank {len(results) - 1}: images must not contain NaN" in result["spoilt"]
         if len(results) > 1:
-            assert "x must have the same shape on every rank" in result["uneven"]
+            assert "images must have the same shape on every rank" in result["uneven"]
 
 
 def _batch(ranks: int) -> list[torch.Tensor]:

@@ -139,3 +139,23 @@ def test_scores_of_ten_thousand_in_single_precision(f):
     assert torch.equal(out[0, 0, 0], v[0, 0, 0])
     out.sum().backward()
     assert torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 5), (5, 3)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [None, (2, 1, 1), (2, 3, 1), (2, 3, 5)])
+def test_the_core_of_the_models_is_attention(lengths, causal, shape):
+    """`attend` has other kernels and no checks: equal values, and equal gradients, whatever is masked."""
+    generator = torch.Generator().manual_seed(0)
+    Lq, Lk = lengths
+    inputs = [torch.randn(2, 3, n, 4, generator=generator, requires_grad=True) for n in (Lq, Lk, Lk)]
+    mask = None
+    if shape:
+        mask = torch.rand(*shape[:2], min(shape[2], Lq), Lk, generator=generator) < 0.5
+        mask[..., 0] = True
+    upstream, found = torch.randn(2, 3, Lq, 4, generator=generator), []
+    for f in (attention.attention, attention.attend):
+        out = f(*inputs, mask, causal)
+        found.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)

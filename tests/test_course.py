@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minivlp import infonce
-from minivlp.__main__ import MODELS
+from minivlp.recipes import MODELS
 from tests import check, course, stubs
 from tests.attempts import broken, fault_at_import, load
 from tests.course import ROOT, exercises, find, functions, table, untouched
@@ -21,25 +21,25 @@ from tests.notebook import hold
 ALL = pytest.mark.parametrize("one", exercises(), ids=lambda one: one.name)
 
 ONE_DIRECTION = """
-B, S = len(x), scale * x @ y.T
+B, S = len(images), scale * images @ texts.T
 log_P = S - S.max(1, keepdims=True)
 log_P -= np.log(np.exp(log_P).sum(1, keepdims=True))
 G = (np.exp(log_P) - np.eye(B)) / B
-return -log_P.diagonal().mean(), (scale * G @ y, scale * G.T @ x, (G * (x @ y.T)).sum())
+return -log_P.diagonal().mean(), (scale * G @ texts, scale * G.T @ images, (G * (images @ texts.T)).sum())
 """
 RIGHT = """
-S = scale * x @ y.T
+S = scale * images @ texts.T
 return (S.logsumexp(1) + S.logsumexp(0) - 2 * S.diagonal()).mean() / 2
 """
 NO_UPSTREAM = """
 class Ours(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, scale):
+    def forward(ctx, images, texts, scale):
         with torch.enable_grad():
-            x, y, scale = (t.detach().requires_grad_() for t in (x, y, scale))
-            S = scale * x @ y.T
+            images, texts, scale = (t.detach().requires_grad_() for t in (images, texts, scale))
+            S = scale * images @ texts.T
             loss = (S.logsumexp(1) + S.logsumexp(0) - 2 * S.diagonal()).mean() / 2
-        ctx.save_for_backward(*torch.autograd.grad(loss, (x, y, scale)))
+        ctx.save_for_backward(*torch.autograd.grad(loss, (images, texts, scale)))
         return loss.detach()
 
     @staticmethod
@@ -47,7 +47,7 @@ class Ours(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-return Ours.apply(x, y, scale)
+return Ours.apply(images, texts, scale)
 """
 
 
@@ -128,7 +128,7 @@ def test_what_is_not_written_is_skipped_with_its_path_or_fails_when_strict(desk)
         attempt_obeys(one)
     with pytest.raises(pytest.fail.Exception, match="to do: "):
         attempt_obeys(one, strict=True)
-    write("infonce", "if len(x) > 2:\n    raise Todo" + RIGHT)
+    write("infonce", "if len(images) > 2:\n    raise Todo" + RIGHT)
     with pytest.raises(pytest.skip.Exception, match="not finished"):
         attempt_obeys(one)
 
@@ -138,14 +138,18 @@ def test_what_is_not_written_is_skipped_with_its_path_or_fails_when_strict(desk)
     [
         ("infonce", "x + y", "your function returned None: is the return missing?"),
         ("infonce", "return 0.5", "your function returned float, expected a tensor"),
-        ("infonce_np", "return 0.5, (x, y)", "your function returned 2 gradients, expected 3"),
+        ("infonce_np", "return 0.5, (images, texts)", "your function returned 2 gradients, expected 3"),
         (
             "infonce_np",
-            "return 0.5, x, y",
+            "return 0.5, images, texts",
             "your function returned a tuple of 3, expected (value, gradients)",
         ),
-        ("infonce_np", "x += 1\nreturn 0.0, (x, y, scale)", "your function changed one of its inputs"),
-        ("infonce_np", "return x[9], (x, y, scale)", "raised IndexError in line "),
+        (
+            "infonce_np",
+            "images += 1\nreturn 0.0, (images, texts, scale)",
+            "your function changed one of its inputs",
+        ),
+        ("infonce_np", "return images[9], (images, texts, scale)", "raised IndexError in line "),
         ("infonce_fused", NO_UPSTREAM, "multiply by it in backward"),
         ("itm_loss_np", "return 0.5, logits", "(value, array), expected (value, (gradient, …))"),
         (
@@ -240,7 +244,9 @@ def test_one_syntax_error_stops_nothing_else(desk):
     assert "cannot be read: invalid syntax" in told("infonce")
     path.write_text("def other(): pass\n", encoding="utf-8")
     assert "has no infonce; was it renamed?" in told("infonce")
-    path.write_text("import nowhere\n\ndef infonce(x, y, scale):\n    return x\n", encoding="utf-8")
+    path.write_text(
+        "import nowhere\n\ndef infonce(images, texts, scale):\n    return images\n", encoding="utf-8"
+    )
     assert ":1 raised ModuleNotFoundError" in told("infonce")
     with pytest.raises(pytest.skip.Exception):
         attempt_obeys(find("nce"))
@@ -278,7 +284,7 @@ def test_hold_asks_the_same_laws_of_a_function_that_stands_in_a_cell(capsys):
 
 def test_a_verdict_holds_until_the_function_or_what_it_uses_changes(desk):
     one = find("infonce")
-    write("infonce", RIGHT.replace("S = scale * x @ y.T", "S = helper(x, y, scale)"))
+    write("infonce", RIGHT.replace("S = scale * images @ texts.T", "S = helper(images, texts, scale)"))
     source = (
         one.path.read_text(encoding="utf-8") + "\n\ndef helper(x, y, scale):\n    return scale * x @ y.T\n"
     )

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from minivlp.recipes.dual_train import DualTrain, new_dual
 
 from minivlp.data import TRAINING_ARTISTS, EmojiVL, trained_concepts
 from minivlp.data.drawings import Portraits
 from minivlp.data.names import PROMPTS, name_tokenizer, named
 from minivlp.evaluation import dual as ev
 from minivlp.evaluation.match import Matcher
-from minivlp.recipes.dual_train import DualTrain, new_dual
 from tests.tiny import DUAL_SIZES, few
 
 EMOJIVL = few()
@@ -69,7 +69,7 @@ def test_a_name_that_looks_the_same_counts_but_not_as_the_exact_one():
     a, b, c = KNOWN[:3]
     a = dataclasses.replace(a, near=(b.id,))
     scores = np.array([[0.5, 0.9, 0.7]])
-    answers = ev.Answers(scores, [a], [a, b, c])
+    answers = ev.Answers.of(scores, [a], [a, b, c])
     assert answers.rank.tolist() == [0] and answers.exact.tolist() == [2]
     assert answers.measures("x")["x_r1"]["value"] == 1
     assert answers.measures("x", exact=True)["x_r1"]["value"] == 0

@@ -111,8 +111,8 @@ def equal_scores_cost_log_B(f, case):
 def pairs_come_in_any_order(f, case, seed):
     x, y, scale, x_mask, y_mask = case
     p = np.random.default_rng(seed).permutation(len(x))
-    shuffled = f(x[p], y[p], scale, x_mask=x_mask[p], y_mask=y_mask[p])
-    close(shuffled, f(x, y, scale, x_mask=x_mask, y_mask=y_mask), atol=1e-8)
+    shuffled = f(x[p], y[p], scale, image_mask=x_mask[p], text_mask=y_mask[p])
+    close(shuffled, f(x, y, scale, image_mask=x_mask, text_mask=y_mask), atol=1e-8)
 
 
 @law("filip", hint="With one token a side the two matrices are one, and the loss is InfoNCE on unit rows.")
@@ -134,7 +134,7 @@ def equals_the_slow_loop(f, case):
         by_text = [scale * directed(text, other) for other in images]
         for scores in (by_image, by_text):
             total += max(scores) + math.log(sum(math.exp(s - max(scores)) for s in scores)) - scores[i]
-    close(f(x, y, scale, x_mask=x_mask, y_mask=y_mask), total / (2 * len(x)), atol=1e-8)
+    close(f(x, y, scale, image_mask=x_mask, text_mask=y_mask), total / (2 * len(x)), atol=1e-8)
 
 
 @law("filip", hint="Softmax minus identity, over 2B, goes to the best partners; dscale = ⟨it, similarity⟩.")
@@ -143,7 +143,7 @@ def loss_gradients_are_the_slopes(f, case):
     x, y, scale, x_mask, y_mask = case
     scale = min(scale, 3.0)
     assume(sure_of_the_best(x, y, x_mask, y_mask))
-    settings = {"x_mask": x_mask, "y_mask": y_mask}
+    settings = {"image_mask": x_mask, "text_mask": y_mask}
     for which, gradient in enumerate(f.grads(x, y, scale, **settings)):
         slope = central_differences(lambda *a: f(*a, **settings), (x, y, scale), which)
         close(gradient, slope, rtol=1e-5, atol=1e-6)
@@ -153,24 +153,32 @@ test_laws = obeys(filip)
 
 x, y = np.ones((2, 3, 5)), np.ones((2, 4, 5))
 no_row = np.array([[True, True, False], [False, False, False]])
-SHARED = [
-    ("widths differ", np.ones((2, 4, 6)), {}, "y must have shape"),
-    ("dtypes differ", y.astype("float32"), {}, "y must have the dtype"),
-    ("integers", y.astype(int), {}, "y must have a floating dtype"),
-    ("no tokens", y[:, :0], {}, "y must hold at least one token"),
-    ("NaN", y * np.nan, {}, "y must not contain NaN"),
-    ("all padding", y, {"x_mask": no_row}, "x_mask must have a True in every row"),
-    ("mask too short", y, {"y_mask": no_row}, "y_mask must have shape"),
-    ("mask of numbers", y, {"x_mask": np.ones((2, 3))}, "x_mask must be bool"),
-]
+
+
+def shared(family: str, names: tuple[str, ...], *scale: float) -> list[tuple]:
+    """What both functions refuse; `names` are those of the arguments."""
+    x_name, y_name, x_mask, y_mask = names
+    table = [
+        ("widths differ", np.ones((2, 4, 6)), {}, f"{y_name} must have shape"),
+        ("dtypes differ", y.astype("float32"), {}, f"{y_name} must have the dtype .* of {x_name}"),
+        ("integers", y.astype(int), {}, f"{y_name} must have a floating dtype"),
+        ("no tokens", y[:, :0], {}, f"{y_name} must hold at least one token"),
+        ("NaN", y * np.nan, {}, f"{y_name} must not contain NaN"),
+        ("all padding", y, {x_mask: no_row}, f"{x_mask} must have a True in every row"),
+        ("mask too short", y, {y_mask: no_row}, f"{y_mask} must have shape"),
+        ("mask of numbers", y, {x_mask: np.ones((2, 3))}, f"{x_mask} must be bool"),
+    ]
+    return [(family, what, (x, other, *scale), masks, message) for what, other, masks, message in table]
+
+
 test_refusals = refuses(
     filip,
     [
-        *(("late_interaction", what, (x, other), s, message) for what, other, s, message in SHARED),
-        *(("filip", what, (x, other, 1.0), s, message) for what, other, s, message in SHARED),
-        ("late_interaction", "no text", (x, y[:0]), {}, "y must hold at least one set of tokens"),
-        ("filip", "no pair", (x[:0], y[:0], 1.0), {}, "x must hold at least one set of tokens"),
-        ("filip", "one text too many", (x, np.ones((3, 4, 5)), 1.0), {}, "y must have shape"),
+        *shared("late_interaction", ("x", "y", "x_mask", "y_mask")),
+        *shared("filip", ("images", "texts", "image_mask", "text_mask"), 1.0),
+        ("late_interaction", "no set", (x, y[:0]), {}, "y must hold at least one set of tokens"),
+        ("filip", "no pair", (x[:0], y[:0], 1.0), {}, "images must hold at least one set of tokens"),
+        ("filip", "one text too many", (x, np.ones((3, 4, 5)), 1.0), {}, "texts must have shape"),
         ("filip", "scale zero", (x, y, 0.0), {}, "scale must be a finite number > 0"),
         ("filip", "a scale for each pair", (x, y, np.ones(2)), {}, "scale must be a scalar"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minivlp import attention, ipot, nce, patch, sinkhorn, stream
-from minivlp.core import transport as scaling
+from minivlp.core import transport
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -57,7 +57,7 @@ FUSED = {
 def small_pieces(monkeypatch):
     """Groups, blocks and tiles so small that every loop over them takes several turns, the last shorter."""
     monkeypatch.setattr(ipot, "GROUP", 2 * 12 * 18)
-    monkeypatch.setattr(scaling, "BLOCK", 100)
+    monkeypatch.setattr(transport, "BLOCK", 100)
     monkeypatch.setattr(nce, "BLOCK", 50)
     monkeypatch.setattr(stream, "TILE", (5, 4))
 
@@ -195,10 +195,10 @@ def test_alignment_of_trained_tokens(M, N, beta):
 def test_the_form_of_the_solver_follows_from_the_range_of_the_costs():
     """The largest float32 is e^88.7: three quarters are 66, a quarter is 22; of float64 532 and 177."""
     single, double = (torch.tensor([[0.0, -1.0]], dtype=d) for d in (torch.float32, torch.float64))
-    assert [scaling.steps_at_once(single * r) for r in (4, 22, 23)] == [5, 1, 0]
-    assert [scaling.steps_at_once(double * r) for r in (4, 177, 178)] == [44, 1, 0]
-    assert scaling.headroom(single * 66) >= 1 > scaling.headroom(single * 67)
-    assert scaling.steps_at_once(single * 0) > 10**6  # equal costs: one base serves for ever
+    assert [transport.safe_steps(single * r) for r in (4, 22, 23)] == [5, 1, 0]
+    assert [transport.safe_steps(double * r) for r in (4, 177, 178)] == [44, 1, 0]
+    assert transport.exponent_budget(single * 66) >= 1 > transport.exponent_budget(single * 67)
+    assert transport.safe_steps(single * 0) > 10**6  # equal costs: one base serves for ever
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -212,11 +212,11 @@ def test_both_forms_solve_hard_costs(reach, dtype):
     C = (reach * C / C.amax((1, 2), keepdim=True)).to(dtype)
     mu, nu = C.new_full((3, L, 1), 1 / L), C.new_full((3, 1, N), 1 / N)
     exact = ipot.ipot(C.double(), beta=1.0, iters=30)
-    u, v = scaling.ipot_scalings(-C, torch.zeros_like(C, dtype=torch.bool), mu, nu, 30)
-    T = scaling.gibbs(-C, u, v, torch.empty_like(C), 30).double()
+    u, v = transport.ipot_scalings(-C, torch.zeros_like(C, dtype=torch.bool), mu, nu, 30)
+    T = transport.gibbs(-C, u, v, torch.empty_like(C), 30).double()
     off = 30 * (1 + reach) * torch.finfo(dtype).eps  # rounding the costs alone turns T by this factor
     assert (T - exact).abs().sum((1, 2)).max() < 4 * off
-    plan = scaling.sinkhorn_scaled(-C[2], mu[0], nu[0], 30).double()
+    plan = transport.sinkhorn_scaled(-C[2], mu[0], nu[0], 30).double()
     assert (plan - sinkhorn.sinkhorn(C[2].double(), eps=1.0, iters=30)).abs().sum() < 4 * off
 
 

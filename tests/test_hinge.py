@@ -92,11 +92,11 @@ x, y = np.ones((3, 2)), np.ones((3, 2))
 test_refusals = refuses(
     hinge,
     [
-        ("hinge", "one text too many", (x, np.ones((4, 2))), {}, "y must have shape"),
-        ("hinge", "widths differ", (x, np.ones((3, 1))), {}, "y must have shape"),
-        ("hinge", "no pair", (x[:0], y[:0]), {}, "x must hold at least one pair"),
-        ("hinge", "integer texts", (x, y.astype(int)), {}, "y must have a floating dtype"),
-        ("hinge", "NaN", (x * np.nan, y), {}, "x must not contain NaN"),
+        ("hinge", "one text too many", (x, np.ones((4, 2))), {}, "texts must have shape"),
+        ("hinge", "widths differ", (x, np.ones((3, 1))), {}, "texts must have shape"),
+        ("hinge", "no pair", (x[:0], y[:0]), {}, "images must hold at least one pair"),
+        ("hinge", "integer texts", (x, y.astype(int)), {}, "texts must have a floating dtype"),
+        ("hinge", "NaN", (x * np.nan, y), {}, "images must not contain NaN"),
         ("hinge", "margin zero", (x, y), {"margin": 0.0}, "margin must be a finite number > 0"),
         ("hinge", "a margin for each pair", (x, y), {"margin": np.ones(3)}, "margin must be a scalar"),
     ],

@@ -130,11 +130,11 @@ x, y = np.ones((3, 2)), np.ones((3, 2))
 test_refusals = refuses(
     infonce,
     [
-        ("infonce", "one text too many", (x, np.ones((4, 2)), 1.0), {}, "y must have shape"),
-        ("infonce", "widths differ", (x, np.ones((3, 1)), 1.0), {}, "y must have shape"),
-        ("infonce", "no pair", (x[:0], y[:0], 1.0), {}, "x must hold at least one pair"),
-        ("infonce", "integer texts", (x, y.astype(int), 1.0), {}, "y must have a floating dtype"),
-        ("infonce", "NaN", (x * np.nan, y, 1.0), {}, "x must not contain NaN"),
+        ("infonce", "one text too many", (x, np.ones((4, 2)), 1.0), {}, "texts must have shape"),
+        ("infonce", "widths differ", (x, np.ones((3, 1)), 1.0), {}, "texts must have shape"),
+        ("infonce", "no pair", (x[:0], y[:0], 1.0), {}, "images must hold at least one pair"),
+        ("infonce", "integer texts", (x, y.astype(int), 1.0), {}, "texts must have a floating dtype"),
+        ("infonce", "NaN", (x * np.nan, y, 1.0), {}, "images must not contain NaN"),
         ("infonce", "scale zero", (x, y, 0.0), {}, "scale must be a finite number > 0"),
         ("infonce", "scale negative", (x, y, -1.0), {}, "scale must be a finite number > 0"),
         ("infonce", "scale NaN", (x, y, math.nan), {}, "scale must be a finite number > 0"),
@@ -239,21 +239,21 @@ def test_module_starts_as_clip_and_returns_from_its_limit():
 
 
 @pytest.fixture(scope="module", params=ranks.COUNTS)
-def found(request, tmp_path_factory):
-    """What each of 1, 2, 3 and 4 ranks found."""
+def results(request, tmp_path_factory):
+    """The results of 1, 2, 3 and 4 ranks, each in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
     return ranks.in_ranks(infonce.infonce_gathered, (14.3,), request.param, folder)
 
 
-def test_ranks_equal_one_process(found):
-    ranks.equal_one_process(found, infonce.infonce, (14.3,))
+def test_ranks_equal_one_process(results):
+    ranks.equal_one_process(results, infonce.infonce, (14.3,))
 
 
-def test_a_bad_shard_is_refused_on_every_rank(found):
-    ranks.refuse_together(found)
+def test_a_bad_shard_is_refused_on_every_rank(results):
+    ranks.refuse_together(results)
 
 
-def test_a_rank_holds_one_strip_and_keeps_its_gradients_only(found):
-    for result in found:
-        assert result["largest"] == ranks.b * ranks.b * len(found)
+def test_a_rank_holds_one_strip_and_keeps_its_gradients_only(results):
+    for result in results:
+        assert result["largest"] == ranks.b * ranks.b * len(results)
         assert result["kept"] == 2 * ranks.b * ranks.D + 1

@@ -65,19 +65,19 @@ def test_kernels_compile_without_spills(chip, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_spill_is_seen(monkeypatch):
     """A tile of 64 × 64 × 64 in float32 does not fit the registers of 128 threads."""
-    from minivlp.kernels import walks as kernels
+    from minivlp.kernels import walks
     from tests import kernel_table
 
     monkeypatch.setattr(
-        kernels, "tile_for", lambda dtype, chip: kernels.Tile(64, 64, 64, 64, 4, 1, TRITON.language.float32)
+        walks, "tile_for", lambda dtype, chip: walks.Tile(64, 64, 64, 64, 4, 1, TRITON.language.float32)
     )
-    used = kernel_table.compiled(kernels.accumulate_kernel, kernels.infonce, torch.float32, 80)
+    used = kernel_table.compiled(walks.accumulate_kernel, walks.infonce, torch.float32, 80)
     assert used.spills > 0
 
 
-def test_the_kernels_open_with_the_table_of_traffic():
+def test_the_docstring_of_traffic_holds_its_table():
     """Digit for digit, so that the numbers in the docstring are those that are worked out."""
-    source = (ROOT / "minivlp" / "kernels" / "walks.py").read_text(encoding="utf-8")
+    source = (ROOT / "minivlp" / "kernels" / "traffic.py").read_text(encoding="utf-8")
     table = "\n".join("    " + line for line in traffic.table())
     assert table in ast.get_docstring(ast.parse(source), clean=False)
     assert (
@@ -106,10 +106,10 @@ def test_bytes_of_the_kernels():
     assert traffic.kernel_bytes(both, 2, False) == 3 * 10 * ((100 + 2 * 30 + 30 + 100) * 2 + 130 * 4)
 
 
-def test_the_path_can_be_asked(monkeypatch):
+def test_the_backend_can_be_asked(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert stream.path(torch.zeros(2, 3)) == ("tiles", "x is on cpu")
+    assert stream.choose_backend(torch.zeros(2, 3)) == ("tiles", "x is on cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert stream.path(torch.zeros(2, 3)) == ("kernels", "Triton interprets them")
-    assert stream.path(torch.zeros(2, 3, dtype=torch.float64))[0] == "tiles"
-    assert stream.path(torch.zeros(0, 3)) == ("tiles", "x is empty")
+    assert stream.choose_backend(torch.zeros(2, 3)) == ("kernels", "Triton interprets them")
+    assert stream.choose_backend(torch.zeros(2, 3, dtype=torch.float64))[0] == "tiles"
+    assert stream.choose_backend(torch.zeros(0, 3)) == ("tiles", "x is empty")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from minivlp.recipes.dual_train import DualTrain, new_dual
 
 from minivlp.data.names import PROMPTS, name_tokenizer, named
 from minivlp.evaluation.match import Matcher, ranks, similarities
-from minivlp.recipes.dual_train import DualTrain, new_dual
 from tests.tiny import DUAL_SIZES, few
 
 CONCEPTS = [c for c in few().concepts if c.artists][:12]

@@ -117,3 +117,31 @@ def test_backward_twice_and_a_frozen_weight():
     out = patch.patch_embed(images, weight, torch.zeros(5)).square().sum()
     first, second = (torch.autograd.grad(out, images, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_module_is_patch_embed(bias):
+    """Its core checks nothing, and gives the same numbers."""
+    torch.manual_seed(0)
+    module, images = patch.PatchEmbed(5, 4, channels=2, bias=bias), torch.randn(3, 2, 8, 12)
+    b = torch.randn(5)
+    if bias:
+        module.bias.data = b
+    expected = patch.patch_embed(images, module.weight, b if bias else torch.zeros(5))
+    torch.testing.assert_close(module(images), expected)
+
+
+@pytest.mark.parametrize(
+    "pixels, message",
+    [
+        (torch.zeros(2, 4, 8, 8), r"pixels must have shape \(B, 3, H, W\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=int), "pixels must have a floating dtype"),
+        (torch.full((2, 3, 8, 8), torch.nan), "pixels must not contain NaN"),
+        (torch.zeros(2, 3, 8, 6), "pixels must have height and width that are multiples of p=4, got 8 × 6"),
+        (torch.zeros(2, 3, 0, 8), "pixels must have height and width"),
+    ],
+)
+def test_pixels_are_checked_once_for_all_of_a_model(pixels, message):
+    assert patch.check_pixels(torch.zeros(2, 3, 8, 12), 4) == (2, 8, 12)
+    with pytest.raises(ValueError, match=message):
+        patch.check_pixels(pixels, 4)

@@ -2,12 +2,10 @@
 
 import ast
 import importlib
-import io
 import json
 import re
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -19,53 +17,91 @@ from minivlp.models.vilt import Vilt, ViltConfig, save_vilt
 from minivlp.text import WordPiece
 from tests.course import exercises
 from tests.laws import BUGS, LAWS, load_bugs
+from tests.size import CEILINGS, LIBRARY, LONGEST, PLUMBING, ROOT, code_lines, plumbing, room, sizes
 
-ROOT = Path(__file__).parent.parent
-LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
 CONCEPTS = sorted(p.stem for p in (ROOT / "tests" / "bugs").glob("*.py") if p.stem != "__init__")
-LONGEST = 200  # lines of code
+# Room → the rooms that its modules may import, besides their own. Kernels are imported lazily by ideas.
+ARROWS = {
+    "core": set(),
+    "ideas": {"core", "kernels"},
+    "kernels": {"core", "ideas"},
+    "models": {"core", "ideas"},
+    "data": {"core", "ideas"},
+    "evaluation": {"core", "ideas", "models", "data"},
+    "training": {"core", "ideas", "models", "data"},
+    "pictures": {"core", "ideas", "models", "data", "evaluation", "training"},
+    "recipes": {"core", "ideas", "models", "data", "evaluation", "training", "pictures"},
+    "bench": {"core", "ideas", "kernels", "models", "training", "pictures"},
+    "claims": {"core", "ideas", "models", "data", "evaluation", "training", "pictures", "recipes", "bench"},
+    "commands": {"core", "training", "recipes"},
+}
 
 
-def code_lines(source: str) -> int:
-    """Lines that hold code: no blank lines, comments or docstrings."""
-    inside = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-            inside |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in skipped and token.string:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    return len(lines - inside)
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+MODULES = {name_of(path): path for path in LIBRARY}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_files_are_short_and_open_with_what_they_are(path):
     source = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(source)), f"{path.name} has no docstring"
     assert code_lines(source) <= LONGEST, f"{path.name} has {code_lines(source)} lines of code"
 
 
-def imported(path: Path) -> set[str]:
-    """The modules of the project that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(path: Path, lazily: bool = True) -> set[str]:
+    """The modules of the project that a file imports; lazily: also inside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree) if lazily else tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+            names |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
         elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
-    return {name for name in found if name.split(".")[0] in ("minivlp", "tests", "chapters")}
+            names |= {a.name for a in node.names}
+    return {name for name in names if name in MODULES or name.split(".")[0] in ("tests", "chapters")}
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
-def test_imports_point_one_way(path):
-    names = imported(path)
-    assert not any(name.startswith(("tests", "chapters")) for name in names)
-    if path.parent.name == "minivlp" and path.stem in CONCEPTS:
-        allowed = {"core", "stream", *CONCEPTS}
-        used = {name.split(".")[1] for name in names if name.count(".")}
-        assert used <= allowed, f"a concept imports {sorted(used - allowed)}"
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_arrows_point_one_way(path):
+    own = room(path)
+    for name in imported(path):
+        assert not name.startswith(("tests", "chapters")), f"the library imports {name}"
+        other = room(MODULES[name])
+        if name != "minivlp" and other != own:
+            assert other in ARROWS[own], f"{name_of(path)}, of {own}, imports {name}, of {other}"
+    if own == "ideas":
+        kernels = {name for name in imported(path, lazily=False) if name.startswith("minivlp.kernels")}
+        assert not kernels, f"{path.name} imports Triton's kernels before they are asked for"
+
+
+def test_no_circle_of_imports():
+    """Modules can be put in an order in which each imports earlier ones alone."""
+    needs = {name: imported(path, lazily=False) - {name, "minivlp"} for name, path in MODULES.items()}
+    for name in needs:  # importing a module imports the folders that it lies in
+        needs[name] -= {name.rpartition(".")[0]}
+    while ready := [name for name, others in needs.items() if not others]:
+        for name in ready:
+            del needs[name]
+        for others in needs.values():
+            others.difference_update(ready)
+    assert not needs, f"these import one another: {sorted(needs)}"
+
+
+def test_the_top_folder_holds_ideas_and_lists_them():
+    """`minivlp/__init__.py` has a line for every module at the top, and there is no other."""
+    listed = re.findall(r"^    (\w+) {2,}\S", importlib.import_module("minivlp").__doc__, re.MULTILINE)
+    top = {path.stem for path in LIBRARY if room(path) == "ideas"}
+    rooms = {path.name for path in (ROOT / "minivlp").iterdir() if (path / "__init__.py").is_file()}
+    assert len(set(listed)) == len(listed) and set(listed) == top | rooms
+    assert top == {"stream", *CONCEPTS}
+
+
+def test_rooms_stay_below_their_ceilings():
+    total = sizes()
+    assert {name: n for name, n in total.items() if n > CEILINGS[name]} == {}
+    assert plumbing(total) <= PLUMBING
 
 
 @pytest.mark.parametrize("concept", CONCEPTS)

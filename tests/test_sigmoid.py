@@ -105,11 +105,17 @@ x, y = np.ones((3, 2)), np.ones((3, 2))
 test_refusals = refuses(
     sigmoid,
     [
-        ("sigmoid_loss", "one text too many", (x, np.ones((4, 2)), 1.0, 0.0), {}, "y must have shape"),
-        ("sigmoid_loss", "widths differ", (x, np.ones((3, 1)), 1.0, 0.0), {}, "y must have shape"),
-        ("sigmoid_loss", "no pair", (x[:0], y[:0], 1.0, 0.0), {}, "x must hold at least one pair"),
-        ("sigmoid_loss", "integer texts", (x, y.astype(int), 1.0, 0.0), {}, "y must have a floating dtype"),
-        ("sigmoid_loss", "NaN", (x * np.nan, y, 1.0, 0.0), {}, "x must not contain NaN"),
+        ("sigmoid_loss", "one text too many", (x, np.ones((4, 2)), 1.0, 0.0), {}, "texts must have shape"),
+        ("sigmoid_loss", "widths differ", (x, np.ones((3, 1)), 1.0, 0.0), {}, "texts must have shape"),
+        ("sigmoid_loss", "no pair", (x[:0], y[:0], 1.0, 0.0), {}, "images must hold at least one pair"),
+        (
+            "sigmoid_loss",
+            "integer texts",
+            (x, y.astype(int), 1.0, 0.0),
+            {},
+            "texts must have a floating dtype",
+        ),
+        ("sigmoid_loss", "NaN", (x * np.nan, y, 1.0, 0.0), {}, "images must not contain NaN"),
         ("sigmoid_loss", "scale zero", (x, y, 0.0, 0.0), {}, "scale must be a finite number > 0"),
         ("sigmoid_loss", "scale negative", (x, y, -1.0, 0.0), {}, "scale must be a finite number > 0"),
         ("sigmoid_loss", "bias NaN", (x, y, 1.0, math.nan), {}, "bias must be finite"),
@@ -200,21 +206,21 @@ def test_module_starts_as_siglip():
 
 
 @pytest.fixture(scope="module", params=ranks.COUNTS)
-def found(request, tmp_path_factory):
-    """What each of 1, 2, 3 and 4 ranks found."""
+def results(request, tmp_path_factory):
+    """The results of 1, 2, 3 and 4 ranks, each in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
     return ranks.in_ranks(sigmoid.sigmoid_loss_ring, (10.0, -10.0), request.param, folder)
 
 
-def test_ranks_equal_one_process(found):
-    ranks.equal_one_process(found, sigmoid.sigmoid_loss, (10.0, -10.0))
+def test_ranks_equal_one_process(results):
+    ranks.equal_one_process(results, sigmoid.sigmoid_loss, (10.0, -10.0))
 
 
-def test_a_bad_shard_is_refused_on_every_rank(found):
-    ranks.refuse_together(found)
+def test_a_bad_shard_is_refused_on_every_rank(results):
+    ranks.refuse_together(results)
 
 
-def test_a_rank_holds_one_block_and_keeps_its_gradients_only(found):
-    for result in found:
+def test_a_rank_holds_one_block_and_keeps_its_gradients_only(results):
+    for result in results:
         assert result["largest"] == ranks.b * ranks.b
         assert result["kept"] == 2 * ranks.b * ranks.D + 2

@@ -32,10 +32,10 @@ def test_fold_shows_every_entry_once(shape, lead, tile):
     x, y, bias = numbers(*lead, shape[0], 6), numbers(*lead, shape[1], 6), numbers(shape[1])
     seen, times = torch.zeros(2, *lead, *shape, dtype=torch.float64)
 
-    def step(S, spare, rows, columns, seen, times):
-        assert S.is_contiguous() and spare.shape == S.shape
-        assert spare.untyped_storage().data_ptr() == S.untyped_storage().data_ptr()
-        spare.fill_(math.nan)  # must not reach S, nor the next tile
+    def step(S, scratch, rows, columns, seen, times):
+        assert S.is_contiguous() and scratch.shape == S.shape
+        assert scratch.untyped_storage().data_ptr() == S.untyped_storage().data_ptr()
+        scratch.fill_(math.nan)  # must not reach S, nor the next tile
         seen[(*rows, columns[-1])] = S
         times[(*rows, columns[-1])] += 1
         S.fill_(math.nan)
@@ -71,8 +71,8 @@ def test_accumulate_makes_the_gradients_of_autograd(shape, lead, tile):
                 torch.testing.assert_close(one, exact)
 
 
-def test_the_path_can_be_asked():
-    assert stream.path(torch.zeros(1)) == ("tiles", "x is on cpu")
+def test_the_backend_can_be_asked():
+    assert stream.choose_backend(torch.zeros(1)) == ("tiles", "x is on cpu")
 
 
 # From here on: the losses that stand on the loop.

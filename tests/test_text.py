@@ -7,7 +7,6 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -106,41 +105,34 @@ def specials_and_characters_come_first(f, counts):
     assert found == wanted, f"the vocabulary begins with {found}, expected {wanted}"
 
 
-def slow_vocab(counts, vocab_size, min_count=2):
-    """Count everything anew before every merge."""
-    words = {w: [w[0], *("##" + char for char in w[1:])] for w in counts}
-    singles = sorted({piece for pieces in words.values() for piece in pieces})
-    learned = dict.fromkeys([*SPECIALS, *singles])
-    while len(learned) < vocab_size:
-        single, pair = Counter(), Counter()
-        for w, pieces in words.items():
-            for piece in pieces:
-                single[piece] += counts[w]
-            for two in pairwise(pieces):
-                pair[two] += counts[w]
-        ranks = [(-n / (single[a] * single[b]), -n, a, b) for (a, b), n in pair.items() if n >= min_count]
-        if not ranks:
-            break
-        *_, a, b = min(ranks)
-        learned[a + b[2:]] = None
-        for w, pieces in words.items():
-            out = []
-            for piece in pieces:  # a piece just merged is not a again, so "aaa" becomes "aa", "##a"
-                out[-1:] = [a + b[2:], None] if out[-1:] == [a] and piece == b else [*out[-1:], piece]
-            words[w] = [piece for piece in out if piece is not None]
-    return list(learned)
-
-
 @law(
     "learn_vocab",
     hint="Merge the pair with the largest freq(ab) / (freq(a) · freq(b)); ties: frequency, then a to z.",
 )
 @given(counts=counts_of_words, merges=st.integers(0, 8), min_count=st.integers(1, 4))
+@example(counts={"ab": 2, "ca": 2}, merges=2, min_count=2)  # pairs that occur exactly min_count times
 def equals_the_slow_loop(f, counts, merges, min_count):
     size = merges + len({w[0] for w in counts} | {"##" + char for w in counts for char in w[1:]}) + 5
-    found, wanted = f(counts, size, min_count), slow_vocab(counts, size, min_count)
+    found, wanted = f(counts, size, min_count), text.learn_vocab_slow(counts, size, min_count)
     new = [piece for piece in found if piece not in wanted]
     assert found == wanted, f"{counts}: learned {found[5:]}, expected {wanted[5:]} (too much: {new})"
+
+
+@law(
+    "learn_vocab",
+    hint="Keep the `alphabet` most frequent characters (a and ##a are two), of equals the first from a to z.",
+)
+@given(counts=counts_of_words, alphabet=st.integers(1, 4))
+def only_frequent_characters_are_kept(f, counts, alphabet):
+    occurrences = Counter()
+    for word, n in counts.items():
+        occurrences[word[0]] += n
+        for char in word[1:]:
+            occurrences["##" + char] += n
+    wanted = sorted(occurrences, key=lambda piece: (-occurrences[piece], piece))[:alphabet]
+    vocabulary = f(counts, 99, alphabet=alphabet)
+    kept = [piece for piece in vocabulary if len(piece.removeprefix("##")) == 1]
+    assert kept == sorted(wanted), f"{counts}: kept the characters {kept}, expected {sorted(wanted)}"
 
 
 test_laws = obeys(text)

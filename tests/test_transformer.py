@@ -136,3 +136,35 @@ def test_initial_weights():
     assert all(abs(m.weight.std() - 0.02) < 0.001 for m in (block.qkv, block.proj, block.fc1, block.fc2))
     assert all((m.bias == 0).all() for m in (block.qkv, block.proj, block.fc1, block.fc2))
     assert (block.norm1.weight == 1).all() and (block.norm1.bias == 0).all()
+
+
+@pytest.mark.parametrize("how", ["plain", "mask", "causal"])
+def test_the_first_tokens_alone(how):
+    """The last block may compute the first tokens alone: the same rows, and the same gradients of them."""
+    torch.manual_seed(0)
+    encoder = transformer.Encoder(dim=8, heads=2, hidden=16, layers=2, eps=1e-3)
+    for parameter in encoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x, real = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [True, True, False, True, False]])
+    settings = {"plain": {}, "mask": {"mask": real[:, None, None]}, "causal": {"causal": True}}[how]
+    for first in (1, 3, 5):
+        some, everything = encoder(x, **settings, first=first), encoder(x, **settings)[:, :first]
+        assert some.shape == (2, first, 8)
+        torch.testing.assert_close(some, everything)
+        upstream, weights = torch.randn_like(some), list(encoder.parameters())
+        ours, all_rows = (torch.autograd.grad(out, weights, upstream) for out in (some, everything))
+        for a, b in zip(ours, all_rows, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_are_split_and_joined():
+    x = torch.arange(24.0).view(1, 3, 8)
+    split = transformer.split_heads(x, 2)
+    assert split.shape == (1, 2, 3, 4) and split[0, 1, 2].tolist() == [20, 21, 22, 23]
+    assert split.data_ptr() == x.data_ptr() and torch.equal(transformer.join_heads(split), x)
+
+
+def test_a_mask_that_hides_nothing_is_none():
+    mask = torch.tensor([[True, True], [True, False]])
+    assert transformer.key_mask(mask[:1]) is None
+    assert torch.equal(transformer.key_mask(mask), mask[:, None, None])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from minivlp.recipes.train import scene_tokenizer
 
 from minivlp.data import CPU_NOUNS, held_out, load_emojivl, scene_pixels
 from minivlp.data.crowds import KINDS, Crowds, phrases
@@ -21,7 +22,6 @@ from minivlp.evaluation.xvlm import (
 )
 from minivlp.models.xvlm import Xvlm, XvlmConfig
 from minivlp.pictures.sheets import grounding_sheet
-from minivlp.recipes.train import scene_tokenizer
 
 EMOJIVL = load_emojivl()
 NOUNS = EMOJIVL.nouns(

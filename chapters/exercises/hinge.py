@@ -12,18 +12,19 @@ from torch import Tensor
 from tests import Todo
 
 
-def hinge_np(x: np.ndarray, y: np.ndarray, margin: float = 0.2, hardest: bool = True):
+def hinge_np(images: np.ndarray, texts: np.ndarray, margin: float = 0.2, hardest: bool = True):
     """The hinge loss and its gradients by hand.
 
-    x (B, D), y (B, D) with row i of one the partner of row i of the other, margin > 0 in units of S; hardest:
-    one negative a row and a column, else all. Returns `(loss, (dx, dy))`, the loss summed over the batch.
+    images (B, D) and texts (B, D), row i of one the partner of row i of the other; margin > 0 in units of S.
+    With `hardest` one negative counts in each row and column, else all. Returns `(loss, (dimages, dtexts))`,
+    the loss summed over the batch.
     Raises ValueError on bad shapes, dtypes, NaN, B = 0 or margin ≤ 0.
     """
     raise Todo
 
 
-def hinge(x: Tensor, y: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
-    """The hinge loss: x (B, D), y (B, D) → scalar, summed over the batch.
+def hinge(images: Tensor, texts: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
+    """The hinge loss: images (B, D), texts (B, D) → scalar, summed over the batch.
 
     With `hardest` one negative counts in each row and column, else all. Errors as in `hinge_np`.
     """

@@ -13,30 +13,30 @@ from minivlp import stream
 from tests import Todo
 
 
-def infonce_np(x: np.ndarray, y: np.ndarray, scale: float):
+def infonce_np(images: np.ndarray, texts: np.ndarray, scale: float):
     """InfoNCE and its gradients by hand.
 
-    x (B, D), y (B, D) with row i of one the partner of row i of the other, scale = 1/τ > 0.
-    Returns `(loss in nats, (dx, dy, dscale))`.
+    images (B, D) and texts (B, D), row i of one the partner of row i of the other; scale = 1/τ > 0.
+    Returns `(loss in nats, (dimages, dtexts, dscale))`.
     Raises ValueError on bad shapes, dtypes, NaN, B = 0 or scale ≤ 0.
     """
     raise Todo
 
 
-def infonce(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
-    """InfoNCE: x (B, D), y (B, D), scale = 1/τ > 0 → scalar in nats.
+def infonce(images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
+    """InfoNCE: images (B, D), texts (B, D), scale = 1/τ > 0 → scalar in nats.
 
     Raises ValueError on bad shapes, dtypes, NaN, B = 0 or scale ≤ 0.
     """
     raise Todo
 
 
-def infonce_fused(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+def infonce_fused(images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
     """`infonce` without S, whose tiles are made twice: for the normalisers, then for the gradients.
 
     4 products in place of 3, less traffic. In units of B² numbers read or written: the plain rung moves some
-    24 to and from memory, S, its two softmaxes and what autograd makes of them; this one moves rows of y and
-    dy, 5 D/512 in all, as its tiles stay in the cache. It can be differentiated once. Arguments and errors as
+    24 to and from memory, S, its two softmaxes and what autograd makes of them; this one moves rows of Y and
+    dY, 5 D/512 in all, as its tiles stay in the cache. It can be differentiated once. Arguments and errors as
     in `infonce`.
     """
     raise Todo

@@ -84,10 +84,10 @@ def wpa_fused(
 ) -> Tensor:
     """`wpa` by products of a kernel with vectors and a gradient by hand; differentiable once.
 
-    In units of L·N numbers a step of the plain rung reads and writes some 20 and takes two logsumexps, this
-    one reads 4 and writes 1, in the cache. Unit copies of the tokens and the gradients of these, which the
-    plain rung moves through memory 12 times, are never made. Padding behind the longest caption and the
-    largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
+    In units of L·N numbers a step of the plain rung reads and writes some 20 and takes two logsumexps, and
+    this rung reads 4 and writes 1, in the cache. It never makes unit copies of the tokens nor the gradients
+    of those copies, which the plain rung moves through memory 12 times. Padding behind the longest caption
+    and the largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
     """
     raise Todo
 

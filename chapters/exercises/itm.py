@@ -27,9 +27,9 @@ def hard_negatives(
 ) -> np.ndarray:
     """For each row a wrong column, drawn by the softmax of the row over the legal ones: (B,) int64.
 
-    similarity (B, B) finite; row i and column i are a true pair; taken as it is, so multiply by the scale 1/τ
-    before. ids (B,) integers, equal where pairs share an image or a caption: a column with the row's id is as
-    illegal as the diagonal. Rows draw independently; a column may serve several rows.
+    similarity (B, B) finite; row i and column i are a true pair. It is not scaled here: multiply it by 1/τ
+    before the call. ids (B,) integers, equal where pairs share an image or a caption: a column with the row's
+    id is as illegal as the diagonal. Rows draw independently; a column may serve several rows.
     Raises ValueError on bad shapes, dtypes or entries, and when a row has no legal column.
     """
     raise Todo

@@ -29,9 +29,9 @@ def mask_tokens(
 
     ids (B, L) integers in [0, vocab_size); word_ids (B, L) the index in its row of each token's word, −1 at
     special tokens and padding, as `WordPiece.batch` gives them. Each word is chosen with probability `p`,
-    independently, with all of its pieces; with `whole_word=False` each piece is chosen by itself. Then for
-    each chosen token by itself, so that the pieces of one word may differ, as in BERT: 80 % become
-    `mask_id`, 10 % a uniform draw from the ids that are not special (the true one included), 10 % stay.
+    independently, with all of its pieces; with `whole_word=False` each piece is chosen by itself. Each
+    chosen token then becomes `mask_id` (80 %), a uniform draw from the ids that are not special, the true one
+    included (10 %), or stays (10 %); the pieces of one word may differ, as in BERT.
     `mask_id` counts as special; tokens with a special id or a negative word index are never chosen.
     Returns `(inputs, labels)`, both (B, L) int64; labels hold the true ids of the chosen tokens and −100
     elsewhere; `ids` stays as it was. Raises ValueError on bad shapes, dtypes, ids or `p`.
@@ -62,7 +62,7 @@ def mlm_loss_fused(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Ten
     """`mlm_loss` without its (K, V) logits: panel by panel, each with its gradients; arguments as there.
 
     The same 3 products. In units of K · V numbers: the plain rung holds 3, logits, log-softmax and gradient,
-    and moves some 14 to and from memory; this one holds a panel, 256/K, and moves about as many, 10 for the
+    and moves some 14 to and from memory; this rung holds a panel, 256/K, and moves about as many, 10 for the
     panels and 4 D/256 for E and dE. It can be differentiated once.
     """
     raise Todo

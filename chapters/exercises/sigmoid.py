@@ -13,29 +13,29 @@ from minivlp import stream
 from tests import Todo
 
 
-def sigmoid_loss_np(x: np.ndarray, y: np.ndarray, scale: float, bias: float):
+def sigmoid_loss_np(images: np.ndarray, texts: np.ndarray, scale: float, bias: float):
     """The sigmoid loss and its gradients by hand.
 
-    x (B, D), y (B, D) with row i of one the partner of row i of the other, scale = 1/τ > 0, bias finite.
-    Returns `(loss in nats, (dx, dy, dscale, dbias))`. Raises ValueError on bad shapes, dtypes, NaN, B = 0,
-    scale ≤ 0 or a bias that is not finite.
+    images (B, D) and texts (B, D), row i of one the partner of row i of the other; scale = 1/τ > 0; bias
+    finite. Returns `(loss in nats, (dimages, dtexts, dscale, dbias))`. Raises ValueError on bad
+    shapes, dtypes, NaN, B = 0, scale ≤ 0 or a bias that is not finite.
     """
     raise Todo
 
 
-def sigmoid_loss(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
-    """The sigmoid loss: x (B, D), y (B, D), scale = 1/τ > 0, bias → scalar in nats.
+def sigmoid_loss(images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
+    """The sigmoid loss: images (B, D), texts (B, D), scale = 1/τ > 0, bias → scalar in nats.
 
     Raises ValueError on bad shapes, dtypes, NaN, B = 0, scale ≤ 0 or a bias that is not finite.
     """
     raise Todo
 
 
-def sigmoid_loss_fused(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
+def sigmoid_loss_fused(images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
     """`sigmoid_loss` without S: a tile gives its part of the loss and of the gradients, and is forgotten.
 
     The same 3 products, less traffic. In units of B² numbers read or written: the plain rung moves some 25 to
-    and from memory, S, z and what autograd makes of them; this one moves rows of y and dy, 4 D/512 in all, as
+    and from memory, S, z and what autograd makes of them; this one moves rows of Y and dY, 4 D/512 in all, as
     its tiles stay in the cache. It can be differentiated once. Arguments and errors as in `sigmoid_loss`.
     """
     raise Todo

@@ -55,7 +55,7 @@ def bench(names: Iterable[str], sizes: str, threads: int, tick: Tick) -> dict[st
     compiled = sorted({a["task"]["case"] for a in answers.values() if a["compiled"]})
     methods = sorted({a["method"] for a in answers.values() if a["method"]})
     bodies = f"compiled in {', '.join(compiled)}" if compiled else "eager"
-    taken, why = stream.path(torch.zeros(1, 1))
+    taken, why = stream.choose_backend(torch.zeros(1, 1))
     return {
         "machine": about,
         "sizes": sizes,

@@ -51,8 +51,9 @@ def floats(**arrays: Any) -> None:
     for name, array in arrays.items():
         if "float" not in str(array.dtype):
             fail(name, "must have a floating dtype", array.dtype)
-        # A sum is one cheap pass; it is NaN when any entry is, and also for inf - inf, hence the second look.
-        if array.sum() != array.sum() and bool((array != array).any()):
+        # One cheap pass: the sum is NaN when an entry is. It is NaN for inf − inf too, hence the second look.
+        total = array.sum()
+        if total != total and bool((array != array).any()):
             raise NotFinite(f"{name} must not contain NaN, got {int((array != array).sum())} NaN entries")
 
 
@@ -69,6 +70,34 @@ def mask(name: str, array: Any, whole_rows: bool = False) -> None:
         fail(name, "must be bool with True = real", array.dtype)
     if whole_rows and not bool(array.any(-1).all()):
         fail(name, "must have a True in every row", "an all-False row")
+
+
+def axis(name: str, array: Any, leading: tuple[int, ...], length: int) -> None:
+    """A mask or weight vector must be (…, length), or (length,) for the whole batch."""
+    shape = tuple(array.shape) if hasattr(array, "shape") else type(array).__name__
+    if shape not in ((*leading, length), (length,)):
+        fail(name, f"must have shape {(*leading, length)} or {(length,)}", shape)
+
+
+def token_mask(name: str, array: Any, leading: tuple[int, ...], length: int) -> None:
+    """A mask of tokens must fit its axis, be bool and leave a token in every row; None is no mask."""
+    if array is not None:
+        axis(name, array, leading, length)
+        mask(name, array, whole_rows=True)
+
+
+def tokens(*sets: tuple) -> None:
+    """Token sets `(name, tokens (…, M, D), name of the mask, mask)` must be comparable.
+
+    Each holds a token at least, floats without NaN, of the dtype of the first set; its mask fits it.
+    """
+    for name, rows, mask_name, real in sets:
+        floats(**{name: rows})
+        if rows.shape[-2] == 0:
+            fail(name, "must hold at least one token", tuple(rows.shape))
+        if rows.dtype != sets[0][1].dtype:
+            fail(name, f"must have the dtype {sets[0][1].dtype} of {sets[0][0]}", rows.dtype)
+        token_mask(mask_name, real, tuple(rows.shape[:-2]), rows.shape[-2])
 
 
 def positive(**scalars: Any) -> None:
@@ -109,10 +138,10 @@ def on_every_rank(check: Callable[[], object], name: str, array: Any, group: Any
         check()
     except ValueError as error:
         fault = str(error)
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (fault, tuple(getattr(array, "shape", ()))), group=group)
-    for rank, (message, _) in enumerate(found):
+    reports: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reports, (fault, tuple(getattr(array, "shape", ()))), group=group)
+    for rank, (message, _) in enumerate(reports):
         if message:
             raise ValueError(f"rank {rank}: {message}")
-    if len({shape for _, shape in found}) > 1:
-        fail(name, "must have the same shape on every rank", [shape for _, shape in found])
+    if len({shape for _, shape in reports}) > 1:
+        fail(name, "must have the same shape on every rank", [shape for _, shape in reports])

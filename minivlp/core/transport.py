@@ -5,11 +5,11 @@ The plan of Sinkhorn and of IPOT is T = exp(t · K + uᵢ + vⱼ), K = −C/ε. 
     product form    row and column sums of exp(t · K) are products with vectors; u and v are scaled, not added
     logarithms      every sum is a logsumexp: several times slower, and right for any K
 
-`headroom` says from the range of K alone which of them float32 or float64 allows.
+`exponent_budget` decides between them from the range of K and the exponents of float32 or float64.
 
 The gradient of ⟨T, C⟩, C = 1 − cos, is made from T in two products and in one pass over the tokens.
 
-Source: Schmitzer 2019 (Stabilized sparse scaling algorithms), section 3, on scalings taken up by the kernel.
+Source: Schmitzer 2019 (Stabilized sparse scaling algorithms), section 3: absorbing scalings.
 """
 
 import math
@@ -18,19 +18,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The log-weight of a token that must get nothing. Finite, because −inf − (−inf) is NaN; its exp is exactly 0.
-NOTHING = -1e30
+# The log-weight of a token of weight 0. Finite, because −inf − (−inf) is NaN; its exp is exactly 0.
+LOG_ZERO = -1e30
 # A row shorter than this is divided by it instead of by its length, so that a zero row stays zero.
-SHORTEST = 1e-5
-# Entries worked on at a time: a block of them stays in the cache from one operation to the next.
+MIN_NORM = 1e-5
+# Entries that are worked on together: a block of them stays in the cache from one operation to the next.
 BLOCK = 2**16
 
 
-def headroom(log_kernel: Tensor) -> float:
-    """How often exp(log_kernel), of entries ≤ 0, can be multiplied by itself before its dtype cannot hold it.
+def exponent_budget(log_kernel: Tensor) -> float:
+    """The largest t for which exp(t · log_kernel), of entries ≤ 0, is safe in its dtype.
 
-    The rule by which the fused solvers choose their form. Scalings are about as large as the kernel is small,
-    so that three quarters of the exponents (66 of the 88 of float32) are given to it.
+    The fused solvers choose their form by it. Scalings are about as large as the kernel is small, so the
+    kernel may use three quarters of the exponents that the dtype has (66 of the 88 of float32).
     """
     return 0.75 * math.log(torch.finfo(log_kernel.dtype).max) / max(-float(log_kernel.min()), 1e-9)
 
@@ -41,8 +41,8 @@ def potential_dtype(z: Tensor) -> torch.dtype:
 
 
 def logarithms(weights: Tensor) -> Tensor:
-    """log weights in the dtype of potentials, NOTHING where the weight is 0."""
-    return torch.where(weights > 0, weights.to(potential_dtype(weights)).log(), NOTHING)
+    """log weights in the dtype of potentials, LOG_ZERO where the weight is 0."""
+    return torch.where(weights > 0, weights.to(potential_dtype(weights)).log(), LOG_ZERO)
 
 
 def gibbs(log_kernel: Tensor, u: Tensor, v: Tensor, out: Tensor, power: int = 1) -> Tensor:
@@ -66,31 +66,31 @@ def cosines(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     No copy of x or y is made: their products are divided by their lengths.
     """
-    per_x, per_y = (1 / z.norm(dim=-1, keepdim=True).clamp_min(SHORTEST) for z in (x, y))
+    per_x, per_y = (1 / z.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM) for z in (x, y))
     return (x @ y.mT).mul_(per_x).mul_(per_y.mT), per_x, per_y
 
 
 def alignment_grads(
-    T: Tensor, moved: Tensor, x: Tensor, y: Tensor, per_x: Tensor, per_y: Tensor, wanted: Sequence[bool]
+    T: Tensor, T_cos: Tensor, x: Tensor, y: Tensor, per_x: Tensor, per_y: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dy of ⟨T, 1 − cos⟩ with T (…, M, N) held fixed; moved is T · cos. T is overwritten."""
+    """dx and dy of ⟨T, 1 − cos⟩ with T (…, M, N) held fixed; T_cos is T · cos. T is overwritten."""
     W = T.mul_(per_x).mul_(per_y.mT)  # (…, M, N)
-    dx = _token_grad(x, per_x, W, y, moved.sum(-1, keepdim=True)) if wanted[0] else None
-    dy = _token_grad(y, per_y, W.mT, x, moved.sum(-2, keepdim=True).mT) if wanted[1] else None
+    dx = _token_grad(x, per_x, W, y, T_cos.sum(-1, keepdim=True)) if wanted[0] else None
+    dy = _token_grad(y, per_y, W.mT, x, T_cos.sum(-2, keepdim=True).mT) if wanted[1] else None
     return dx, dy
 
 
 def _token_grad(x: Tensor, per_x: Tensor, W: Tensor, y: Tensor, along: Tensor) -> Tensor:
     # cos = xᵢ · yⱼ / (‖xᵢ‖ ‖yⱼ‖). Its first factor pulls xᵢ to Σⱼ Wᵢⱼ yⱼ; d(1/‖xᵢ‖) = −xᵢ · dxᵢ / ‖xᵢ‖³ takes
     # the part along xᵢ back, Σⱼ Tᵢⱼ cosᵢⱼ in all. A divisor that is the constant 1e-5 does not change.
-    dx = x * (along * per_x.square() * (per_x < 1 / SHORTEST))
+    dx = x * (along * per_x.square() * (per_x < 1 / MIN_NORM))
     multiply = torch.addmm if dx.ndim == 2 else torch.baddbmm
     return multiply(dx, W, y, alpha=-1, out=dx)
 
 
 def sinkhorn_scaled(log_kernel: Tensor, a: Tensor, b: Tensor, iters: int) -> Tensor:
     """Sinkhorn's plan (M, N) of log_kernel = −C/ε (M, N), at most 0, and the marginals a (M, 1), b (1, N)."""
-    if headroom(log_kernel) < 1:
+    if exponent_budget(log_kernel) < 1:
         log_a, log_b = logarithms(a), logarithms(b)
         u = torch.where(a > 0, 0.0, log_a)
         for _ in range(iters):
@@ -109,12 +109,12 @@ def sinkhorn_scaled(log_kernel: Tensor, a: Tensor, b: Tensor, iters: int) -> Ten
     return K.mul_(u).mul_(v)
 
 
-def steps_at_once(log_kernel: Tensor) -> int:
-    """How many steps of IPOT are taken from one base to the next; 0 means logarithms.
+def safe_steps(log_kernel: Tensor) -> int:
+    """How many steps of IPOT the product form may take before its scalings go into the kernel; 0: logarithms.
 
-    A third of `headroom`, because extrapolated scalings outgrow the kernel that they answer.
+    A third of `exponent_budget`, because extrapolated scalings outgrow the kernel that they answer.
     """
-    return int(headroom(log_kernel) / 3)
+    return int(exponent_budget(log_kernel) / 3)
 
 
 def ipot_scalings(
@@ -125,7 +125,7 @@ def ipot_scalings(
     log_kernel (b, L, N) is −C/β, at most 0, and 0 where padding (b, L, N) is True; mu (b, L, 1) and
     nu (b, 1, N) are the marginals, 0 for padded tokens.
     """
-    most, dtype = steps_at_once(log_kernel), potential_dtype(log_kernel)
+    most, dtype = safe_steps(log_kernel), potential_dtype(log_kernel)
     if most == 0:
         u = before = log_mu = logarithms(mu)
         log_nu = logarithms(nu)
@@ -136,7 +136,7 @@ def ipot_scalings(
     u, v, a = torch.zeros_like(mu, dtype=dtype), torch.zeros_like(nu, dtype=dtype), (mu > 0).to(mu.dtype)
     K, P = log_kernel.exp(), torch.empty_like(log_kernel)
     for done in range(0, iters, most):
-        # A new base: all scalings so far are taken up, so that those to come start at one.
+        # All scalings so far go into the kernel, so that the next ones start at one.
         gibbs(log_kernel, u, v, P, done + 1).masked_fill_(padding, 1)
         a, row, column = _steps(P, K, a, mu, nu, min(most, iters - done))
         u, v = u + row.log(), v + column.log()
@@ -148,22 +148,30 @@ def _steps(P: Tensor, K: Tensor, a: Tensor, mu: Tensor, nu: Tensor, steps: int) 
 
     With r = P B the rows' scaling is A = μ/r, and the extrapolated A²/A₋₁ is μ · r₋₁ / r².
     """
-    B, column_sums = nu.new_empty(nu.shape), a.mT @ P  # not empty_like: its strides would slow bmm down
-    start, r, before = a.clone(), torch.empty_like(a), mu.clone()
-    # One large pair is walked in blocks of rows: of each its r, its K and its share of the next column sums
-    # are made while it is in the cache. Several small pairs are one block.
+    # What follows is this loop, in place and block by block:
+    #
+    #     r = mu
+    #     for _ in range(steps):
+    #         B = nu / (a.mT @ P)           (b, 1, N), columns
+    #         before, r = r, P @ B.mT       (b, L, 1), rows
+    #         a = mu * before / r**2
+    #         P = P * K
+    #     return before / r, mu / r, B
+    #
+    # One large pair is walked in blocks of rows: a block's r, its product with K and its share of the next
+    # column sums aᵀP are made while it is in the cache. Several small pairs are one block. Two buffers hold r
+    # and r₋₁ in turn: r of the even steps and r of the odd ones.
+    column_sums, B = a.mT @ P, nu.new_empty(nu.shape)  # not empty_like: its strides would slow bmm down
+    a, even, odd = a.clone(), torch.empty_like(a), mu.clone()
     size = max(1, BLOCK // P.shape[2]) if len(P) == 1 else P.shape[1]
-    P_, K_, mu_, start_, r_, before_ = (z.split(size, 1) for z in (P, K, mu, start, r, before))
-    there = list(zip(P_, K_, mu_, start_, [s.mT for s in start_], r_, before_, strict=True))
-    back = [(*block[:-2], *reversed(block[-2:])) for block in there]  # r and r₋₁ change places
-    B_column = B.mT
+    blocks = list(zip(*(z.split(size, 1) for z in (P, K, mu, a, even, odd)), strict=True))
     for step in range(steps):
         torch.div(nu, column_sums, out=B)
         column_sums.zero_()
-        for p, k, m, s, s_row, now, last in back if step % 2 else there:
-            torch.bmm(p, B_column, out=now)
-            torch.div(last, now, out=s).div_(now).mul_(m)
-            column_sums.baddbmm_(s_row, p.mul_(k))
-    if steps % 2 == 0:
-        r, before = before, r
+        for p, k, m, a_block, r_even, r_odd in blocks:
+            r, before = (r_odd, r_even) if step % 2 else (r_even, r_odd)
+            torch.bmm(p, B.mT, out=r)
+            torch.div(before, r, out=a_block).div_(r).mul_(m)
+            column_sums.baddbmm_(a_block.mT, p.mul_(k))
+    r, before = (odd, even) if steps % 2 == 0 else (even, odd)
     return before / r * (mu > 0), mu / r, B

@@ -51,7 +51,7 @@ def hide_relation(scene: Scene) -> tuple[str, str]:
 
     Raises ValueError for a scene without a relation.
     """
-    _check_relation(scene)
+    _check(scene, bool(scene.relation), "have a relation (a pair or a place)")
     return scene.frame.replace(scene.relation, MASK, 1).format(*scene.slots), scene.relation.split()[0]
 
 
@@ -102,7 +102,7 @@ def swapped(scene: Scene) -> str:
 
     Raises ValueError when the scene is not a pair.
     """
-    _check_pair(scene)
+    _check(scene, scene.kind == "pair", "be a pair")
     return scene.frame.format(*scene.slots[::-1])
 
 
@@ -119,7 +119,7 @@ def misrelated(scene: Scene, rng: np.random.Generator) -> str:
 
     Raises ValueError for a scene without a relation.
     """
-    _check_relation(scene)
+    _check(scene, bool(scene.relation), "have a relation (a pair or a place)")
     others = [relation for relation in RELATIONS if relation != scene.relation]
     false = others[int(rng.integers(len(others)))]
     return scene.frame.replace(scene.relation, false, 1).format(*scene.slots)
@@ -131,8 +131,7 @@ def misnamed(scene: Scene, scenes: Scenes, rng: np.random.Generator) -> str:
     The new noun is drawn from those that may meet the remaining object in `scenes`: training then reads no
     pair of nouns that it is not to see. Raises ValueError for other scenes.
     """
-    if len(scene.objects) != 2:
-        fail("scene", "must have two objects", f"kind {scene.kind!r}")
+    _check(scene, len(scene.objects) == 2, "have two objects")
     slot = int(rng.integers(len(scene.slots)))
     kept = scene.objects[1 - slot]
     absent = [i for i in scenes.partners(kept) if i not in scene.objects]
@@ -170,7 +169,7 @@ def meaning(scene: Scene) -> tuple[int, int, int, bool]:
     caption of one is true of the other exactly when their meanings are equal. Raises ValueError when it is
     not a pair.
     """
-    _check_pair(scene)
+    _check(scene, scene.kind == "pair", "be a pair")
     (a, b), (axis, in_order) = scene.objects, RELATIONS[scene.relation]
     return (a, b, axis, in_order) if a < b else (b, a, axis, not in_order)
 
@@ -217,11 +216,6 @@ def takes(scenes: Iterable[Scene], most: int, rule: str) -> Iterator[Scene]:
     fail("scenes", f"must {rule}", f"too few in {most} scenes or all there are")
 
 
-def _check_relation(scene: Scene) -> None:
-    if not scene.relation:
-        fail("scene", "must have a relation (a pair or a place)", f"kind {scene.kind!r}")
-
-
-def _check_pair(scene: Scene) -> None:
-    if scene.kind != "pair":
-        fail("scene", "must be a pair", f"kind {scene.kind!r}")
+def _check(scene: Scene, fits: bool, rule: str) -> None:
+    if not fits:
+        fail("scene", f"must {rule}", f"kind {scene.kind!r}")

@@ -18,6 +18,7 @@ Left out: queries in free words; nobody has said which drawings are right for th
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -30,7 +31,7 @@ from minivlp.data.probes import meaning, retrieval_sets
 from minivlp.data.scenes import SCENE_SIZES
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.match import Matcher, Tokens, ranks, similarities
-from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits
+from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits, silent
 from minivlp.evaluation.tables import INTERVAL, tables
 
 DEPTHS = (1, 5, 10)
@@ -43,7 +44,7 @@ def evaluate_dual(
     language: str,
     sets: int = 8,
     seed: int = 1,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict:
     """All measures; sets: of 64 scenes each. Returns, ready for JSON,
 
@@ -55,31 +56,27 @@ def evaluate_dual(
     artists, portraits = artists_by_split(emojivl), Portraits(emojivl, canvas)
     known = trained_concepts(emojivl, emojivl.sheets)
     new = [c for c in emojivl.concepts if c.split != "train" and c.artists]
-    names = {
-        "classification": (known, prompts),
-        "image_to_text": (known, prompts[:1]),
-        "zeroshot": (new, prompts),
-        "zeroshot_all": ([*known, *new], prompts),
-    }
-    texts = {  # each name is read once, for both splits
-        name: matcher.ensembles([named(c, language) for c in among], forms)
-        for name, (among, forms) in names.items()
-        if among
-    }
+
+    def read(concepts: list[Concept], forms: Sequence[str] = prompts) -> list[Tokens]:
+        return matcher.ensembles([named(c, language) for c in concepts], forms) if concepts else []
+
+    texts, bare, new_texts, all_texts = read(known), read(known, prompts[:1]), read(new), read(known + new)
     tiers: dict[str, dict] = {"seen": {}, "unseen": {}}
 
     def measure(split: str, tick: Tick) -> dict[str, dict]:
-        drawings = _drawings(known, artists[split])
+        drawings, unknown = _drawings(known, artists[split]), _drawings(new, artists[split])
         pixels = portraits.plain(*_columns(drawings))
         pictures = matcher.pictures(pixels)
-        answers = {n: _classified(drawings, pictures, texts[n], known) for n in tuple(names)[:2]}
+        by_prompts = _classified(drawings, pictures, texts, known)
+        tiers[split] = by_prompts.tiers()
+        measures = by_prompts.measures("classification")
+        measures |= _classified(drawings, pictures, bare, known).measures("image_to_text")
         tick(1)
-        if unknown := _drawings(new, artists[split]):
-            unknown_pictures = matcher.pictures(portraits.plain(*_columns(unknown)))
-            for n in tuple(names)[2:]:
-                answers[n] = _classified(unknown, unknown_pictures, texts[n], names[n][0])
-        measures = {key: m for name, a in answers.items() for key, m in a.measures(name).items()}
-        measures |= _text_to_image(drawings, pictures, texts["image_to_text"][0], known)
+        measures |= _searched(drawings, pictures, bare[0], known).measures("text_to_image")
+        if unknown:
+            pictures = matcher.pictures(portraits.plain(*_columns(unknown)))
+            measures |= _classified(unknown, pictures, new_texts, new).measures("zeroshot")
+            measures |= _classified(unknown, pictures, all_texts, known + new).measures("zeroshot_all")
         tick(1)
         if split == "unseen" and artists["seen"]:
             floor = nearest_pixels(portraits, drawings, pixels, known, artists["seen"])
@@ -87,7 +84,6 @@ def evaluate_dual(
         tick(1)
         if language == "en":
             measures |= _scenes(matcher, emojivl, artists[split], sets, seed)
-        tiers[split] = answers["classification"].tiers()
         tick(1)
         return measures
 
@@ -103,72 +99,67 @@ def _columns(drawings: Sequence[tuple[Concept, str]]) -> tuple[list[int], list[s
     return [c.id for c, _ in drawings], [a for _, a in drawings]
 
 
+@dataclass(frozen=True)
 class Answers:
-    """The ranks of the right answers, with and without what looks the same: (A,) each, and whose they are."""
+    """The ranks of the right answers to A questions, with and without what looks the same."""
 
-    def __init__(self, scores: np.ndarray, asked: Sequence[Concept], among: Sequence[Concept]):
-        ids = np.array([c.id for c in among])
-        own = ids == np.array([c.id for c in asked])[:, None]  # (A, C)
-        near = np.array([np.isin(ids, c.near) for c in asked])
-        self.asked, self.exact, self.rank = list(asked), ranks(scores, own), ranks(scores, own | near)
-        self.right = (own | near).sum(1)
-        self.candidates = len(among)
+    concepts: np.ndarray  # (A,) ids of the concepts that were asked about
+    tier: np.ndarray  # (A,) their tiers
+    rank: np.ndarray  # (A,) wrong answers that score at least as high as the best right one
+    share: np.ndarray  # (A,) of the candidates that are right
+    exact: np.ndarray  # (A,) the rank where only the concept itself is right
+    exact_share: np.ndarray  # (A,)
+
+    @classmethod
+    def of(cls, scores: np.ndarray, asked: Sequence[Concept], among: Sequence[Concept]) -> "Answers":
+        """From scores (A, C) of the questions with the candidates."""
+        ids, concepts = np.array([c.id for c in among]), np.array([c.id for c in asked])
+        own = ids == concepts[:, None]  # (A, C)
+        right = own | np.array([np.isin(ids, c.near) for c in asked])
+        tier = np.array([c.tier for c in asked])
+        return cls(concepts, tier, ranks(scores, right), right.mean(1), ranks(scores, own), own.mean(1))
 
     def measures(self, name: str, tier: str | None = None, exact: bool = False) -> dict[str, dict]:
         """{name_r1, name_r5, name_r10: measured}, of one tier or all; exact: no near name is a hit."""
-        chosen = np.array([tier in (None, c.tier) for c in self.asked])
-        rank, clusters = (self.exact if exact else self.rank)[chosen], [c.id for c in self.asked]
-        clusters = np.array(clusters)[chosen].tolist()
-        right = 1 if exact else self.right[chosen].mean()
-        return {
-            f"{name}_r{k}": measured(rank < k, clusters, chance=min(1, k * right / self.candidates))
-            for k in DEPTHS
-        }
+        chosen = slice(None) if tier is None else self.tier == tier
+        rank, share = (self.exact, self.exact_share) if exact else (self.rank, self.share)
+        clusters = self.concepts[chosen].tolist()
+        chance = {k: np.minimum(1, k * share[chosen]).mean() for k in DEPTHS}
+        return {f"{name}_r{k}": measured(rank[chosen] < k, clusters, chance=chance[k]) for k in DEPTHS}
 
     def tiers(self) -> dict[str, dict]:
         """Of each tier that was asked about: R@1, R@5 and R@10, and the same for the exact name."""
-        there = [tier for tier in TIERS if any(c.tier == tier for c in self.asked)]
+        there = [tier for tier in TIERS if tier in self.tier]
         return {t: self.measures("near", t) | self.measures("exact", t, exact=True) for t in there}
 
 
 def _classified(drawings, pictures: Tokens, texts: Sequence[Tokens], among: Sequence[Concept]) -> Answers:
     """Each drawing's name among the names of these concepts, read in one or several prompts."""
     scores = np.mean([similarities(pictures, names) for names in texts], axis=0)
-    return Answers(scores, [c for c, _ in drawings], among)
+    return Answers.of(scores, [c for c, _ in drawings], among)
 
 
-def _text_to_image(drawings, pictures: Tokens, texts: Tokens, concepts: Sequence[Concept]) -> dict:
+def _searched(drawings, pictures: Tokens, texts: Tokens, concepts: Sequence[Concept]) -> Answers:
     """Names among each artist's drawings, searched on their own; then the answers of all artists together."""
     number, parts = {c.id: i for i, c in enumerate(concepts)}, []
     for artist in dict.fromkeys(a for _, a in drawings):
-        rows = [k for k, (_, a) in enumerate(drawings) if a == artist]
-        drawn = [drawings[k][0] for k in rows]
-        names = [number[c.id] for c in drawn]
+        rows, drawn = zip(*((k, c) for k, (c, a) in enumerate(drawings) if a == artist), strict=True)
+        rows, names = list(rows), [number[c.id] for c in drawn]
         scores = similarities((texts[0][names], texts[1][names]), (pictures[0][rows], pictures[1][rows]))
-        parts.append(Answers(scores, drawn, drawn))
-    clusters = [c.id for part in parts for c in part.asked]
-    measures = {}
-    for k in DEPTHS:
-        hits = np.concatenate([part.rank < k for part in parts])
-        chances = [np.minimum(1, k * part.right / part.candidates) for part in parts]
-        chance = np.concatenate(chances).mean()
-        measures[f"text_to_image_r{k}"] = measured(hits, clusters, chance=chance)
-    return measures
+        parts.append(Answers.of(scores, drawn, drawn))
+    return Answers(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def nearest_pixels(
     portraits, drawings, pixels, concepts: Sequence[Concept], artists: Sequence[str]
 ) -> Answers:
     """The floor: a concept's score is minus the smallest distance to one of its drawings by these artists."""
-    bank = _drawings(concepts, artists)
+    bank, number = _drawings(concepts, artists), {c.id: i for i, c in enumerate(concepts)}
     known = portraits.plain(*_columns(bank)).flatten(1)  # (K, 3·H·W)
     distance = torch.cdist(pixels.flatten(1), known).numpy()  # (A, K)
-    scores = np.full((len(pixels), len(concepts)), -np.inf, np.float32)
-    place = {c.id: i for i, c in enumerate(concepts)}
-    for k, (concept, _) in enumerate(bank):
-        column = place[concept.id]
-        scores[:, column] = np.maximum(scores[:, column], -distance[:, k])
-    return Answers(scores, [c for c, _ in drawings], concepts)
+    scores = np.full((len(concepts), len(pixels)), -np.inf, np.float32)
+    np.maximum.at(scores, [number[c.id] for c, _ in bank], -distance.T)
+    return Answers.of(scores.T, [c for c, _ in drawings], concepts)
 
 
 def _scenes(matcher: Matcher, emojivl: EmojiVL, artists, sets: int, seed: int) -> dict[str, dict]:
@@ -186,34 +177,26 @@ def _scenes(matcher: Matcher, emojivl: EmojiVL, artists, sets: int, seed: int) -
     return {name: measured(h, pairs, chance=1 / CANDIDATES) for name, h in hits.items()}
 
 
+NOTE = """\
+Classification is by an ensemble of prompts among the names of all training concepts; a name whose
+drawing nearly coincides counts as a hit, but not as the exact name. *Pixels* is the floor: the
+concept of the training drawing with the nearest pixels. Intervals are clustered by concept, for
+scenes by pair of objects.
+"""
+
+
 def report_dual(results: Mapping) -> str:
     """The results of `evaluate_dual` as Markdown, a table of measures and one of tiers a split."""
     details = results["details"]
     columns = INTERVAL | {"chance": "{chance:.4f}", "items": "{items}", "concepts or pairs": "{clusters}"}
 
     def tiers(split: str) -> list[str]:
-        lines = [
-            "",
-            "| tier | items | R@1 | R@5 | R@1, exact name | R@5, exact name |",
-            "|---|---|---|---|---|---|",
-        ]
+        lines = ["", "| tier | items | R@1 | R@5 | R@1, exact name | R@5, exact name |", "|---" * 6 + "|"]
         for tier, m in details["tiers"][split].items():
             cells = [f"{m[key]['value']:.3f} ({m[key]['low']:.3f} to {m[key]['high']:.3f})"
                      for key in ("near_r1", "near_r5", "exact_r1", "exact_r5")]  # fmt: skip
             lines.append(f"| {tier} | {m['near_r1']['items']} | {' | '.join(cells)} |")
         return lines
 
-    lines = tables(
-        results,
-        lambda split: f"{details['concepts']} training concepts, {details['canvas']} pixels square.",
-        lambda name: name.replace("_r", ", R@"),
-        columns,
-        tiers,
-    )
-    lines += [
-        "Classification is by an ensemble of prompts among the names of all training concepts; a name whose",
-        "drawing nearly coincides counts as a hit, but not as the exact name. *Pixels* is the floor: the",
-        "concept of the training drawing with the nearest pixels. Intervals are clustered by concept, for",
-        "scenes by pair of objects.",
-    ]
-    return "\n".join([*lines, ""])
+    about = f"{details['concepts']} training concepts, {details['canvas']} pixels square."
+    return tables(results, lambda split: about, lambda name: name.replace("_r", ", R@"), columns, NOTE, tiers)

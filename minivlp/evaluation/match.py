@@ -39,9 +39,8 @@ class Matcher:
     def pictures(self, pixels: Tensor) -> Tokens:
         """pixels (n, 3, H, W) → n sets of tokens, on the CPU."""
         device = next(self.model.parameters()).device
-        parts = [self._sets(x.to(device), self.model.image_tokens, self.model.encode_image)
-                 for x in pixels.split(BATCH)]  # fmt: skip
-        return _joined(parts)
+        encode = self.model.image_tokens if self.tokens else self.model.encode_image
+        return _sets([encode(batch.to(device)) for batch in pixels.split(BATCH)])
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tokens:
@@ -49,19 +48,10 @@ class Matcher:
         config, device = self.model.config, next(self.model.parameters()).device
         ids, mask = fitting_rows(self.tokenizer, texts, config.max_text_len)
         ids, mask = padded(ids, mask, config.max_text_len, self.tokenizer, config.text_pool == "last")
-        parts = []
-        for rows in torch.arange(len(texts)).split(BATCH):
-            i, m = ids[rows].to(device), mask[rows].to(device)
-            parts.append(self._sets((i, m), lambda t: self.model.text_tokens(*t),
-                                    lambda t: self.model.encode_text(t[0])))  # fmt: skip
-        return _joined(parts)
-
-    def _sets(self, x, by_token, whole) -> Tokens:
-        if self.tokens:
-            tokens, mask = by_token(x)
-            return tokens.cpu(), mask.cpu()
-        vectors = whole(x)[:, None].cpu()  # (n, 1, E)
-        return vectors, torch.ones(vectors.shape[:2], dtype=torch.bool)
+        ids = ids.to(device).split(BATCH)
+        if not self.tokens:
+            return _sets([self.model.encode_text(batch) for batch in ids])
+        return _sets([*map(self.model.text_tokens, ids, mask.to(device).split(BATCH))])
 
     def ensembles(self, names: Sequence[str], prompts: Sequence[str]) -> list[Tokens]:
         """The names in these prompts: one set of vectors, or for tokens one set a prompt."""
@@ -90,9 +80,12 @@ def padded(
     return torch.from_numpy(ids), torch.from_numpy(np.pad(mask, more))
 
 
-def _joined(parts: list[Tokens]) -> Tokens:
-    tokens, masks = zip(*parts, strict=True)
-    return torch.cat(tokens), torch.cat(masks)
+def _sets(batches: list[Tensor] | list[Tokens]) -> Tokens:
+    """Batches of sets of tokens in one, on the CPU; a vector is a set of one."""
+    if isinstance(batches[0], Tensor):  # (b, E) each
+        batches = [(x[:, None], torch.ones(len(x), 1, dtype=torch.bool)) for x in batches]
+    tokens, mask = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
+    return tokens, mask
 
 
 def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ al. 2020 (Masked language model scoring), equation 2: a text's score is the sum 
 Left out: the words that are no nouns, and hiding one at a time, which is as many passes as words.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minivlp.data import Scene
 from minivlp.evaluation.reading import encoded
+from minivlp.evaluation.splits import Tick, silent
 from minivlp.models.vilt import Vilt
 from minivlp.text import WordPiece
 
@@ -34,11 +35,7 @@ def match_scores(model: Vilt, states: dict[str, Tensor]) -> Tensor:
 
 @torch.inference_mode()
 def match_odds(
-    model: Vilt,
-    tokenizer: WordPiece,
-    captions: Sequence[str],
-    scenes: Sequence[Scene],
-    tick: Callable[[int], None] = lambda passes: None,
+    model: Vilt, tokenizer: WordPiece, captions: Sequence[str], scenes: Sequence[Scene], tick: Tick = silent
 ) -> np.ndarray:
     """The log odds that caption i matches picture i: (n,)."""
     odds = np.zeros(len(captions))

@@ -1,6 +1,6 @@
 """Texts with pictures through a model, in batches of texts of one length: no row needs padding or a mask."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minivlp.core.require import fail
 from minivlp.data import Scene, scene_pixels
+from minivlp.evaluation.splits import Tick, silent
 from minivlp.text import WordPiece
 
 BATCH = 64  # texts a forward pass: more of them leave the cache of a CPU, and each takes a fifth longer
@@ -35,11 +36,7 @@ def equal_lengths(
 
 
 def encoded(
-    model: nn.Module,
-    tokenizer: WordPiece,
-    texts: Sequence[str],
-    scenes: Sequence[Scene],
-    tick: Callable[[int], None] = lambda passes: None,
+    model: nn.Module, tokenizer: WordPiece, texts: Sequence[str], scenes: Sequence[Scene], tick: Tick = silent
 ) -> Iterator[tuple[np.ndarray, Tensor, dict[str, Tensor]]]:
     """Text i with picture i, in batches: `(rows (b,), ids (b, L), the states of model.encode)`.
 

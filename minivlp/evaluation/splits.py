@@ -10,6 +10,10 @@ Progress = Callable[[int, int], None]  # (done, total)
 Tick = Callable[[int], None]  # so many more are done
 
 
+def silent(*numbers: int) -> None:
+    """The progress of a measurement that nobody watches."""
+
+
 def artists_by_split(emojivl: EmojiVL) -> dict[str, list[str]]:
     """{"seen": the training artists that the data holds, "unseen": all others}."""
     seen = [artist for artist in emojivl.sheets if artist in TRAINING_ARTISTS]

@@ -25,22 +25,12 @@ import numpy as np
 import torch
 
 from minivlp.core.require import fail
-from minivlp.data import Concept, EmojiVL, Scene, Scenes
-from minivlp.data.probes import (
-    false_captions,
-    hide_relation,
-    hide_slots,
-    meaning,
-    noun_spans,
-    retrieval_sets,
-    single_piece_id,
-    swapped,
-)
+from minivlp.data import Concept, EmojiVL, Scene, Scenes, probes
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.point import patches_inside, transport
 from minivlp.evaluation.rank import Hidden, match_odds, wins
 from minivlp.evaluation.reading import encoded
-from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits
+from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits, silent
 from minivlp.evaluation.tables import scene_tables
 from minivlp.models.vilt import Vilt
 from minivlp.text import WordPiece
@@ -66,10 +56,10 @@ def evaluate(
     emojivl: EmojiVL,
     nouns: Sequence[Concept],
     canvas: int,
-    items: int = 1000,
-    sets: int = 16,
+    items: int = 1500,
+    sets: int = 12,
     seed: int = 1,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict:
     """All measures on held-out pairs of `nouns`, in square pictures of `canvas` pixels.
 
@@ -82,16 +72,11 @@ def evaluate(
     """
     if items < 4 or items % 2:
         fail("items", "must be even and at least 4", items)
-    artists, half = artists_by_split(emojivl), items // 2
-    sources = {
-        split: Scenes(emojivl, nouns, names, canvas, pairs="held_out", seed=seed)
-        for split, names in artists.items()
-        if names
-    }
-    groups = {  # all that can fail for lack of pairs comes before the first forward pass
-        split: retrieval_sets((scenes[i] for i in count(items)), sets, CANDIDATES)
-        for split, scenes in sources.items()
-    }
+    artists, sources, groups, half = artists_by_split(emojivl), {}, {}, items // 2
+    for split in filter(artists.get, artists):  # what fails for lack of pairs does so before the first pass
+        scenes = Scenes(emojivl, nouns, artists[split], canvas, pairs="held_out", seed=seed)
+        groups[split] = probes.retrieval_sets((scenes[i] for i in count(items)), sets, CANDIDATES)
+        sources[split] = scenes
 
     def measure(split: str, tick: Tick) -> dict[str, dict]:
         scenes = [sources[split][i] for i in range(items)]
@@ -108,7 +93,7 @@ def evaluate(
 
 def _pairs(scenes: Sequence[Scene]) -> list[tuple[int, int]]:
     """The two objects of each scene: its cluster."""
-    return [meaning(scene)[:2] for scene in scenes]
+    return [probes.meaning(scene)[:2] for scene in scenes]
 
 
 def _words(model, tokenizer, scenes: list[Scene], nouns: int, tick: Tick) -> dict[str, dict]:
@@ -123,9 +108,11 @@ def _words(model, tokenizer, scenes: list[Scene], nouns: int, tick: Tick) -> dic
                 right[i] = guesses.tolist() == hidden[i][1]
         return right
 
-    one = [hide_slots(scene, [i % 2], tokenizer) for i, scene in enumerate(scenes)]
-    both = [hide_slots(scene, [0, 1], tokenizer) for scene in scenes]
-    relation = [(text, [single_piece_id(word, tokenizer)]) for text, word in map(hide_relation, scenes)]
+    one = [probes.hide_slots(scene, [i % 2], tokenizer) for i, scene in enumerate(scenes)]
+    both = [probes.hide_slots(scene, [0, 1], tokenizer) for scene in scenes]
+    relation = [
+        (text, [probes.single_piece_id(word, tokenizer)]) for text, word in map(probes.hide_relation, scenes)
+    ]
     asked = {  # what is hidden, the chance, the ceiling of objects, and what the report says is masked
         "masked_object": (one, 1 / (nouns - 1), 1, "one noun, all its pieces; the other shows"),
         "masked_both": (both, 1 / nouns / (nouns - 1), 1 / 2, "both nouns, all their pieces"),
@@ -143,11 +130,11 @@ def _matching(model, tokenizer, scenes: list[Scene], seed: int, tick: Tick) -> d
     def accepted(captions: list[str]) -> np.ndarray:
         return match_odds(model, tokenizer, captions, scenes, tick) > 0
 
-    pairs, others = _pairs(scenes), false_captions(scenes, np.random.default_rng(seed))
+    pairs, others = _pairs(scenes), probes.false_captions(scenes, np.random.default_rng(seed))
     other_objects = np.mean([pair != pairs[j] for pair, j in zip(pairs, others, strict=True)])
     true = accepted([scene.caption for scene in scenes])
     random = np.concatenate([true, ~accepted([scenes[j].caption for j in others])])
-    order = np.concatenate([true, ~accepted([swapped(scene) for scene in scenes])])
+    order = np.concatenate([true, ~accepted([probes.swapped(scene) for scene in scenes])])
     about = {"chance": 1 / 2, "masked": "nothing"}
     return {
         "itm_random": measured(random, pairs * 2, objects=(1 + other_objects) / 2, **about),
@@ -160,7 +147,7 @@ def _retrieval(model, tokenizer, groups: list[list[Scene]], tick: Tick) -> dict[
     hits, pairs, objects = {"retrieval_r1_64": [], "retrieval_itm": []}, [], []
     for group in groups:
         n, captions = len(group), [scene.caption for scene in group]
-        hidden = [hide_slots(scene, range(len(scene.slots)), tokenizer) for scene in group]
+        hidden = [probes.hide_slots(scene, range(len(scene.slots)), tokenizer) for scene in group]
         odds = match_odds(model, tokenizer, [c for c in captions for _ in group], group * n, tick)
         odds = odds.reshape(n, n)  # row i: caption i with every picture
         hits["retrieval_r1_64"] += wins(model, tokenizer, hidden, group, odds).tolist()
@@ -181,7 +168,7 @@ def _pointing(model, tokenizer, scenes: list[Scene], tick: Tick) -> dict[str, di
         plans = transport(states).float().cpu().numpy()  # (B, L, N)
         for i, rows_of_plan in zip(rows, plans, strict=True):
             inside = patches_inside(scenes[i], model.config.patch)  # (2, N)
-            best = [rows_of_plan[span].sum(0).argmax() for span in noun_spans(scenes[i], tokenizer)]
+            best = [rows_of_plan[span].sum(0).argmax() for span in probes.noun_spans(scenes[i], tokenizer)]
             hits[:, i] = inside[[0, 1], best], inside.any(0)[best]
             share[0, i], share[1, i] = inside.mean(1), inside.any(0).mean()
     clusters = [pair for pair in _pairs(scenes) for _ in range(2)]
@@ -191,11 +178,12 @@ def _pointing(model, tokenizer, scenes: list[Scene], tick: Tick) -> dict[str, di
     }
 
 
+NOTE = """\
+Intervals are clustered by pair of objects. *Objects alone* is the ceiling for one who knows
+which objects a picture shows, but not where.
+"""
+
+
 def report(results: dict) -> str:
     """The results of `evaluate` as Markdown, one table a split."""
-    lines = scene_tables(results, NAMES, {"masked": "{masked}"})
-    lines.append(
-        "Intervals are clustered by pair of objects. *Objects alone* is the ceiling for one who knows"
-    )
-    lines.append("which objects a picture shows, but not where.")
-    return "\n".join([*lines, ""])
+    return scene_tables(results, NAMES, NOTE, {"masked": "{masked}"})

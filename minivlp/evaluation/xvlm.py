@@ -22,7 +22,7 @@ Sources: Yu et al. 2016 (RefCOCO), IoU at least 0.5; Zeng, Zhang and Li 2022 (X-
 Left out: proposals of boxes; the model answers with one box of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 
 import numpy as np
@@ -36,7 +36,7 @@ from minivlp.data.probes import takes
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.point import patches_inside
 from minivlp.evaluation.reading import BATCH, encoded, fitting_rows
-from minivlp.evaluation.splits import Progress, Tick, artists_by_split, evaluate_splits
+from minivlp.evaluation.splits import Progress, Tick, artists_by_split, evaluate_splits, silent
 from minivlp.evaluation.tables import scene_tables
 from minivlp.models.xvlm import Xvlm
 from minivlp.regions import patches_touched, region_tokens
@@ -63,7 +63,7 @@ def evaluate_xvlm(
     canvas: int,
     items: int = 2000,
     seed: int = 1,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict:
     """All measures on held-out pairs of `nouns`, in square pictures of `canvas` pixels.
 
@@ -75,11 +75,8 @@ def evaluate_xvlm(
     if items < 1:
         fail("items", "must be at least 1", items)
     artists = artists_by_split(emojivl)
-    sources = {
-        split: Crowds(emojivl, nouns, names, canvas, "held_out", seed=seed)
-        for split, names in artists.items()
-        if names
-    }
+    there = filter(artists.get, artists)
+    sources = {s: Crowds(emojivl, nouns, artists[s], canvas, "held_out", seed=seed) for s in there}
 
     def measure(split: str, tick: Tick) -> dict[str, dict]:
         items_of = ask_phrases(sources[split], items)
@@ -116,10 +113,7 @@ def true_boxes(items: Sequence[Item]) -> np.ndarray:
 
 @torch.inference_mode()
 def predict_boxes(
-    model: Xvlm,
-    tokenizer: WordPiece,
-    items: Sequence[Item],
-    tick: Callable[[int], None] = lambda passes: None,
+    model: Xvlm, tokenizer: WordPiece, items: Sequence[Item], tick: Tick = silent
 ) -> np.ndarray:
     """The box that the model gives for each phrase in its scene: (items, 4), corners in pixels."""
     predicted = np.zeros((len(items), 4))
@@ -189,12 +183,13 @@ def _pairs(items: Sequence[Item]) -> list[tuple[int, ...]]:
     return [tuple(sorted(scene.objects[:2])) for scene, _ in items]
 
 
+NOTE = """\
+A box is right when its IoU with the object's is at least 0.5. Intervals are clustered by
+pair of nouns. *Objects alone* is what one reaches who knows every object and its place, but
+reads only the first noun of the phrase.
+"""
+
+
 def report_xvlm(results: dict) -> str:
     """The results of `evaluate_xvlm` as Markdown, one table a split."""
-    lines = scene_tables(results, NAMES, {})
-    lines.append("A box is right when its IoU with the object's is at least 0.5. Intervals are clustered by")
-    lines.append(
-        "pair of nouns. *Objects alone* is what one reaches who knows every object and its place, but"
-    )
-    lines.append("reads only the first noun of the phrase.")
-    return "\n".join([*lines, ""])
+    return scene_tables(results, NAMES, NOTE)

@@ -1,1 +1,1 @@
-"""The tile loop of stream.py once more in Triton, with its losses; imported when a CUDA tensor comes."""
+"""The tile loop of stream.py in Triton, with its losses; imported only when a tensor on a GPU comes."""

@@ -1,4 +1,4 @@
-"""The losses on the kernels: each is the steps it passes to `kernels.fold` and `kernels.accumulate`.
+"""The losses on the kernels: each is the steps it passes to `walks.fold` and `walks.accumulate`.
 
 Every function takes the inputs of its concept, already checked, and returns `(loss, gradients)` in float32,
 one gradient for each input that may have one, None where it is not `wanted`. The gradients are those of an
@@ -14,37 +14,42 @@ from typing import Any
 
 from torch import Tensor
 
-from minivlp.kernels import walks as kernels
+from minivlp.kernels import walks
 from minivlp.kernels.walks import Side
 
 Gradients = tuple[Tensor | None, ...]
 ALL = (True, True, True, True)
 
 
-def infonce(x: Tensor, y: Tensor, scale: float | Tensor, wanted: tuple = ALL) -> tuple[Tensor, Gradients]:
-    """x (B, D), y (B, D): loss, (dx, dy, dscale)."""
-    images, texts = kernels.side(x, times=scale), kernels.side(y)
-    top, total, own = kernels.fold(kernels.logsumexp, images, texts)[:, 0]  # (B,) each
+def infonce(
+    images: Tensor, texts: Tensor, scale: float | Tensor, wanted: tuple = ALL
+) -> tuple[Tensor, Gradients]:
+    """images (B, D), texts (B, D): loss, (dimages, dtexts, dscale)."""
+    B, rows, columns = len(images), walks.side(images, times=scale), walks.side(texts)
+    top, total, positives = walks.fold(walks.logsumexp, rows, columns)[:, 0]  # (B,) each
     row_lse = top + total.log()
-    top, total, _ = kernels.fold(kernels.logsumexp, texts, images)[:, 0]
+    top, total, _ = walks.fold(walks.logsumexp, columns, rows)[:, 0]
     column_lse = top + total.log()
-    images, texts = images._replace(plus=-row_lse), texts._replace(plus=-column_lse)
-    dx = _gradient(kernels.infonce, images, texts, x, 0.5 / len(x)) if wanted[0] or wanted[2] else None
-    dy = _gradient(kernels.infonce, texts, images, y, 0.5 / len(x)) if wanted[1] else None
-    dscale = _slope(x, dx, scale) if wanted[2] else None
-    return (row_lse + column_lse - 2 * own).mean() / 2, (dx, dy, dscale)
+    rows, columns = rows._replace(plus=-row_lse), columns._replace(plus=-column_lse)
+    dimages = dtexts = dscale = None
+    if wanted[0] or wanted[2]:
+        dimages = _gradient(walks.infonce, rows, columns, images, 0.5 / B)
+    if wanted[1]:
+        dtexts = _gradient(walks.infonce, columns, rows, texts, 0.5 / B)
+    if wanted[2]:
+        dscale = _slope(images, dimages, scale)
+    return (row_lse + column_lse - 2 * positives).mean() / 2, (dimages, dtexts, dscale)
 
 
 def sigmoid_loss(
-    x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor, wanted: tuple = ALL
+    images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor, wanted: tuple = ALL
 ) -> tuple[Tensor, Gradients]:
-    """x (B, D), y (B, D): loss, (dx, dy, dscale, dbias)."""
-    B = len(x)
-    images, texts = kernels.side(x, times=scale), kernels.side(y, plus=bias)
-    dx, sums = kernels.accumulate(kernels.sigmoid, images, texts)
-    dx, (slopes, losses) = dx[0, :, : x.shape[1]] / B, sums[:, 0].sum(1) / B
-    dy = _gradient(kernels.sigmoid, texts, images, y, 1 / B) if wanted[1] else None
-    return losses, (dx, dy, _slope(x, dx, scale), slopes)
+    """images (B, D), texts (B, D): loss, (dimages, dtexts, dscale, dbias)."""
+    B, rows, columns = len(images), walks.side(images, times=scale), walks.side(texts, plus=bias)
+    dimages, sums = walks.accumulate(walks.sigmoid, rows, columns)
+    dimages, (dbias, loss) = dimages[0, :, : images.shape[1]] / B, sums[:, 0].sum(1) / B
+    dtexts = _gradient(walks.sigmoid, columns, rows, texts, 1 / B) if wanted[1] else None
+    return loss, (dimages, dtexts, _slope(images, dimages, scale), dbias)
 
 
 def best_partners(
@@ -55,17 +60,17 @@ def best_partners(
     A veto (P, M) or (P, N) is −inf at padding, which is nobody's partner, else 0. Returns cosines (P, M)
     and places (P, M), int64, of x's tokens, then the same of y's. Of equal cosines the first wins.
     """
-    xs, ys = kernels.side(x, 1 / kernels.lengths(x), x_veto), kernels.side(y, 1 / kernels.lengths(y), y_veto)
-    found = kernels.fold(kernels.best, xs, ys), kernels.fold(kernels.best, ys, xs)
-    (x_best, x_place, _), (y_best, y_place, _) = found
+    xs, ys = walks.side(x, 1 / walks.lengths(x), x_veto), walks.side(y, 1 / walks.lengths(y), y_veto)
+    x_best, x_place, _ = walks.fold(walks.best, xs, ys)
+    y_best, y_place, _ = walks.fold(walks.best, ys, xs)
     return x_best, x_place.long(), y_best, y_place.long()
 
 
 def _gradient(step: Any, rows: Side, columns: Side, like: Tensor, weight: float) -> Tensor:
     """The gradient of `rows` without the padding of its width, like (M, D)."""
-    return kernels.accumulate(step, rows, columns)[0][0, :, : like.shape[1]] * weight
+    return walks.accumulate(step, rows, columns)[0][0, :, : like.shape[1]] * weight
 
 
-def _slope(x: Tensor, dx: Tensor, scale: float | Tensor) -> Tensor:
-    """dL/dscale = ⟨G, x yᵀ⟩ = ⟨x, dx⟩ / scale, because S is scale · x yᵀ."""
-    return (x.detach() * dx).sum() / scale
+def _slope(images: Tensor, dimages: Tensor, scale: float | Tensor) -> Tensor:
+    """dL/dscale = ⟨G, X Yᵀ⟩ = ⟨X, dX⟩ / scale, because S is scale · X Yᵀ."""
+    return (images.detach() * dimages).sum() / scale

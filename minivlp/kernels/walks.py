@@ -1,29 +1,6 @@
 """The two walks of `stream` in Triton: one kernel folds, one accumulates, and a step function makes the loss.
 
-Forward and backward, predicted by `traffic.table`, not measured: what the plain rung and the kernels move
-through memory, how many products of 2·M·N·D flops they make, and the least time on a laptop GPU whose memory
-gives 256 GB/s and which makes 11.6 TFLOP/s in float32, twice that in 16 bits. S is 8192 × 8192 of width 512,
-for masked words 4096 × 30522 of width 768, for word-patch alignment 64 times 40 × 240 of width 768.
-
-                             MB moved              products      bound, ms
-                  bits     plain    kernel   ratio   plain kernel   plain   kernel
-    InfoNCE         32       6,442       168    38.4       3     6       42.9     35.5
-    InfoNCE         16       3,221       101    32.0       3     6       21.5     17.8
-    sigmoid loss    32       6,711       101    66.7       3     4       44.0     23.7
-    sigmoid loss    16       3,355        67    50.0       3     4       22.0     11.8
-    masked words    32       7,001    18,229     0.4       3     5       77.0     82.7
-    masked words    16       3,501     9,168     0.4       3     5       38.5     41.3
-    Chamfer         32       4,295       168    25.6       3     2       34.5     11.8
-    Chamfer         16       2,147       134    16.0       3     2       17.3      5.9
-    word-patch      32       1,429       220     6.5       3     5        5.8      0.9
-    word-patch      16         715       138     5.2       3     5        2.9      0.5
-
-That chip makes 45 flops in float32, 91 in 16 bits, while one byte arrives; what makes fewer for each byte it
-moves waits for memory. A tile of 64 × 64 makes 16 or 32 for each byte of x and y that it reads: tiles must
-come from the cache (32 MB), as all do but those of the vocabulary, which outgrows it. There kernels would
-move more than they save: `mlm_loss_fused` has none, and keeps its panels and the vendor's products.
-
-A tile of S_ij = r_i c_j (x_i · y_j) itself never leaves the chip. One program owns a strip of rows and walks:
+A tile of S_ij = r_i c_j (x_i · y_j) never leaves the chip. One program owns a strip of rows and walks:
 
     fold          S_ij + v_j is folded into three numbers for each row
     accumulate    a step turns S into G; the program adds up dx_i = r_i Σ_j G_ij c_j y_j, and sums along rows
@@ -31,13 +8,13 @@ A tile of S_ij = r_i c_j (x_i · y_j) itself never leaves the chip. One program 
 For the columns call it with the sides exchanged, `fold(step, columns, rows)`. So every number is written by
 one program, in one order: no atomics, the same bits in every run, and S made once more for each side. A side
 is its rows and three vectors: `times` (r, c) the scale, or 1/‖row‖ where S is a cosine; `plus` (u, v) a bias,
-a potential, or what the first walk found; `ids`: own_ij is true where those of row and column are equal.
+a potential, or what the first walk made; `ids`: positive_ij is true where row and column have the same id.
 
 A step is a `@triton.jit` function that the kernel takes as a `tl.constexpr`, compiled into it:
 
-    logsumexp(state, S, own, first)    → (top, Σ_j exp(S_ij − top), Σ_j S_ij own_ij)
-    best(state, S, own, first)         → (maximum, the first column that holds it, 0)
-    infonce, plan, sigmoid(S, u, v, own)    → (G, a tile to be summed along rows beside G)
+    logsumexp(state, S, positive, first)    → (top, Σ_j exp(S_ij − top), Σ_j S_ij positive_ij)
+    best(state, S, positive, first)         → (maximum, the first column that holds it, 0)
+    infonce, plan, sigmoid(S, u, v, positive)    → (G, a tile to be summed along rows beside G)
 
 Numbers: products of float16 or bfloat16 are added up in float32, and float32 is multiplied as such ("ieee":
 TF32 would keep 10 bits of it). Before sm_80 no chip multiplies bfloat16: there both half precisions are read
@@ -57,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minivlp.core.transport import SHORTEST
+from minivlp.core.transport import MIN_NORM
 
 LOWEST = tl.constexpr(-1e30)  # below any S, yet finite: −inf − (−inf) would be NaN
 
@@ -107,8 +84,8 @@ def fold_kernel(
         cj, vj, column = vectors(c, v, column_ids, j, b, N)
         S = similarities(x, y, ri, cj, i, j, b, M, N, D, DOT, BLOCK_D)
         S = tl.where((j < N)[None, :], S + vj[None, :], -float("inf"))
-        own = (row[:, None] == column[None, :]) & (j < N)[None, :]
-        state = step(state, S, own, first)
+        positive = (row[:, None] == column[None, :]) & (j < N)[None, :]
+        state = step(state, S, positive, first)
     for k in tl.static_range(3):
         tl.store(out + (k * P + b).to(tl.int64) * M + i, state[k], i < M)
 
@@ -152,16 +129,16 @@ def accumulate_kernel(
 
 
 @triton.jit
-def logsumexp(state, S, own, first):
-    """Running maximum, sum of exponentials below it, and the row's own score."""
-    top, total, mine = state
+def logsumexp(state, S, positive, first):
+    """Running maximum, sum of exponentials below it, and the score of the row's positive."""
+    top, total, positives = state
     new = tl.maximum(top, tl.max(S, 1))
     total = total * tl.exp(top - new) + tl.sum(tl.exp(S - new[:, None]), 1)
-    return new, total, mine + tl.sum(tl.where(own, S, 0.0), 1)
+    return new, total, positives + tl.sum(tl.where(positive, S, 0.0), 1)
 
 
 @triton.jit
-def best(state, S, own, first):
+def best(state, S, positive, first):
     """Running maximum and its column; a number below 2²⁴ is exact in float32. The first of equals wins."""
     top, place, unused = state
     value, index = tl.max(S, 1, return_indices=True)
@@ -169,28 +146,28 @@ def best(state, S, own, first):
 
 
 @triton.jit
-def infonce(S, u, v, own):
+def infonce(S, u, v, positive):
     """G = P_row + P_col − 2 I, with u and v minus the logsumexp of row and column."""
-    return tl.exp(S + u) + tl.exp(S + v) - tl.where(own, 2.0, 0.0), tl.zeros_like(S)
+    return tl.exp(S + u) + tl.exp(S + v) - tl.where(positive, 2.0, 0.0), tl.zeros_like(S)
 
 
 @triton.jit
-def plan(S, u, v, own):
+def plan(S, u, v, positive):
     """G = a transport plan, with u and v its potentials."""
     return tl.exp(S + u + v), tl.zeros_like(S)
 
 
 @triton.jit
-def sigmoid(S, u, v, own):
+def sigmoid(S, u, v, positive):
     """G = −z σ(−z s) with s = S + u + v and z = ±1, beside it softplus(−z s)."""
-    s = tl.where(own, -S - u - v, S + u + v)
+    s = tl.where(positive, -S - u - v, S + u + v)
     e = tl.exp(-tl.abs(s))
     slope = tl.where(s > 0, 1.0, e) / (1.0 + e)
     # log(1 + e) = 2 artanh z: the logarithm of 1 + e would lose the digits of a small e, its series does not.
     z = e / (2.0 + e)  # at most 1/3
     q = z * z
     log = 2 * z * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13))))))
-    return tl.where(own, -slope, slope), tl.maximum(s, 0.0) + log
+    return tl.where(positive, -slope, slope), tl.maximum(s, 0.0) + log
 
 
 class Side(NamedTuple):
@@ -230,7 +207,7 @@ def side(
 
 def lengths(rows: Tensor) -> Tensor:
     """‖row‖ of rows (…, D) in float32, at least 1e-5: what `times` divides by to make S a cosine."""
-    return torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=torch.float32).clamp_min(SHORTEST)
+    return torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=torch.float32).clamp_min(MIN_NORM)
 
 
 def tile_for(dtype: torch.dtype, chip: int | None) -> Tile:

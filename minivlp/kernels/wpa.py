@@ -1,17 +1,18 @@
 """Word-patch alignment in Triton: one program solves the transport of a whole pair without leaving the chip.
 
-A pair has few words and patches, here up to 64 × 256, and IPOT walks over its plan again and again: the tile
-that `kernels` would make anew in each walk is made once and stays in registers. With K = exp(−C/β) a step is
+A pair has few words and patches, here up to 64 × 256, and IPOT walks over its plan again and again. The tile
+that `walks` would make anew in each walk is made once here and stays in registers. With K = exp(−C/β) a step
+is
 
     T ← T · K,   b = ν / (Tᵀ a),   T ← T diag(b),   a = μ / (T 1),   T ← diag(a) T,
 
 a few products an entry and no exponential. Sums of T over a row or column cannot underflow, since before
 T · K they are the marginals, and K ≥ exp(−2/β); single entries may, and are then 0, which is their value in
 float32. Hence β ≥ 1/32. What is written are ⟨T, C⟩ and log Πa, log Πb, from which T = diag(Πa) Kᵗ diag(Πb):
-the gradient −T ŷ is then a walk of `kernels.accumulate`, with t/β times the cosine for S.
+the gradient −T ŷ is then a walk of `walks.accumulate`, with t/β times the cosine for S.
 
-The table in `kernels` has a row for it. There the arrays of the plain rung fit the cache too: the ratio of
-bytes is then one of cache traffic, and what the program saves beside it are hundreds of launches.
+The table in `traffic` has a row for it. The arrays of the plain rung fit the cache too, so the ratio of bytes
+in that row is one of cache traffic; beside it the program saves hundreds of launches.
 
 Source: Xie et al. 2020 (IPOT), algorithm 1; the identity is that of `ipot.ipot_potentials_np`.
 Left out: larger pairs, which take the tiles of `stream`.
@@ -24,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minivlp.core.transport import SHORTEST
-from minivlp.kernels import walks as kernels
+from minivlp.core.transport import MIN_NORM
+from minivlp.kernels import walks
 from minivlp.kernels.walks import Tile
 
 ENTRIES = 64 * 256  # of the plan, and as many of K, are what a program can keep in registers
@@ -39,9 +40,9 @@ def wpa_kernel(
 ):  # fmt: skip
     """Program b transports pair b: value (P,), log_rows (P, M), log_columns (P, N). Weight 0 is padding."""
     b, i, j = tl.program_id(0), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    ri, mi, _ = kernels.vectors(r, mu, row_ids, i, b, M)
-    cj, nj, _ = kernels.vectors(c, nu, column_ids, j, b, N)
-    S = kernels.similarities(x, y, ri, cj, i, j, b, M, N, D, DOT, BLOCK_D)
+    ri, mi, _ = walks.vectors(r, mu, row_ids, i, b, M)
+    cj, nj, _ = walks.vectors(c, nu, column_ids, j, b, N)
+    S = walks.similarities(x, y, ri, cj, i, j, b, M, N, D, DOT, BLOCK_D)
     K = tl.exp((S - 1.0) / beta)
     T = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32)
     a = tl.where(mi > 0, 1.0, 0.0)
@@ -96,13 +97,13 @@ def wpa(
         torch.ones(t.shape[:2], device=t.device) if mask is None else mask.expand(t.shape[:2]).float()
         for t, mask in ((words, word_mask), (patches, patch_mask))
     ]
-    lengths = [kernels.lengths(words), kernels.lengths(patches)]  # (P, L), (P, N)
+    lengths = [walks.lengths(words), walks.lengths(patches)]  # (P, L), (P, N)
     x, y = (
-        kernels.side(t, 1 / length, weight / weight.sum(1, keepdim=True))
+        walks.side(t, 1 / length, weight / weight.sum(1, keepdim=True))
         for t, length, weight in zip((words, patches), lengths, real, strict=True)
     )
     value, log_rows, log_columns = (x.times.new_empty(shape) for shape in ((P,), (P, L), (P, N)))
-    t = wpa_tile(words.dtype, kernels.chip_of(words), L, N)
+    t = wpa_tile(words.dtype, walks.chip_of(words), L, N)
     with torch.cuda.device_of(words):
         wpa_kernel[(P,)](
             *x, *y, value, log_rows, log_columns, L, N, x.rows.shape[2], beta, iters,
@@ -113,9 +114,7 @@ def wpa(
     y = y._replace(plus=log_columns)
     sides = (x, y, words, lengths[0]), (y, x, patches, lengths[1])
     gradients = [
-        _through_cosine(
-            raw, length, kernels.accumulate(kernels.plan, rows, columns)[0] * (-beta / (iters * L))
-        )
+        _through_cosine(raw, length, walks.accumulate(walks.plan, rows, columns)[0] * (-beta / (iters * L)))
         if needed
         else None
         for (rows, columns, raw, length), needed in zip(sides, wanted, strict=False)
@@ -126,11 +125,11 @@ def wpa(
 def _through_cosine(raw: Tensor, length: Tensor, d: Tensor) -> Tensor:
     """d = dû / ‖x‖, padded in width as it comes, becomes dx: of û = x / ‖x‖ only the part across x moves."""
     unit, d = raw.detach() / length[..., None], d[..., : raw.shape[-1]]
-    along = torch.where(length > SHORTEST, (unit * d).sum(-1), 0.0)
+    along = torch.where(length > MIN_NORM, (unit * d).sum(-1), 0.0)
     return d - unit * along[..., None]
 
 
 def wpa_tile(dtype: torch.dtype, chip: int | None, L: int, N: int) -> Tile:
-    """One tile for the whole plan, as in `kernels.tile_for`; K and T are shared out among more warps."""
-    dot = kernels.tile_for(dtype, chip).dot
+    """One tile for the whole plan, as in `walks.tile_for`; K and T are shared out among more warps."""
+    dot = walks.tile_for(dtype, chip).dot
     return Tile(block(L), block(N), 16, 16, 16 if dot == tl.float32 else 8, 1, dot)

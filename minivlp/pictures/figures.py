@@ -35,14 +35,10 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "
 COLOURS, GREY = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY), "#666666"
 THIN = ("#CCCCCC", 0.8)  # colour and width of the usual frame
 Heat, Boxes, Candidates = np.ndarray, np.ndarray, Sequence[tuple[str, float]]
+Records = Sequence[Mapping[str, float]]  # lines of metrics.jsonl
 
 
-def curves(
-    path: str | Path,
-    records: Sequence[Mapping[str, float]],
-    terms: Sequence[str],
-    chance: Mapping[str, float],
-) -> None:
+def curves(path: str | Path, records: Records, terms: Sequence[str], chance: Mapping[str, float]) -> None:
     """Loss terms over the step and, below, accuracies over time.
 
     records: lines of metrics.jsonl with "step", "seconds", loss terms (nats; "wpa" a cosine cost) and
@@ -202,7 +198,7 @@ def _heat(z: np.ndarray) -> np.ndarray:
     return np.stack([*(np.full(z.shape, c) for c in to_rgb(VERMILION)), opacity], axis=-1)
 
 
-def _series(records: Sequence[Mapping[str, float]], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(records: Records, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     """The x and y of the records that have a finite number for y."""
     pairs = np.array([(r[x], r[y]) for r in records if r.get(y) is not None], float).reshape(-1, 2)
     return tuple(pairs[np.isfinite(pairs).all(1)].T)

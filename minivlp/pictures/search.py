@@ -3,7 +3,6 @@
 Left out: an index on disk. All drawings are encoded anew in about a second; a real search would do it once.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from minivlp.data import EmojiVL
 from minivlp.data.drawings import Portraits
 from minivlp.data.names import named
 from minivlp.evaluation.match import Matcher, similarities
-from minivlp.pictures.sheets import contact_sheet
+from minivlp.pictures.sheets import Sheet, contact_sheet
 from minivlp.text import split_words
 from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen
@@ -43,17 +42,14 @@ class DrawingIndex:
         """The similarity of the query with every drawing, (n,) in [−1, 1]."""
         return similarities(self.matcher.texts([query]), self.pictures)[0]
 
-    def sheet(
-        self, query: str, shown: int = SHOWN, title: str = ""
-    ) -> tuple[str, list[tuple[np.ndarray, str, bool]]]:
+    def sheet(self, query: str, shown: int = SHOWN, title: str = "") -> Sheet:
         """An entry of `contact_sheet`; a frame marks concepts that training never showed.
 
         title: in place of the query, which may be in a script that the font lacks.
         """
         best = np.argsort(-self.scores(query), kind="stable")[:shown]
-        return title or query, [
-            (self._image(i), named(self.concepts[i], "en"), self.concepts[i].split != "train") for i in best
-        ]
+        drawn = [(self._image(i), self.concepts[i]) for i in best]
+        return title or query, [(image, named(c, "en"), c.split != "train") for image, c in drawn]
 
     def _image(self, i: int) -> np.ndarray:
         """The drawing as it is in the data, on light grey."""
@@ -62,18 +58,14 @@ class DrawingIndex:
         return (tile[..., :3] * alpha + PAPER * (1 - alpha)).astype(np.uint8)
 
 
-def unread_words(words: Sequence[str], trained: Trained) -> list[str]:
-    """The words that training never showed, in any form."""
-    return [w for w in words if trained.tokenizer.unk_id in trained.tokenizer.encode(w)]
-
-
 def search(query: str, index: DrawingIndex, out: Path, screen: Screen) -> None:
     """Rank, print, and write demo.png into the folder `out`. Raises ValueError without one known word."""
-    words = split_words(query)
-    unknown = unread_words(words, index.trained)
+    words, tokenizer = split_words(query), index.trained.tokenizer
+    unknown = [word for word in words if tokenizer.unk_id in tokenizer.encode(word)]  # in any form
     if len(unknown) == len(words):
-        given = ", ".join(map(repr, unknown)) or "none"
-        fail("caption", "must hold at least one word the model has read", given)
+        fail(
+            "caption", "must hold at least one word the model has read", ", ".join(map(repr, words)) or "none"
+        )
     need_writable(out / "demo.png", make_folder=True)
     scores = index.scores(query)
     screen.say(f"{len(scores)} drawings by {index.artist}")

@@ -17,13 +17,12 @@ from minivlp.core.require import fail
 from minivlp.pictures import figures
 from minivlp.pictures.figures import BLUE, GREEN, GREY, THIN, VERMILION, WIDTH, write_at
 
+Sheet = tuple[str, Sequence[tuple[np.ndarray, str, bool]]]  # title; image (H, W, 3) uint8, label, framed?
 BELOW = 0.42  # inches below each picture, for its label
 
 
-def contact_sheet(
-    path: str | Path, sheets: Sequence[tuple[str, Sequence[tuple[np.ndarray, str, bool]]]]
-) -> None:
-    """Draw to a PNG file, under each title its pictures in order: (image (H, W, 3) uint8, label, framed?).
+def contact_sheet(path: str | Path, sheets: Sequence[Sheet]) -> None:
+    """Draw to a PNG file, under each title its pictures in order, the framed ones in green.
 
     Raises ValueError when there is no sheet, or one without pictures.
     """

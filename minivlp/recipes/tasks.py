@@ -9,7 +9,7 @@ Sources: Kim, Son and Kim 2021 (ViLT), section 4.3.
 Left out: ViLT's ten times larger rate for the VQA head.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -57,7 +57,16 @@ class TaskBatch(Batch):
 
 
 class TaskRecipe(ViltRecipe):
-    """A task: its items, batches, loss and accuracy."""
+    """A task on pictures. Each task adds
+
+    heads()                         the fields of ViltConfig that it needs
+    items(n, pairs, seed, artists)  n items (a multiple of 16); pairs, seed and artists as in `Scenes`
+    collate(items)                  a TaskBatch, without what the model is blind to
+    loss(model, batches, workers)   as of any recipe
+    right(model, batch)             which answers are right, (B,) bool
+    kinds(items)                    the kind and the cluster of each item; by kind what half of the input can
+                                    reach, and what one can who knows the objects but not where they are
+    """
 
     overrides: Mapping[str, float] = {}  # of the start's settings, for this task
     # Until this share of the run, the places in a block of eight items from which a batch is drawn.
@@ -105,30 +114,6 @@ class TaskRecipe(ViltRecipe):
             return {}
         start = str(self.folder / "start.safetensors")
         return {name: self.about | {"blind": blind, "start": start} for name, blind in BLIND.items()}
-
-    # What a task adds.
-
-    def heads(self) -> dict[str, Any]:
-        """The fields of ViltConfig that the task needs."""
-        raise TypeError(f"{type(self).__name__} must have heads")
-
-    def items(self, n: int, pairs: str, seed: int, artists: Sequence[str] | None = None) -> list:
-        """n items (a multiple of 16) about these nouns; pairs, seed and artists as in `Scenes`."""
-        raise TypeError(f"{type(self).__name__} must have items")
-
-    def collate(self, items: Sequence) -> TaskBatch:
-        """Items → a batch, without what the model is blind to."""
-        raise TypeError(f"{type(self).__name__} must have collate")
-
-    def right(self, model: Vilt, batch: TaskBatch) -> Tensor:
-        """Which answers are right, (B,) bool."""
-        raise TypeError(f"{type(self).__name__} must have right")
-
-    def kinds(self, items: Sequence) -> dict[str, tuple[list[str], list[Hashable], dict, dict]]:
-        """Kinds and clusters of the items; by kind what half of the input, or objects alone, can reach."""
-        raise TypeError(f"{type(self).__name__} must have kinds")
-
-    # What tasks share.
 
     def inputs(self, texts: Sequence[str], pictures: Sequence[Sequence]) -> tuple[Tensor, Tensor, Tensor]:
         """ids, text_mask, pixels (B, k, 3, H, W) of texts with k scenes each: `pictures` are k lists of B."""

@@ -105,8 +105,10 @@ EQUAL, ORDER, ONE = "equal_scores_cost_log_B", "pairs_come_in_any_order", "one_t
 SLOW, LOSS_SLOPES = "equals_the_slow_loop", "loss_gradients_are_the_slopes"
 
 
-def halves(x, y, x_mask=None, y_mask=None):
-    return late_interaction(x, y, x_mask, y_mask), late_interaction(y, x, y_mask, x_mask).T
+def halves(images, texts, image_mask=None, text_mask=None):
+    image = late_interaction(images, texts, image_mask, text_mask)
+    text = late_interaction(texts, images, text_mask, image_mask).T
+    return image, text
 
 
 def choices(image, text, scale):
@@ -117,74 +119,75 @@ def choices(image, text, scale):
 
 
 @bug("filip", EQUAL, "The two directions are added, not averaged.")
-def sum_of_directions(x, y, scale, x_mask=None, y_mask=None):
-    return 2 * filip(x, y, scale, x_mask, y_mask)
+def sum_of_directions(images, texts, scale, image_mask=None, text_mask=None):
+    return 2 * filip(images, texts, scale, image_mask, text_mask)
 
 
 @bug("filip", EQUAL, "The pair itself is left out of the denominator.")
-def pair_left_out(x, y, scale, x_mask=None, y_mask=None):
-    pair = torch.eye(len(x), dtype=torch.bool)
-    image, text = (scale * s for s in halves(x, y, x_mask, y_mask))
+def pair_left_out(images, texts, scale, image_mask=None, text_mask=None):
+    pair = torch.eye(len(images), dtype=torch.bool)
+    image, text = (scale * s for s in halves(images, texts, image_mask, text_mask))
     rows = image.masked_fill(pair, -1e9).logsumexp(1) - image.diagonal()
     return ((rows + text.masked_fill(pair, -1e9).logsumexp(0) - text.diagonal()).mean()) / 2
 
 
 @bug("filip", ONE, "Each image's right answer is the next text.")
-def shifted_target(x, y, scale, x_mask=None, y_mask=None):
-    return filip(x, y.roll(1, 0), scale, x_mask, None if y_mask is None else y_mask.roll(1, 0))
+def shifted_target(images, texts, scale, image_mask=None, text_mask=None):
+    text_mask = None if text_mask is None else text_mask.roll(1, 0)
+    return filip(images, texts.roll(1, 0), scale, image_mask, text_mask)
 
 
 @bug("filip", ORDER, "Only the first pair of the batch is scored.")
-def first_pair_only(x, y, scale, x_mask=None, y_mask=None):
-    image, text = (scale * s for s in halves(x, y, x_mask, y_mask))
+def first_pair_only(images, texts, scale, image_mask=None, text_mask=None):
+    image, text = (scale * s for s in halves(images, texts, image_mask, text_mask))
     return (image.logsumexp(1) - image.diagonal() + text.logsumexp(0) - text.diagonal())[0] / 2
 
 
 @bug("filip", ONE, "scale taken for a temperature: the scores are divided by it.")
-def divided_by_scale(x, y, scale, x_mask=None, y_mask=None):
-    return filip(x, y, 1 / scale, x_mask, y_mask)
+def divided_by_scale(images, texts, scale, image_mask=None, text_mask=None):
+    return filip(images, texts, 1 / scale, image_mask, text_mask)
 
 
 @bug("filip", ONE, "Both directions are softmaxes along the rows.")
-def rows_twice(x, y, scale, x_mask=None, y_mask=None):
-    image, text = halves(x, y, x_mask, y_mask)
+def rows_twice(images, texts, scale, image_mask=None, text_mask=None):
+    image, text = halves(images, texts, image_mask, text_mask)
     return choices(image, text.T, scale)
 
 
 @bug("filip", SLOW, "One matrix for both directions: texts choose by the images' patches.")
-def one_matrix(x, y, scale, x_mask=None, y_mask=None):
-    image, _ = halves(x, y, x_mask, y_mask)
+def one_matrix(images, texts, scale, image_mask=None, text_mask=None):
+    image, _ = halves(images, texts, image_mask, text_mask)
     return choices(image, image, scale)
 
 
 @bug("filip", SLOW, "Images choose by the texts' matrix and texts by the images'.")
-def matrices_exchanged(x, y, scale, x_mask=None, y_mask=None):
-    image, text = halves(x, y, x_mask, y_mask)
+def matrices_exchanged(images, texts, scale, image_mask=None, text_mask=None):
+    image, text = halves(images, texts, image_mask, text_mask)
     return choices(text, image, scale)
 
 
 @bug("filip", SLOW, "The mean of the two matrices, as for the Chamfer similarity, in both directions.")
-def chamfer_in_both(x, y, scale, x_mask=None, y_mask=None):
-    mean = sum(halves(x, y, x_mask, y_mask)) / 2
+def chamfer_in_both(images, texts, scale, image_mask=None, text_mask=None):
+    mean = sum(halves(images, texts, image_mask, text_mask)) / 2
     return choices(mean, mean, scale)
 
 
 @bug("filip", SLOW, "Padding takes part.")
-def masks_ignored(x, y, scale, x_mask=None, y_mask=None):
-    return filip(x, y, scale)
+def masks_ignored(images, texts, scale, image_mask=None, text_mask=None):
+    return filip(images, texts, scale)
 
 
 @bug("filip", LOSS_SLOPES, "The scale has no gradient.")
-def frozen_scale(x, y, scale, x_mask=None, y_mask=None):
-    return filip(x, y, scale.detach(), x_mask, y_mask)
+def frozen_scale(images, texts, scale, image_mask=None, text_mask=None):
+    return filip(images, texts, scale.detach(), image_mask, text_mask)
 
 
 @bug("filip", LOSS_SLOPES, "The scale is forgotten in the gradient of the tokens.", rung="np")
-def scale_forgotten(x, y, scale, x_mask=None, y_mask=None):
-    value, (dx, dy, dscale) = filip_np(x, y, scale, x_mask, y_mask)
-    return value, (dx / scale, dy / scale, dscale)
+def scale_forgotten(images, texts, scale, image_mask=None, text_mask=None):
+    value, (dimages, dtexts, dscale) = filip_np(images, texts, scale, image_mask, text_mask)
+    return value, (dimages / scale, dtexts / scale, dscale)
 
 
 @bug("filip", LOSS_SLOPES, "Texts are frozen: only the image tower learns.")
-def frozen_texts(x, y, scale, x_mask=None, y_mask=None):
-    return filip(x, y.detach(), scale, x_mask, y_mask)
+def frozen_texts(images, texts, scale, image_mask=None, text_mask=None):
+    return filip(images, texts.detach(), scale, image_mask, text_mask)

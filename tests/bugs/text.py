@@ -9,6 +9,7 @@ from tests.laws import bug
 JOIN, LONGEST = "pieces_join_to_the_word", "every_piece_is_the_longest"
 DEAD_END, LIMIT = "unknown_only_at_a_dead_end", "over_100_characters_is_unknown"
 FIRST, LOOP = "specials_and_characters_come_first", "equals_the_slow_loop"
+KEPT = "only_frequent_characters_are_kept"
 
 
 @bug("wordpiece", JOIN, "Continuations are looked up and returned without ##.", rung="plain")
@@ -100,10 +101,15 @@ def limit_of_99(word, vocab):
     return wordpiece(word, vocab, longest=99)
 
 
-def slow(counts, size, min_count, key, weigh=True, singles=sorted, again=True):
+def slow(counts, size, min_count, alphabet, key, weigh=True, singles=sorted, again=True):
     """The training loop with its choices open."""
     words = {w: [w[0], *("##" + c for c in w[1:])] for w in counts}
-    learned = dict.fromkeys([*SPECIALS, *singles({p: 0 for pieces in words.values() for p in pieces})])
+    seen = Counter()
+    for w, pieces in words.items():
+        for piece in pieces:
+            seen[piece] += counts[w]
+    kept = set(sorted(seen, key=lambda piece: (-seen[piece], piece))[:alphabet])
+    learned = dict.fromkeys([*SPECIALS, *singles({p: 0 for p in seen if p in kept})])
     single, pair = Counter(), Counter()
     while len(learned) < size:
         if again or not single:
@@ -135,45 +141,52 @@ def score(n, a, b, pair):
 
 
 @bug("learn_vocab", FIRST, "The special tokens are forgotten.", rung="plain")
-def no_specials(counts, vocab_size, min_count=2):
-    return learn_vocab(counts, vocab_size + 5, min_count)[5:]
+def no_specials(counts, vocab_size, min_count=2, alphabet=1000):
+    return learn_vocab(counts, vocab_size + 5, min_count, alphabet)[5:]
 
 
 @bug("learn_vocab", FIRST, "Characters in the order in which they are met.", rung="plain")
-def unsorted_characters(counts, vocab_size, min_count=2):
-    return slow(counts, vocab_size, min_count, score, singles=list)
+def unsorted_characters(counts, vocab_size, min_count=2, alphabet=1000):
+    return slow(counts, vocab_size, min_count, alphabet, score, singles=list)
 
 
 @bug("learn_vocab", FIRST, "Characters without a ## twin for the inside of words.", rung="plain")
-def no_inner_characters(counts, vocab_size, min_count=2):
-    return slow(counts, vocab_size, min_count, score, singles=lambda s: sorted({p[-1] for p in s}))
+def no_inner_characters(counts, vocab_size, min_count=2, alphabet=1000):
+    return slow(counts, vocab_size, min_count, alphabet, score, singles=lambda s: sorted({p[-1] for p in s}))
 
 
 @bug("learn_vocab", LOOP, "Byte-pair encoding: the most frequent pair.", rung="plain")
-def most_frequent(counts, vocab_size, min_count=2):
-    return slow(counts, vocab_size, min_count, lambda n, a, b, pair: (-n, pair))
+def most_frequent(counts, vocab_size, min_count=2, alphabet=1000):
+    return slow(counts, vocab_size, min_count, alphabet, lambda n, a, b, pair: (-n, pair))
 
 
 @bug("learn_vocab", LOOP, "The score is divided by the frequency of the first piece alone.", rung="plain")
-def first_piece_only(counts, vocab_size, min_count=2):
-    return slow(counts, vocab_size, min_count, lambda n, a, b, pair: (-n / a, -n, pair))
+def first_piece_only(counts, vocab_size, min_count=2, alphabet=1000):
+    return slow(counts, vocab_size, min_count, alphabet, lambda n, a, b, pair: (-n / a, -n, pair))
 
 
 @bug("learn_vocab", LOOP, "Every word counts once, however often it occurs.", rung="plain")
-def unweighted(counts, vocab_size, min_count=2):
-    return slow(counts, vocab_size, min_count, score, weigh=False)
+def unweighted(counts, vocab_size, min_count=2, alphabet=1000):
+    return slow(counts, vocab_size, min_count, alphabet, score, weigh=False)
 
 
 @bug("learn_vocab", LOOP, "Of equal scores the rarer pair wins.", rung="plain")
-def rarer_first(counts, vocab_size, min_count=2):
-    return slow(counts, vocab_size, min_count, lambda n, a, b, pair: (-n / (a * b), n, pair))
+def rarer_first(counts, vocab_size, min_count=2, alphabet=1000):
+    return slow(counts, vocab_size, min_count, alphabet, lambda n, a, b, pair: (-n / (a * b), n, pair))
 
 
 @bug("learn_vocab", LOOP, "The frequencies are those before the first merge.", rung="plain")
-def stale_counts(counts, vocab_size, min_count=2):
-    return slow(counts, vocab_size, min_count, score, again=False)
+def stale_counts(counts, vocab_size, min_count=2, alphabet=1000):
+    return slow(counts, vocab_size, min_count, alphabet, score, again=False)
 
 
 @bug("learn_vocab", LOOP, "min_count is not respected.", rung="plain")
-def no_min_count(counts, vocab_size, min_count=2):
-    return learn_vocab(counts, vocab_size, 1)
+def no_min_count(counts, vocab_size, min_count=2, alphabet=1000):
+    return learn_vocab(counts, vocab_size, 1, alphabet)
+
+
+@bug("learn_vocab", KEPT, "The first characters from a to z are kept, not the most frequent.", rung="plain")
+def first_of_the_alphabet(counts, vocab_size, min_count=2, alphabet=1000):
+    learned = learn_vocab(counts, vocab_size, min_count)
+    singles = [piece for piece in learned[5:] if len(piece.removeprefix("##")) == 1]
+    return [piece for piece in learned if piece not in singles[alphabet:]]
