@@ -10,7 +10,7 @@ from minivlp.boxes import cxcywh_to_xyxy
 from minivlp.data import load_emojivl
 from minivlp.data.names import scene_tokenizer
 from minivlp.data.probes import meaning
-from minivlp.models.xvlm import Xvlm, whole
+from minivlp.models.xvlm import Xvlm, whole_picture
 from minivlp.recipes.xvlm import ABLATIONS, XvlmRecipe, XvlmSettings, matching_pairs, xvlm_loss
 from minivlp.recipes.xvlm_batches import RegionBatch, RegionBatches, first_of_each
 from minivlp.training.loop import optimizers, steps
@@ -204,7 +204,7 @@ def test_the_box_is_read_from_the_whole_picture():
     states = []
     model.cross.register_forward_pre_hook(lambda module, inputs: states.append(inputs[1]))
     xvlm_loss(model, [rows], CONFIG)
-    expected = whole(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
+    expected = whole_picture(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
     assert torch.allclose(states[-1], expected, atol=1e-6)
 
 
