@@ -270,8 +270,7 @@ OWN = {
         *("boxes", "regions", "infonce"),
     ),
 }
-# X-VLM has ViLT's heads and positions, and both of the others compare vectors by InfoNCE.
-SHARED = {"vilt": (), "clip": ("infonce",), "xvlm": ("models.vilt", "models.published.vilt", "infonce")}
+SHARED = {"vilt": (), "clip": ("infonce",), "xvlm": ("infonce",)}  # two compare vectors by InfoNCE
 NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks", "recipes.vqa", "recipes.nlvr2")
 
 
