@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from minivlp.__main__ import main
-from minivlp.data import CPU_NOUNS, FOLDER, RELATIONS, emojivl, load_emojivl
+from minivlp.data import CPU_NOUNS, RELATIONS, emojivl, load_emojivl
 from minivlp.data.own import captions_folder, split
 from minivlp.evaluation.vilt import MEASURES
 from minivlp.pictures import demo
@@ -139,8 +139,8 @@ def test_a_run_needs_its_folder_its_disk_and_its_data(command, tmp_path, monkeyp
         path = tmp_path / name / "checkpoint.pt"
         path.write_bytes(text.encode() if text else path.read_bytes()[:1000])
         refused("is not a checkpoint of minivlp, or is damaged", "--name", tmp_path / name, "--resume")
-    shutil.copytree(FOLDER, tmp_path / "data", ignore=shutil.ignore_patterns("LICENSES"))
-    first = tmp_path / "data" / json.loads((FOLDER / "meta.json").read_text())["vendors"][0]["file"]
+    shutil.copytree(emojivl.FOLDER, tmp_path / "data", ignore=shutil.ignore_patterns("LICENSES"))
+    first = tmp_path / "data" / json.loads((emojivl.FOLDER / "meta.json").read_text())["vendors"][0]["file"]
     first.write_bytes(first.read_bytes()[:-1])
     monkeypatch.setattr(emojivl, "_default", lambda: load_emojivl(tmp_path / "data"))
     refused(f"{first.name} is damaged: its SHA-256 is not the one", "--name", tmp_path / "x")
@@ -235,7 +235,7 @@ def test_resume_keeps_the_threads_of_the_run(tmp_path, monkeypatch):
 def test_eval_measures_another_folder_of_sheets(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
-    shutil.copytree(FOLDER, data, ignore=shutil.ignore_patterns("fluent*", "LICENSES"))
+    shutil.copytree(emojivl.FOLDER, data, ignore=shutil.ignore_patterns("fluent*", "LICENSES"))
     meta = json.loads((data / "meta.json").read_text())
     meta["vendors"] = [v for v in meta["vendors"] if v["name"] != "fluent"]
     (data / "meta.json").write_text(json.dumps(meta))
@@ -531,7 +531,7 @@ def test_own_captions_from_end_to_end(command, pictures, tmp_path, monkeypatch, 
     assert json.loads((tmp_path / "again.json").read_text()) == results
     assert command("figures", "--run", folder) == 0
     capsys.readouterr()
-    assert command("eval", "--run", folder, "--data", FOLDER) == 2
+    assert command("eval", "--run", folder, "--data", emojivl.FOLDER) == 2
     assert command("demo", "a red picture", "--run", folder) == 2
     assert "own captions" in capsys.readouterr().err
 

@@ -65,7 +65,7 @@ def test_the_default_folder_is_read_once_and_read_only(emojivl):
 
 def test_artists_are_those_of_the_table(emojivl):
     """The column `has` counts for itself: one 0 or 1 per sheet, in the order of meta.json."""
-    lines = (data.FOLDER / "concepts.tsv").read_text(encoding="utf-8").splitlines()
+    lines = (data.emojivl.FOLDER / "concepts.tsv").read_text(encoding="utf-8").splitlines()
     column = lines[0].split("\t").index("has")
     for concept, line in zip(emojivl.concepts, lines[1:], strict=True):
         has = line.split("\t")[column]

@@ -11,7 +11,8 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from minivlp.data import CPU_NOUNS, FOLDER, TRAINING_ARTISTS, EmojiVL, Scenes, held_out, load_emojivl
+from minivlp.data import CPU_NOUNS, TRAINING_ARTISTS, EmojiVL, Scenes, held_out, load_emojivl
+from minivlp.data.emojivl import FOLDER
 
 KINDS = ("one", "place", "pick", "pair", "count", "between")
 ALL = dict.fromkeys(KINDS, 1)

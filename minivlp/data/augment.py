@@ -26,6 +26,7 @@ Left out: magnitudes that are themselves random or change during training.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -43,19 +44,9 @@ def equalize(image: Image.Image, _: float) -> Image.Image:
     return ImageOps.equalize(image)
 
 
-def rotate(image: Image.Image, degrees: float) -> Image.Image:
-    """Turn counter-clockwise about the centre."""
-    return image.rotate(degrees)
-
-
 def posterize(image: Image.Image, bits: float) -> Image.Image:
     """Keep the whole number of upper bits of each channel, at least one."""
     return ImageOps.posterize(image, max(1, int(bits)))
-
-
-def solarize(image: Image.Image, threshold: float) -> Image.Image:
-    """Invert the values v ≥ threshold: v → 255 − v."""
-    return ImageOps.solarize(image, threshold)
 
 
 def solarize_add(image: Image.Image, addition: float) -> Image.Image:
@@ -63,24 +54,9 @@ def solarize_add(image: Image.Image, addition: float) -> Image.Image:
     return image.point([v + int(addition) if v < 128 else v for v in range(256)] * len(image.getbands()))
 
 
-def color(image: Image.Image, factor: float) -> Image.Image:
-    """Move towards the grey picture (factor < 1) or away from it (> 1)."""
-    return ImageEnhance.Color(image).enhance(factor)
-
-
-def contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Move towards the mean grey (factor < 1) or away from it (> 1)."""
-    return ImageEnhance.Contrast(image).enhance(factor)
-
-
-def brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Multiply every value."""
-    return ImageEnhance.Brightness(image).enhance(factor)
-
-
-def sharpness(image: Image.Image, factor: float) -> Image.Image:
-    """Move towards a smoothed picture (factor < 1) or away from it (> 1)."""
-    return ImageEnhance.Sharpness(image).enhance(factor)
+def enhance(kind: type, image: Image.Image, factor: float) -> Image.Image:
+    """Move towards the picture that this kind of Pillow's compares with (factor < 1), or away from it (> 1)."""
+    return kind(image).enhance(factor)
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
@@ -117,14 +93,14 @@ def translate_y(image: Image.Image, pixels: float) -> Image.Image:
 OPERATIONS: dict[str, tuple[Callable[[Image.Image, float], Image.Image], float, float]] = {
     "AutoContrast": (auto_contrast, 0, 1),
     "Equalize": (equalize, 0, 1),
-    "Rotate": (rotate, 0, 30),  # degrees
+    "Rotate": (Image.Image.rotate, 0, 30),  # degrees counter-clockwise, about the centre
     "Posterize": (posterize, 0, 4),  # bits kept
-    "Solarize": (solarize, 0, 256),
+    "Solarize": (ImageOps.solarize, 0, 256),  # values from here on are inverted: v → 255 − v
     "SolarizeAdd": (solarize_add, 0, 110),
-    "Color": (color, 0.1, 1.9),
-    "Contrast": (contrast, 0.1, 1.9),
-    "Brightness": (brightness, 0.1, 1.9),
-    "Sharpness": (sharpness, 0.1, 1.9),
+    "Color": (partial(enhance, ImageEnhance.Color), 0.1, 1.9),  # compares with the grey picture
+    "Contrast": (partial(enhance, ImageEnhance.Contrast), 0.1, 1.9),  # compares with the mean grey
+    "Brightness": (partial(enhance, ImageEnhance.Brightness), 0.1, 1.9),  # compares with black
+    "Sharpness": (partial(enhance, ImageEnhance.Sharpness), 0.1, 1.9),  # compares with a smoothed picture
     "ShearX": (shear_x, 0, 0.3),
     "ShearY": (shear_y, 0, 0.3),
     "TranslateXabs": (translate_x, 0, 100),  # pixels of a picture with a short side of 384

@@ -133,16 +133,12 @@ def _read(folder: Path) -> EmojiVL:
 def _concept(i: int, row: dict[str, str], artists: tuple[str, ...]) -> Concept:
     article, _, noun = row["noun_a"].partition(" ")
     return Concept(
+        **{name: row[name] for name in ("char", "name_en", "name_zh", "tier", "split")},
         id=i,
-        char=row["char"],
-        name_en=row["name_en"],
-        name_zh=row["name_zh"],
-        tier=row["tier"],
         noun=noun,
         article=article,
         plural=row["noun_pl"],
         countable=row["countable"] == "1",
-        split=row["split"],
         near=tuple(int(k) for k in row["near"].split(",") if k),
         artists=artists,
         keywords=tuple(row["kw_en"].split("|")),

@@ -95,9 +95,6 @@ def name_tokenizer(concepts: Sequence[Concept], language: str) -> WordPiece:
     is a word.
     """
     texts = [text for c in concepts for text in (named(c, language), *words_of(c, language))]
-    texts += [
-        c.noun for c in concepts if language == "en"
-    ]  # a scene's caption may have "dice" for "game die"
     texts += [prompt.format("") for prompt in PROMPTS[language]]
     texts += [*PHRASES.values(), *JOINTS, *ARTICLES, *RELATIONS] if language == "en" else [COMMA]
     singular = set()

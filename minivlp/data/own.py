@@ -18,7 +18,8 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from minivlp.core.require import fail
 
 # Raster formats only: Pillow hands EPS and the like to outside programs.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+Fits = Callable[[int, int], object]  # of the height and width of a picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,59 +85,58 @@ class Captions:
         return Captions(self.folder, [self._entries[i] for i in indices], self.problems)
 
 
-def captions_folder(path: str | Path, on_error: str = "skip") -> Captions:
+def captions_folder(path: str | Path, on_error: str = "skip", fits: Fits = lambda *size: None) -> Captions:
     """A folder of images with a `captions.jsonl` (UTF-8; blank lines are ignored, other keys too).
 
     A bad line (malformed JSON, missing key, wrong type, empty caption, missing or broken image, image outside
     the folder) becomes a sentence in `.problems` with on_error="skip"; with "stop" the first one raises
-    ValueError. In a list of captions the good ones stay. No file or no good line raises ValueError too.
+    ValueError. In a list of captions the good ones stay. `fits(height, width)` may raise ValueError for an
+    image that the model cannot take, which is bad too. No file or no good line raises ValueError.
     """
-    collector = _Collector("path", path, on_error)
+    collector = _Collector("path", path, on_error, fits)
     file = collector.folder / "captions.jsonl"
     if not file.is_file():
         fail("path", "must be a folder with a captions.jsonl", str(path))
     with open(file, "rb") as lines:  # bytes, so that one line that is not UTF-8 costs that line only
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                collector.add(f"{file.name} line {number}", f"{file.name}:{number}", _parse(line, number))
+            where = f"{file.name} line {number}"
+            with collector.entry(where):
+                if line.strip():
+                    name, captions = _values(_parse(line, number), {"image": str, "caption": (str, list)})
+                    collector.add(where, f"{file.name}:{number}", name, captions)
     return collector.dataset()
 
 
-def coco_captions(json_path: str | Path, image_folder: str | Path, on_error: str = "skip") -> Captions:
+def coco_captions(
+    json_path: str | Path, image_folder: str | Path, on_error: str = "skip", fits: Fits = lambda *size: None
+) -> Captions:
     """COCO captions JSON: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.
 
     One item an annotation, in the order of the file; a source reads "captions.json:annotations[3]". Bad
     entries are treated as in `captions_folder`; pictures without annotations are not looked at. Raises
     ValueError when the file is not of this form or no annotation is good.
     """
-    collector, file = _Collector("image_folder", image_folder, on_error), Path(json_path)
+    collector, file, names = _Collector("image_folder", image_folder, on_error, fits), Path(json_path), {}
     if not file.is_file():
         fail("json_path", "must be a file", str(json_path))
-    content = _parse(file.read_bytes())
-    lists = [content.get(key) for key in ("images", "annotations")] if isinstance(content, dict) else [None]
-    if not all(isinstance(entries, list) for entries in lists):
-        got = content if isinstance(content, _Bad) else f"is a {type(content).__name__} without them"
-        fail("json_path", 'must hold {"images": [...], "annotations": [...]}', f"a file that {got}")
-    images, annotations = lists
-    names = {}
+    try:
+        images, annotations = _values(_parse(file.read_bytes()), {"images": list, "annotations": list})
+    except _Bad as problem:
+        rule = 'must hold {"images": [...], "annotations": [...]}'
+        fail("json_path", rule, f"a file whose content {problem}")
     for i, image in enumerate(images):
-        problem = _wrong(image, {"id": (int, str), "file_name": str})
-        if not problem and image["id"] in names:
-            problem = f"id {image['id']!r} occurs twice"
-        if problem:
-            collector.report(f"{file.name} images[{i}]", problem)
-        else:
-            names[image["id"]] = image["file_name"]
+        with collector.entry(f"{file.name} images[{i}]"):
+            key, name = _values(image, {"id": (int, str), "file_name": str})
+            if key in names:
+                raise _Bad(f"id {key!r} occurs twice")
+            names[key] = name
     for i, annotation in enumerate(annotations):
-        problem = _wrong(annotation, {"image_id": (int, str), "caption": str})
-        if not problem and annotation["image_id"] not in names:
-            problem = f"image_id {annotation['image_id']!r} is not among the images"
-        where = f"annotations[{i}]"
-        if problem:
-            collector.report(f"{file.name} {where}", problem)
-        else:
-            record = {"image": names[annotation["image_id"]], "caption": annotation["caption"]}
-            collector.add(f"{file.name} {where}", f"{file.name}:{where}", record)
+        where = f"{file.name} annotations[{i}]"
+        with collector.entry(where):
+            key, caption = _values(annotation, {"image_id": (int, str), "caption": str})
+            if key not in names:
+                raise _Bad(f"image_id {key!r} is not among the images")
+            collector.add(where, f"{file.name}:annotations[{i}]", names[key], caption)
     return collector.dataset()
 
 
@@ -166,86 +167,79 @@ def read_rgb(path: str | Path) -> np.ndarray:
         return upright_rgb(image)
 
 
-class _Bad(str):
-    """A sentence that stands in the place of a record that could not be read."""
+class _Bad(Exception):
+    """What is wrong with an entry."""
 
 
 def _parse(data: bytes, line: int = 1) -> object:
-    """The JSON value in these bytes, or what is wrong with them."""
+    """The JSON value in these bytes."""
     try:
         return json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
     except UnicodeDecodeError:
-        return _Bad("is not UTF-8 text")
+        raise _Bad("is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        return _Bad(f"is not valid JSON ({error})")
+        raise _Bad(f"is not valid JSON ({error})") from None
 
 
-def _wrong(record: object, wanted: dict[str, type | tuple[type, ...]]) -> str | None:
-    """What is wrong with the keys of a JSON object, None = nothing; `wanted` gives the types of each key."""
-    if isinstance(record, _Bad):
-        return record
+def _values(record: object, wanted: dict[str, type | tuple[type, ...]]) -> list:
+    """The values of these keys of a JSON object, each of one of the types of its key."""
     if not isinstance(record, dict):
-        return f"must be a JSON object, got {type(record).__name__}"
+        raise _Bad(f"must be a JSON object, got {type(record).__name__}")
     for key, types in wanted.items():
         names = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
         if key not in record:
-            return f"has no {key!r}"
+            raise _Bad(f"has no {key!r}")
         if not isinstance(record[key], types) or isinstance(record[key], bool):
-            return f"{key!r} must be {names}, got {type(record[key]).__name__}"
-    return None
+            raise _Bad(f"{key!r} must be {names}, got {type(record[key]).__name__}")
+    return [record[key] for key in wanted]
 
 
 class _Collector:
     """Gathers entries and problems; each distinct picture is checked once, however many captions it has."""
 
-    def __init__(self, argument: str, folder: str | Path, on_error: str):
+    def __init__(self, argument: str, folder: str | Path, on_error: str, fits: Fits):
         if on_error not in ("skip", "stop"):
             fail("on_error", 'must be "skip" or "stop"', repr(on_error))
         if not Path(folder).is_dir():
             fail(argument, "must be a folder", str(folder))
         self.argument, self.folder, self.on_error = argument, Path(folder).resolve(), on_error
-        self.entries, self.problems = [], []
-        self._checked: dict[
-            str, tuple[str, str | None]
-        ] = {}  # name as written → (name in the folder, problem)
+        self.fits, self.entries, self.problems = fits, [], []
+        self._checked: dict[str, tuple[str, str]] = {}  # name as written → (name in the folder, problem)
 
-    def report(self, where: str, problem: str) -> None:
-        if self.on_error == "stop":
-            raise ValueError(f"{where}: {problem}")
-        self.problems.append(f"{where}: {problem}")
+    @contextmanager
+    def entry(self, where: str) -> Iterator[None]:
+        """What is bad in here is left out and reported, or stops everything."""
+        try:
+            yield
+        except _Bad as problem:
+            if self.on_error == "stop":
+                raise ValueError(f"{where}: {problem}") from None
+            self.problems.append(f"{where}: {problem}")
 
-    def add(self, where: str, source: str, record: object) -> None:
-        """Take the captions of one record {"image", "caption"}, or report why not."""
-        problem = _wrong(record, {"image": str, "caption": (str, list)})
-        if problem:
-            return self.report(where, problem)
-        written, captions = record["image"], list(self._good_captions(where, record["caption"]))
-        if not captions:
-            return None
-        if written not in self._checked:
-            self._checked[written] = self._check(written)
-        name, problem = self._checked[written]
-        if problem:
-            return self.report(where, f"image {written!r} {problem}")
-        self.entries += [Entry(name, caption, source) for caption in captions]
-        return None
-
-    def _good_captions(self, where: str, captions: str | list) -> Iterator[str]:
+    def add(self, where: str, source: str, written: str, captions: str | list) -> None:
+        """Take the good captions of one picture."""
         if captions == []:
-            self.report(where, "the list of captions is empty")
+            raise _Bad("the list of captions is empty")
+        good = []
         for i, caption in enumerate([captions] if isinstance(captions, str) else captions):
             label = "caption" if isinstance(captions, str) else f"caption {i + 1} of the list"
-            if not isinstance(caption, str):
-                self.report(where, f"{label} must be str, got {type(caption).__name__}")
-            elif not caption.strip():
-                self.report(where, f"{label} is empty")
-            elif not _is_unicode(caption):
-                self.report(where, f"{label} holds half a character (a lone surrogate)")
-            else:
-                yield caption.strip()
+            with self.entry(where):
+                if not isinstance(caption, str):
+                    raise _Bad(f"{label} must be str, got {type(caption).__name__}")
+                if not caption.strip():
+                    raise _Bad(f"{label} is empty")
+                if not _is_unicode(caption):
+                    raise _Bad(f"{label} holds half a character (a lone surrogate)")
+                good.append(caption.strip())
+        if good and written not in self._checked:
+            self._checked[written] = self._check(written)
+        name, problem = self._checked[written] if good else ("", "")
+        if problem:
+            raise _Bad(f"image {written!r} {problem}")
+        self.entries += [Entry(name, caption, source) for caption in good]
 
-    def _check(self, written: str) -> tuple[str, str | None]:
-        """The name of a picture in the folder, and what is wrong with it (None = nothing)."""
+    def _check(self, written: str) -> tuple[str, str]:
+        """The name of a picture in the folder, and what is wrong with it ("" = nothing)."""
         try:
             path = (self.folder / written).resolve()  # follows links, so a link cannot lead outside either
             if not path.is_relative_to(self.folder):
@@ -254,12 +248,16 @@ class _Collector:
                 return written, "does not exist"
             with Image.open(path, formats=FORMATS) as image:
                 image.verify()  # checksums, where the format has them; then a real decode
-            read_rgb(path)
+            height, width, _ = read_rgb(path).shape
         except Image.UnidentifiedImageError:
             return written, f"is not a picture of a known kind ({', '.join(FORMATS)})"
         except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
             return written, f"cannot be read ({error})"
-        return path.relative_to(self.folder).as_posix(), None
+        try:
+            self.fits(height, width)
+        except ValueError as error:
+            return written, f"does not fit ({error})"
+        return path.relative_to(self.folder).as_posix(), ""
 
     def dataset(self) -> Captions:
         if not self.entries:

@@ -32,12 +32,11 @@ from dataclasses import dataclass
 from minivlp.core.require import fail
 from minivlp.data.emojivl import Concept, EmojiVL
 from minivlp.data.probes import article_and_noun, meaning, takes
-from minivlp.data.scenes import Scene, Scenes
+from minivlp.data.scenes import OPPOSITE, Scene, Scenes
 
 COUNTS = ("one", "two", "three", "four")
 NOTHING = "nothing"
 ONE, SAME = "{} in one picture only", "{} in both pictures or in none"
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # What the tokenizer must have read besides captions, for these words not to fall to pieces.
 WORDS = ("how many", "what is shown", "what is the", NOTHING, ONE.format(""), SAME.format(""))
 

@@ -6,7 +6,7 @@ one frame per kind, so that neither frame nor article gives an answer away:
     one      a dog                       place    a dog left of the middle
     count    three dogs                  pair     a dog left of a guitar  (right of, above, below)
     pick     as place, but another       between  a dog between a drum and a kite
-             object is there too
+             object is there too         crowd    a dog and a guitar and a dog (crowds.py)
 
 A named relation is the dominant direction: centres are at most half as far apart across it as along it, and
 the objects of a pair do not overlap along it. A tenth of all pairs of nouns is held out of training, for
@@ -36,11 +36,11 @@ from minivlp.data.painting import Painter, Square
 NUMBERS = ("no", "one", "two", "three", "four")
 # Relation → (axis, does the object named first come first along it); axis 0 is x, axis 1 is y downwards.
 RELATIONS = {"left of": (0, True), "right of": (0, False), "above": (1, True), "below": (1, False)}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # The more objects share the canvas, the smaller they are.
-FACTORS = {"one": 1.25, "place": 1.0, "pick": 1.0, "pair": 1.0, "count": 0.9, "between": 0.65}
+FACTORS = {"one": 1.25, "place": 1.0, "pick": 1.0, "pair": 1.0, "count": 0.9, "crowd": 0.9, "between": 0.65}
 # How many lie side by side at most, which bounds `sizes`.
-ABREAST = {"one": 1, "place": 1, "pick": 2, "pair": 2, "count": 2, "between": 3}
-
+ABREAST = {"one": 1, "place": 1, "pick": 2, "pair": 2, "count": 2, "crowd": 2, "between": 3}
 SCENE_SIZES = (0.4, 0.5)  # side of an object, as a share of the canvas
 
 
@@ -86,6 +86,8 @@ class Scenes:
     Raises ValueError for an unknown name, and when these choices leave nothing to draw.
     """
 
+    usual = "pair"  # the kind that is drawn where none is named
+
     def __init__(
         self,
         emojivl: EmojiVL,
@@ -101,7 +103,7 @@ class Scenes:
             artists = [a for a in TRAINING_ARTISTS if a in emojivl.sheets]
         if unknown := set(artists) - set(emojivl.sheets):
             fail("artists", f"must be among {sorted(emojivl.sheets)}", sorted(unknown))
-        kinds = {"pair": 1.0} if kinds is None else {kind: w for kind, w in kinds.items() if w}
+        kinds = {self.usual: 1.0} if kinds is None else {kind: w for kind, w in kinds.items() if w}
         if unknown := set(kinds) - set(FACTORS):
             fail("kinds", f"must be among {list(FACTORS)}", sorted(unknown))
         if not kinds or not all(0 < weight < float("inf") for weight in kinds.values()):
@@ -145,7 +147,7 @@ class Scenes:
             for a, b in combinations(self.nouns, 2)
             if pairs == "all" or held_out(a.id, b.id) == (pairs == "held_out")
         ]
-        if {"pair", "pick"} & set(self.kinds) and not self._pairs:
+        if {"pair", "pick", "crowd"} & set(self.kinds) and not self._pairs:
             fail("pairs", "must leave at least one pair of these nouns", repr(pairs))
         self._partners = {c.id: set() for c in self.nouns}
         for a, b in self._pairs:
@@ -211,20 +213,38 @@ class Scenes:
 
     def _count(self, rng: Random) -> Scene:
         concept, n = choice(rng, self.nouns), integer(rng, 1, 4)
-        half = self.canvas // 2
-        squares = []
-        for cell in shuffled(rng, range(4))[:n]:  # quarters of the canvas
-            side = self._side(rng, "count")
-            x, y = integer(rng, 0, half - side), integer(rng, 0, half - side)
-            squares.append((x + half * (cell % 2), y + half * (cell // 2), side))
+        squares = self._quarters(rng, "count", n)
         slot = concept.noun if n == 1 else concept.plural
         return self._compose(rng, "count", f"{NUMBERS[n]} {{}}", [slot], [concept] * n, squares)
+
+    def _crowd(self, rng: Random) -> Scene:
+        """Every object but the first two is a twin of one of them, or a third concept that may meet both."""
+        pair = shuffled(rng, choice(rng, self._pairs))
+        chosen, thirds = list(pair), self._thirds(*pair)
+        for _ in range(integer(rng, 0, 2)):
+            single = [c for c in pair if chosen.count(c) == 1]
+            if thirds and rng.random() < 0.5:
+                chosen.append(self.emojivl.concepts[choice(rng, thirds)])
+                thirds = []
+            elif single:
+                chosen.append(choice(rng, single))
+        squares, frame = self._quarters(rng, "crowd", len(chosen)), " and ".join(["{}"] * len(chosen))
+        return self._compose(rng, "crowd", frame, [with_article(c) for c in chosen], chosen, squares)
 
     # Placing; painting.py does the rest.
 
     def _side(self, rng: Random, kind: str) -> int:
         low, high = (int(FACTORS[kind] * share * self.canvas) for share in self.sizes)
         return integer(rng, low, high)
+
+    def _quarters(self, rng: Random, kind: str, n: int) -> list[Square]:
+        """n squares, each in another quarter of the canvas."""
+        half, squares = self.canvas // 2, []
+        for cell in shuffled(rng, range(4))[:n]:
+            side = self._side(rng, kind)
+            x, y = integer(rng, 0, half - side), integer(rng, 0, half - side)
+            squares.append((x + half * (cell % 2), y + half * (cell // 2), side))
+        return squares
 
     def _off_middle(self, rng: Random, axis: int, low: bool, side: int, edge: int) -> Square:
         """A square `edge` pixels from the low or high border, at most half as far off the middle across."""
