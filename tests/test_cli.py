@@ -17,6 +17,7 @@ from PIL import Image
 
 from minivlp.__main__ import main
 from minivlp.data import CPU_NOUNS, RELATIONS, emojivl, load_emojivl
+from minivlp.data.names import read_caption
 from minivlp.data.own import captions_folder, split
 from minivlp.evaluation.vilt import MEASURES
 from minivlp.pictures import demo
@@ -312,11 +313,11 @@ def test_the_demo_knows_which_pictures_are_right(caption, least):
 def test_the_demo_frames_nothing_when_no_scene_says_that():
     assert demo.candidates(EMOJIVL, NOUNS, 48, "a dog left of a dog")[1] == set()
     every = EMOJIVL.nouns()
-    dogs = demo.named_in("a hot dog above two dogs", every)
-    assert {c.noun for c in dogs} == {"hot dog", "dog"} and demo.named_in("a hot dog", every)[
+    dogs = read_caption("a hot dog above two dogs", every)[1]
+    assert {c.noun for c in dogs} == {"hot dog", "dog"} and read_caption("a hot dog", every)[1][
         0
     ].noun == "hot dog"
-    assert len(demo.named_in("a hot dog", every)) == 1
+    assert len(read_caption("a hot dog", every)[1]) == 1
 
 
 def test_one_right_picture_is_put_in_where_there_would_be_none(monkeypatch):
@@ -510,7 +511,8 @@ def test_own_captions_from_end_to_end(command, pictures, tmp_path, monkeypatch, 
         (10, "cannot be read"),
     ):
         assert any(s.startswith(f"captions.jsonl line {line}:") and problem in s for s in skipped)
-    assert "captions.jsonl:11: image 'narrow.png': images must keep 16 pixels a side" in skipped[-1]
+    narrow = "captions.jsonl line 11: image 'narrow.png' does not fit (images must keep 16 pixels a side"
+    assert narrow in skipped[-1]
     kept = int(re.search(r"(\d+) kept back", out)[1])
     assert f"{40 - kept} captions to train on" in out and f"on {kept} kept-back captions" in out
     results = json.loads((folder / "eval.json").read_text())

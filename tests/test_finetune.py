@@ -15,9 +15,8 @@ from minivlp.data.questions import questions, statements
 from minivlp.data.scenes import held_out
 from minivlp.recipes import TASKS, recipe_class, tasks
 from minivlp.recipes.base import load_trained
-from minivlp.recipes.tasks import TaskRecipe, with_head
+from minivlp.recipes.tasks import TaskRecipe, VqaRecipe, with_head
 from minivlp.recipes.vilt import ViltSettings
-from minivlp.recipes.vqa import VqaRecipe
 from minivlp.text import WordPiece
 from minivlp.training.loop import TEST_SEED
 from minivlp.training.run import load_checkpoint
@@ -76,7 +75,7 @@ def test_training_items_are_of_training_pairs_and_artists_and_no_test_items(name
     scenes = [s for item in asked for s in (item.scenes if name == "nlvr2" else (item.scene,))]
     assert not any(held_out(*s.objects) for s in scenes if s.kind == "pair")
     drawn = (statements if name == "nlvr2" else questions)(
-        EMOJIVL, NOUNS, 48, 32, TRAINING_ARTISTS, "train", 10_000
+        EMOJIVL, NOUNS, 48, 32, artists=TRAINING_ARTISTS, pairs="train", seed=10_000
     )
     assert [item.text for item in asked] == [item.text for item in drawn]
     for seed in (TEST_SEED, tasks.CHECK_SEED):

@@ -266,12 +266,12 @@ OWN = {
         *("evaluation.match", "pictures.search", "data.drawings", "infonce", "sigmoid", "hinge"),
     ),
     "xvlm": (
-        *("models.xvlm", "recipes.xvlm", "evaluation.xvlm", "pictures.ground", "data.crowds"),
+        *("models.xvlm", "recipes.xvlm", "evaluation.xvlm", "data.crowds"),
         *("boxes", "regions", "infonce"),
     ),
 }
 SHARED = {"vilt": (), "clip": ("infonce",), "xvlm": ("infonce",)}  # two compare vectors by InfoNCE
-NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks", "recipes.vqa", "recipes.nlvr2")
+NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks")
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -11,8 +11,16 @@ from minivlp.data import load_emojivl
 from minivlp.data.names import scene_tokenizer
 from minivlp.data.probes import meaning
 from minivlp.models.xvlm import Xvlm, whole_picture
-from minivlp.recipes.xvlm import ABLATIONS, XvlmRecipe, XvlmSettings, matching_pairs, xvlm_loss
-from minivlp.recipes.xvlm_batches import RegionBatch, RegionBatches, first_of_each
+from minivlp.recipes.xvlm import (
+    ABLATIONS,
+    RegionBatch,
+    RegionBatches,
+    XvlmRecipe,
+    XvlmSettings,
+    first_of_each,
+    matching_pairs,
+    xvlm_loss,
+)
 from minivlp.training.loop import optimizers, steps
 from minivlp.training.run import Run
 
@@ -26,9 +34,7 @@ TOKENIZER = scene_tokenizer(NOUNS, CONFIG.vocab_size)
 
 
 def source(config: XvlmSettings = CONFIG, **changes) -> RegionBatches:
-    names = ("canvas", "patch", "regions", "mask", "seed")
-    given = {name: getattr(config, name) for name in names} | {"pictures": config.batch} | changes
-    return RegionBatches(EMOJIVL, NOUNS, TOKENIZER, **given)
+    return RegionBatches(EMOJIVL, NOUNS, TOKENIZER, replace(config, **changes))
 
 
 def recipe(config: XvlmSettings = CONFIG) -> XvlmRecipe:
@@ -215,7 +221,7 @@ def test_the_terms_of_several_batches_add_up():
 
 
 def test_one_batch_can_be_learned():
-    model, rows = new_model(replace(CONFIG, dim=32)), source(pictures=3, regions=1.0)(0)
+    model, rows = new_model(replace(CONFIG, dim=32)), source(batch=3, regions=1.0)(0)
     muon, adam = optimizers(model, recipe().matrices(model), replace(CONFIG, lr=4e-3))
     first = None
     for _ in range(40):

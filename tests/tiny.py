@@ -25,9 +25,8 @@ from minivlp.evaluation import vilt as vilt_evaluation
 from minivlp.recipes import dual, tasks, vilt, xvlm
 from minivlp.recipes.captions import CaptionsRecipe
 from minivlp.recipes.dual import DualRecipe, Filip
-from minivlp.recipes.nlvr2 import Nlvr2Recipe
+from minivlp.recipes.tasks import Nlvr2Recipe, VqaRecipe
 from minivlp.recipes.vilt import ViltRecipe
-from minivlp.recipes.vqa import VqaRecipe
 from minivlp.recipes.xvlm import XvlmRecipe
 from minivlp.training.run import Run
 

@@ -55,7 +55,7 @@ def solarize_add(image: Image.Image, addition: float) -> Image.Image:
 
 
 def enhance(kind: type, image: Image.Image, factor: float) -> Image.Image:
-    """Move towards the picture that this kind of Pillow's compares with (factor < 1), or away from it (> 1)."""
+    """Move towards the picture that this kind compares with (factor < 1), or away from it (> 1)."""
     return kind(image).enhance(factor)
 
 

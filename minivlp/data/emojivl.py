@@ -68,6 +68,11 @@ class EmojiVL:
         """The artists whose drawings training never shows."""
         return tuple(a for a in self.sheets if a not in TRAINING_ARTISTS)
 
+    @property
+    def shown_artists(self) -> tuple[str, ...]:
+        """The artists whose drawings pictures and demos show: unseen ones where there are any."""
+        return self.unseen_artists or tuple(self.sheets)
+
     def nouns(self, names: Sequence[str] | None = None) -> tuple[Concept, ...]:
         """The training concepts with these nouns; None = every countable one, in the order of the table.
 

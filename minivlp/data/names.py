@@ -14,6 +14,7 @@ Sources: Radford et al. 2021 (CLIP), section 3.1.4, for prompts and their ensemb
 Left out: articles and plurals; of emoji most have no plain noun.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -114,6 +115,27 @@ def scene_texts(nouns: Sequence[Concept]) -> list[str]:
         *(f.format(a=f"{c.article} {c.noun}", n=c.noun, p=c.plural) for c in nouns for f in frames),
         *WORDS,
     ]
+
+
+def read_caption(caption: str, nouns: Sequence[Concept]) -> tuple[str, list[Concept]]:
+    """What somebody typed, in the tokenizer's spelling, and which of the nouns it names.
+
+    "a hot dog" names no dog. Raises ValueError, naming them, for words that occur in no scene of these nouns.
+    """
+    texts, words = scene_texts(nouns), split_words(caption)
+    known = {word for text in texts for word in split_words(text)}
+    if not words:
+        fail("caption", "must hold at least one word", "none")
+    if unknown := [word for word in words if word not in known]:
+        examples = ", ".join(c.noun for c in nouns[:40]) + (", …" if len(nouns) > 40 else "")
+        rule = f'must be made of words the model has read, as in "{texts[0]}" (its nouns: {examples})'
+        fail("caption", rule, ", ".join(map(repr, unknown)))
+    rest, concepts = " ".join(words), []
+    for concept in sorted(nouns, key=lambda c: -len(c.noun)):
+        names = "|".join(re.escape(" ".join(split_words(name))) for name in (concept.plural, concept.noun))
+        rest, times = re.subn(rf"\b(?:{names})\b", "", rest)
+        concepts += [concept] * bool(times)
+    return " ".join(words), concepts
 
 
 def scene_tokenizer(nouns: Sequence[Concept], vocab_size: int) -> WordPiece:

@@ -28,6 +28,7 @@ Left out: VQA's soft scores from ten annotators: every answer here is certain.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minivlp.core.require import fail
 from minivlp.data.emojivl import Concept, EmojiVL
@@ -71,25 +72,16 @@ def answers(nouns: Sequence[Concept]) -> tuple[str, ...]:
     return (*COUNTS, NOTHING, *(concept.noun for concept in nouns))
 
 
-def questions(
-    emojivl: EmojiVL,
-    nouns: Sequence[Concept],
-    canvas: int,
-    n: int = 2000,
-    artists: Sequence[str] | None = None,
-    pairs: str = "held_out",
-    seed: int = 1,
-) -> list[Question]:
-    """n questions, a multiple of 16: half about counts of a noun, half about pairs; the rest as in `Scenes`.
+def questions(emojivl: EmojiVL, nouns: Sequence[Concept], canvas: int, n: int, **more: Any) -> list[Question]:
+    """n questions, a multiple of 16: half about counts of a noun, half about pairs; `more` is for `Scenes`.
 
     The two questions about a picture follow each other. Training takes another seed: counts have no pairs
     that could be held out. Raises ValueError as `Scenes` does and for another n.
     """
     _check_size(n)
     found, room = [], Counter({k: n // 16 for k in range(1, 5)})
-    for scene in takes(
-        Scenes(emojivl, nouns, artists, canvas, {"count": 1}, pairs, seed=seed), 10 * n, "count"
-    ):
+    counts = Scenes(emojivl, nouns, canvas=canvas, kinds={"count": 1}, **more)
+    for scene in takes(counts, 10 * n, "count"):
         if room[k := len(scene.objects)]:
             concept = emojivl.concepts[scene.objects[0]]
             found.append(Question(scene, f"how many {concept.plural}", COUNTS[k - 1], "how many"))
@@ -97,7 +89,7 @@ def questions(
             room[k] -= 1
         if not room.total():
             break
-    scenes = Scenes(emojivl, nouns, artists, canvas, {"pair": 1}, pairs, seed=seed)
+    scenes = Scenes(emojivl, nouns, canvas=canvas, **more)
     for i in range(n // 4):
         scene = scenes[i]
         first, second = (article_and_noun(slot)[1] for slot in scene.slots)
@@ -110,23 +102,16 @@ def questions(
 
 
 def statements(
-    emojivl: EmojiVL,
-    nouns: Sequence[Concept],
-    canvas: int,
-    n: int = 2000,
-    artists: Sequence[str] | None = None,
-    pairs: str = "held_out",
-    seed: int = 1,
-    sizes: tuple[float, float] = (0.32, 0.48),
+    emojivl: EmojiVL, nouns: Sequence[Concept], canvas: int, n: int, **more: Any
 ) -> list[Statement]:
-    """n statements, a multiple of 16, in blocks of eight of alternating kind; the rest as in `Scenes`.
+    """n statements, a multiple of 16, in blocks of eight of alternating kind; `more` is for `Scenes`.
 
     Facts are drawn at random until two that came twice make a block, so `nouns` should be some dozens: of
     hundreds, hardly a fact comes twice. Raises ValueError as `Scenes` does, for another n, and when blocks
     stay away.
     """
     _check_size(n)
-    scenes = Scenes(emojivl, nouns, artists, canvas, {"pair": 1}, pairs, sizes, seed)
+    scenes = Scenes(emojivl, nouns, canvas=canvas, **more)
     once: dict[tuple, Scene] = {}
     twice: list[tuple[Scene, Scene]] = []
     found: list[Statement] = []

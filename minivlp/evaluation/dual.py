@@ -32,7 +32,7 @@ from minivlp.data.scenes import SCENE_SIZES
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.match import Matcher, Tokens, ranks, similarities
 from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits, silent
-from minivlp.evaluation.tables import INTERVAL, tables
+from minivlp.evaluation.tables import CELL, INTERVAL, table, tables
 
 DEPTHS = (1, 5, 10)
 TIERS = ("object", "thing", "person", "face", "symbol")
@@ -191,12 +191,10 @@ def report_dual(results: Mapping) -> str:
     columns = INTERVAL | {"chance": "{chance:.4f}", "items": "{items}", "concepts or pairs": "{clusters}"}
 
     def tiers(split: str) -> list[str]:
-        lines = ["", "| tier | items | R@1 | R@5 | R@1, exact name | R@5, exact name |", "|---" * 6 + "|"]
+        keys, rows = ("near_r1", "near_r5", "exact_r1", "exact_r5"), []
         for tier, m in details["tiers"][split].items():
-            cells = [f"{m[key]['value']:.3f} ({m[key]['low']:.3f} to {m[key]['high']:.3f})"
-                     for key in ("near_r1", "near_r5", "exact_r1", "exact_r5")]  # fmt: skip
-            lines.append(f"| {tier} | {m['near_r1']['items']} | {' | '.join(cells)} |")
-        return lines
+            rows.append([tier, str(m["near_r1"]["items"]), *(CELL.format(**m[key]) for key in keys)])
+        return ["", *table(["tier", "items", "R@1", "R@5", "R@1, exact name", "R@5, exact name"], rows)]
 
     about = f"{details['concepts']} training concepts, {details['canvas']} pixels square."
-    return tables(results, lambda split: about, lambda name: name.replace("_r", ", R@"), columns, NOTE, tiers)
+    return tables(details, lambda split: about, lambda name: name.replace("_r", ", R@"), columns, NOTE, tiers)

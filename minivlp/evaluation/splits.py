@@ -1,6 +1,7 @@
 """The frame of an evaluation: drawings by the training artists ("seen") and by all others ("unseen")."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from minivlp.data import TRAINING_ARTISTS, EmojiVL
@@ -25,13 +26,14 @@ def evaluate_splits(
     measure: Callable[[str, Tick], dict[str, dict]],
     ticks: int,
     progress: Progress,
+    value: Callable[[dict], float] = itemgetter("value"),
     **about: Any,
 ) -> dict[str, Any]:
     """Measure every split that has artists; a split without any is {}.
 
-    measure(split, tick) → {measure: numbers, "value" among them}; it calls tick(n) until `ticks` are done.
-    about: what else the details say. Returns, ready for JSON, {"seen": {measure: value}, "unseen": {…},
-    "details": {"seen": {measure: numbers}, "unseen": {…}, "artists", **about}}.
+    measure(split, tick) → {measure: numbers}; it calls tick(n) until `ticks` are done. value: the one number
+    of a measure. about: what else the details say. Returns, ready for JSON, {"seen": {measure: value},
+    "unseen": {…}, "details": {"seen": {measure: numbers}, "unseen": {…}, "artists", **about}}.
     """
     done, total = 0, ticks * sum(map(bool, artists.values()))
 
@@ -41,5 +43,5 @@ def evaluate_splits(
         progress(done, total)
 
     details = {split: measure(split, tick) if artists[split] else {} for split in artists}
-    values = {split: {name: m["value"] for name, m in details[split].items()} for split in artists}
+    values = {split: {name: value(m) for name, m in details[split].items()} for split in artists}
     return values | {"details": details | {"artists": dict(artists)} | about}

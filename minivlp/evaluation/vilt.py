@@ -23,6 +23,7 @@ from itertools import count
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minivlp.core.require import fail
 from minivlp.data import Concept, EmojiVL, Scene, Scenes, probes
@@ -96,17 +97,24 @@ def _pairs(scenes: Sequence[Scene]) -> list[tuple[int, int]]:
     return [probes.meaning(scene)[:2] for scene in scenes]
 
 
+def found(
+    model: Vilt, tokenizer: WordPiece, hidden: Sequence[Hidden], scenes: Sequence[Scene], tick: Tick = silent
+) -> list[Tensor]:
+    """Which of the pieces hidden in text i are top-1 over the vocabulary, given the rest and picture i."""
+    right = [torch.empty(0)] * len(hidden)
+    for rows, ids, states in encoded(model, tokenizer, [text for text, _ in hidden], scenes, tick):
+        is_mask = ids == tokenizer.mask_id  # (B, L)
+        best = model.mlm_logits(states["text"][is_mask]).argmax(-1).cpu()  # one a [MASK], row after row
+        for i, guesses in zip(rows, best.split(is_mask.sum(1).tolist()), strict=True):
+            right[i] = guesses == torch.tensor(hidden[i][1])
+    return right
+
+
 def _words(model, tokenizer, scenes: list[Scene], nouns: int, tick: Tick) -> dict[str, dict]:
     """The three measures of hidden words, on the same scenes."""
 
-    def hits(hidden: list[Hidden]) -> np.ndarray:
-        right = np.zeros(len(scenes))
-        for rows, ids, states in encoded(model, tokenizer, [text for text, _ in hidden], scenes, tick):
-            is_mask = ids == tokenizer.mask_id  # (B, L)
-            best = model.mlm_logits(states["text"][is_mask]).argmax(-1)  # one a [MASK], row after row
-            for i, guesses in zip(rows, best.split(is_mask.sum(1).tolist()), strict=True):
-                right[i] = guesses.tolist() == hidden[i][1]
-        return right
+    def hits(hidden: list[Hidden]) -> list[bool]:
+        return [bool(pieces.all()) for pieces in found(model, tokenizer, hidden, scenes, tick)]
 
     one = [probes.hide_slots(scene, [i % 2], tokenizer) for i, scene in enumerate(scenes)]
     both = [probes.hide_slots(scene, [0, 1], tokenizer) for scene in scenes]
@@ -186,4 +194,4 @@ which objects a picture shows, but not where.
 
 def report(results: dict) -> str:
     """The results of `evaluate` as Markdown, one table a split."""
-    return scene_tables(results, NAMES, NOTE, {"masked": "{masked}"})
+    return scene_tables(results, NAMES, NOTE, masked="{masked}")

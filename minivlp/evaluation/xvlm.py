@@ -76,7 +76,7 @@ def evaluate_xvlm(
         fail("items", "must be at least 1", items)
     artists = artists_by_split(emojivl)
     there = filter(artists.get, artists)
-    sources = {s: Crowds(emojivl, nouns, artists[s], canvas, "held_out", seed=seed) for s in there}
+    sources = {s: Crowds(emojivl, nouns, artists[s], canvas, pairs="held_out", seed=seed) for s in there}
 
     def measure(split: str, tick: Tick) -> dict[str, dict]:
         items_of = ask_phrases(sources[split], items)

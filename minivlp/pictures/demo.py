@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from minivlp.core.require import fail
 from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl
+from minivlp.data.names import read_caption
 from minivlp.data.probes import hide_nouns, meaning
 from minivlp.data.questions import COUNTS
 from minivlp.evaluation.rank import rank
 from minivlp.pictures import figures
 from minivlp.pictures.gallery import aligned
-from minivlp.pictures.queries import check_words, named_in, shown_artists
 from minivlp.text import split_words
 from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen
@@ -27,18 +26,14 @@ PICTURES, SHOWN, SEED = 64, 5, 11
 TRIES = 1000  # scenes looked through for one that the caption is true of
 
 
-def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen) -> None:
+def demo(trained: Trained, caption: str, out: Path, device: str, screen: Screen) -> None:
     """Rank, print, and write demo.png and demo_alignment.png into the folder `out`.
 
-    Raises ValueError for a word that the model has never read and for a model of own captions.
+    Raises ValueError for a word that the model has never read.
     """
     emojivl = load_emojivl()
-    if trained.settings.get("captions"):
-        fail("--run", "must be a run on scenes, which the demo can draw", "one on own captions")
     nouns = trained.nouns(emojivl)
-    words = split_words(caption)
-    caption = " ".join(words)
-    check_words(words, nouns)
+    caption, _ = read_caption(caption, nouns)
     for name in ("demo.png", "demo_alignment.png"):
         need_writable(out / name, make_folder=True)
     scenes, right = candidates(emojivl, nouns, trained.canvas, caption)
@@ -47,7 +42,7 @@ def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen)
     scores = rank(model, trained.tokenizer, caption, hidden, scenes)
     best = np.argsort(-scores, kind="stable")[:SHOWN].tolist()
     true = f"the caption is true of {len(right)} of them" if right else "none of them is exactly that"
-    screen.say(f"{PICTURES} pictures by {', '.join(shown_artists(emojivl))}; {true}")
+    screen.say(f"{PICTURES} pictures by {', '.join(emojivl.shown_artists)}; {true}")
     screen.say("rank  log probability  the picture shows")
     for place, i in enumerate(best, start=1):
         screen.say(f"{place:4d}  {scores[i]:15.2f}  {scenes[i].caption}{'  (right)' if i in right else ''}")
@@ -67,15 +62,13 @@ def candidates(
     When the caption has the form of a scene's ("a dog left of a guitar"), there is at least one; of another
     form ("a dog left of a dog") no picture counts as right.
     """
-    kind, named = _kind(caption), named_in(caption, nouns)
+    kind, (_, named) = _kind(caption), read_caption(caption, nouns)
     others = [c for c in nouns if c not in named]
     few = named + others[: max(0, (3 if kind == "between" else 2) - len(named))]
     # One object is drawn on the whole canvas at the size it has elsewhere, so as a "place".
     drawn = {"one": "place"}.get(kind, kind)
-    near, far = (
-        Scenes(emojivl, concepts, shown_artists(emojivl), canvas, {drawn: 1}, "all", seed=SEED)
-        for concepts in (few, nouns)
-    )
+    artists = emojivl.shown_artists
+    near, far = (Scenes(emojivl, c, artists, canvas, {drawn: 1}, "all", seed=SEED) for c in (few, nouns))
     scenes = [near[i] for i in range(PICTURES // 2)] + [far[i] for i in range(PICTURES // 2)]
     example = next((s for s in map(near.__getitem__, range(TRIES)) if _caption(s, kind) == caption), None)
     if example is None:

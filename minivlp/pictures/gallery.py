@@ -25,8 +25,7 @@ SEED = 7
 def draw_answers(folder: Path, trained: Trained, emojivl: EmojiVL) -> list[Path]:
     """Write masked_words, retrieval and alignment.png into the folder; return their paths."""
     model, tokenizer, nouns = trained.model, trained.tokenizer, trained.nouns(emojivl)
-    artists = emojivl.unseen_artists or tuple(emojivl.sheets)
-    unseen = Scenes(emojivl, nouns, artists, trained.canvas, pairs="held_out", seed=SEED)
+    unseen = Scenes(emojivl, nouns, emojivl.shown_artists, trained.canvas, pairs="held_out", seed=SEED)
     scenes = [unseen[i] for i in range(6)]
     (candidates,) = retrieval_sets((unseen[i] for i in count()), 1)
     paths = [folder / f"{name}.png" for name in ("masked_words", "retrieval", "alignment")]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 RECIPES = {
     "vilt": ".vilt:ViltRecipe",
     "captions": ".captions:CaptionsRecipe",
-    "vqa": ".vqa:VqaRecipe",
-    "nlvr2": ".nlvr2:Nlvr2Recipe",
+    "vqa": ".tasks:VqaRecipe",
+    "nlvr2": ".tasks:Nlvr2Recipe",
     "clip": ".dual:Clip",
     "siglip": ".dual:Siglip",
     "vse": ".dual:Vse",

@@ -3,14 +3,13 @@
 Left out: retrieval and intervals; with your own captions nobody knows which caption is true of which picture.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from minivlp.core.require import fail
 from minivlp.data.augment import rand_augment
@@ -90,11 +89,12 @@ class CaptionsRecipe(ViltRecipe):
         if self.data:
             fail("--data", "must be left out for a run on own captions", self.data)
         path, on_error = Path(self.about["captions"]), self.about["on_error"]
+        sizes = {"side": self.settings.canvas, "patch": self.settings.patch}
+        fits = partial(resized, **sizes)  # refuses what is so narrow that a side would be less than a patch
         if path.suffix == ".json":
-            data = coco_captions(path, self.about["images"] or path.parent, on_error)
+            data = coco_captions(path, self.about["images"] or path.parent, on_error, fits)
         else:
-            data = captions_folder(path, on_error)
-        data = _wide_enough(data, self.settings, on_error)
+            data = captions_folder(path, on_error, fits)
         for problem in data.problems:
             self.say(f"skipped: {problem}")
         return split(data)
@@ -158,8 +158,7 @@ class CaptionsRecipe(ViltRecipe):
             f"{line}\nmatching is not measured: no wrong pair can be made of the pictures that are kept back"
         )
 
-    def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
-        return Recipe.draw(self, trained, folder, records)
+    draw = Recipe.draw
 
     def demo(self, trained: Trained, query: str, folder: Path, device: str, screen: Screen) -> None:
         fail("--run", "must be a run on scenes, which the demo can draw", "one on own captions")
@@ -177,23 +176,3 @@ def _check_paths(captions: str, images: str | None) -> None:
         fail("--captions", "must be a folder with captions.jsonl, or a COCO JSON file", captions)
     elif images:
         fail("--images", "must come with a COCO JSON file as --captions", images)
-
-
-def _wide_enough(data: Captions, settings: ViltSettings, on_error: str) -> Captions:
-    """Without pictures so narrow that a side would be less than a patch: they would stop the run later."""
-    narrow, problems = {}, list(data.problems)
-    for i, name in enumerate(data.names):
-        if name not in narrow:
-            narrow[name] = False
-            with Image.open(data.folder / name) as image:
-                width, height = image.size
-            try:
-                resized(height, width, settings.canvas, settings.patch)
-            except ValueError as error:
-                narrow[name] = True
-                problems.append(f"{data[i].source}: image {name!r}: {error}")
-                if on_error == "stop":
-                    raise ValueError(problems[-1]) from error
-    good = data.subset(i for i, name in enumerate(data.names) if not narrow[name])
-    good.problems = problems
-    return good

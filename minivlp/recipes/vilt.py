@@ -8,7 +8,7 @@ Left out: ViLT's own sizes (models/vilt.py's defaults), for which no laptop is e
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minivlp.data import CPU_NOUNS, Scene, Scenes, scene_pixels
-from minivlp.data.probes import false_captions, hide_relation, hide_slots, swapped, text_rows
-from minivlp.evaluation.vilt import CANDIDATES, evaluate, report
+from minivlp.data import CPU_NOUNS, Scene, Scenes
+from minivlp.data.probes import false_captions, hide_relation, hide_slots, swapped
+from minivlp.evaluation.rank import match_odds
+from minivlp.evaluation.vilt import CANDIDATES, evaluate, found, report
 from minivlp.ipot import alignment_masks, wpa_fused
 from minivlp.itm import itm_loss
-from minivlp.mlm import IGNORE, mlm_loss
+from minivlp.mlm import mlm_loss
 from minivlp.models.published import vilt as names
 from minivlp.models.vilt import Vilt, ViltConfig, small_init
 from minivlp.pictures.demo import demo
@@ -31,7 +32,6 @@ from minivlp.pictures.gallery import draw_answers
 from minivlp.recipes.base import Batch, Recipe, Settings
 from minivlp.recipes.noun_contrast import noun_contrast
 from minivlp.recipes.vilt_batches import STAGES, SceneBatches, ViltBatch
-from minivlp.training.screen import Screen
 from minivlp.training.trained import Trained
 from minivlp.training.workers import ONE_PROCESS, Workers
 
@@ -112,14 +112,12 @@ class ViltRecipe(Recipe):
         what = (trained.tokenizer, self.emojivl, self.nouns, trained.canvas, items)
         return evaluate(trained.model, *what, -(-items // (2 * CANDIDATES)), seed, progress)
 
-    def report(self, results: Mapping[str, Any]) -> str:
-        return report(results)
+    report = staticmethod(report)
 
     def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
         return super().draw(trained, folder, records) + draw_answers(folder, trained, self.emojivl)
 
-    def demo(self, trained: Trained, query: str, folder: Path, device: str, screen: Screen) -> None:
-        demo(query, trained, folder, device, screen)
+    demo = staticmethod(demo)
 
     @staticmethod
     def to_published(model: Vilt) -> dict[str, Tensor]:
@@ -164,21 +162,11 @@ def pretraining_loss(
 def quick_check(model: Vilt, tokenizer, scenes: Sequence[Scene], seed: int) -> dict[str, float]:
     """masked_object, masked_relation, itm_random and itm_swapped on these pairs, each asked about once."""
 
-    def states(texts: tuple) -> dict[str, Tensor]:
-        device = next(model.parameters()).device
-        ids, mask, _ = (tensor.to(device) for tensor in texts)
-        return model.encode(ids, mask, scene_pixels(scenes).to(device))
-
     def fills(hidden: Sequence[tuple]) -> float:
-        texts = text_rows(tokenizer, *zip(*hidden, strict=True))
-        is_mask = texts[2] != IGNORE  # (B, L)
-        text = states(texts)["text"]  # (B, L, D)
-        best = model.mlm_logits(text[is_mask.to(text.device)]).argmax(-1).cpu()
-        return float((best == texts[2][is_mask]).float().mean())
+        return float(torch.cat(found(model, tokenizer, hidden, scenes)).float().mean())
 
     def accepts(captions: Sequence[str]) -> float:
-        pooled = states(text_rows(tokenizer, captions, [()] * len(captions)))["pooled"]
-        return float(model.itm_logits(pooled).argmax(-1).float().mean())
+        return float((match_odds(model, tokenizer, captions, scenes) > 0).mean())
 
     others = false_captions(scenes, np.random.default_rng(seed))
     relation = [(text, tokenizer.encode(word)) for text, word in map(hide_relation, scenes)]
