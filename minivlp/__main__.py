@@ -10,14 +10,14 @@ import importlib
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minivlp.recipes import FLAGS, MODELS, TASKS, recipe_name
+from minivlp.recipes import FLAGS, MODELS, NUMBERS, TASKS, recipe_name
 from minivlp.training.screen import Screen
 
 PRESETS = ("cpu", "gpu", "captions")  # of all recipes together
-NUMBERS = ("steps", "batch", "lr", "seed")  # flags that stand in place of a preset's numbers
 PATHS = ("captions", "images", "start")
 RUN = "a run folder, checkpoint.pt or .safetensors (default: runs/vilt, else the shipped model)"
 
@@ -65,112 +65,65 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="python -m minivlp", description="Vision-language pretraining, from scratch.")
     commands = top.add_subparsers(dest="job", metavar="train | eval | demo | figures | bench | claims")
 
-    def command(name: str, what: str, example: str, device: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=what,
-            description=what,
-            epilog=f"example: python -m minivlp {example}",
-            allow_abbrev=False,
-        )
+    def command(name: str, what: str, example: str, device: bool = True) -> Callable:
+        """A command; what adds a flag to it."""
+        text = {"help": what, "description": what, "epilog": f"example: python -m minivlp {example}"}
+        add = commands.add_parser(name, **text, allow_abbrev=False).add_argument
         if device:
             devices = ["auto", "cpu", "cuda", "mps"]
-            sub.add_argument("--device", default="auto", choices=devices, help="auto: cuda if there is one")
-        sub.add_argument(
-            "--threads", type=integer_from(1, 256), help="CPU threads (default: all cores, at most 4)"
-        )
-        return sub
+            add("--device", default="auto", choices=devices, help="auto: cuda if there is one")
+        add("--threads", type=integer_from(1, 256), help="CPU threads (default: all cores, at most 4)")
+        return add
+
+    folder, seed = {"type": given, "metavar": "DIR"}, {"type": integer_from(0, 2**32 - 1)}
+    stands = "in place of the preset's"
 
     train = command("train", "Train a model, evaluate it, draw pictures.", "train --captions my_pictures")
-    train.add_argument("--model", default="vilt", choices=MODELS)
-    train.add_argument(
-        "--language", choices=["en", "zh"], help="of the names, for dual encoders (default: en)"
-    )
-    train.add_argument("--without", choices=["boxes", "regions"], help="what xvlm is to do without")
-    train.add_argument("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
-    train.add_argument("--task", choices=TASKS, help="fine-tune a trained run on this task")
-    train.add_argument("--start", type=given, metavar="RUN", help=f"where --task starts: {RUN}")
-    train.add_argument(
-        "--captions",
-        type=given,
-        metavar="DIR",
-        help="own data: a folder with captions.jsonl, or a COCO JSON file",
-    )
-    train.add_argument("--images", type=given, metavar="DIR", help="the image folder of a COCO JSON file")
-    train.add_argument(
-        "--on-error", choices=["skip", "stop"], help="for a bad line or picture (default: skip, and tell)"
-    )
-    train.add_argument(
-        "--name",
-        type=given,
-        help="results go to runs/NAME (default: the task or model; an absolute path is taken as it is)",
-    )
-    train.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run of this name, with the settings it began with",
-    )
-    train.add_argument("--steps", type=integer_from(1), help="in place of the preset's")
-    train.add_argument("--batch", type=integer_from(2, 10**6), help="rows a step, in place of the preset's")
-    train.add_argument("--lr", type=positive, help="in place of the preset's")
-    train.add_argument(
-        "--seed", type=integer_from(0, 2**32 - 1), help="of weights and data, in place of the preset's"
-    )
+    train("--model", default="vilt", choices=MODELS)
+    train("--language", choices=["en", "zh"], help="of the names, for dual encoders (default: en)")
+    train("--without", choices=["boxes", "regions"], help="what xvlm is to do without")
+    train("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
+    train("--task", choices=TASKS, help="fine-tune a trained run on this task")
+    train("--start", type=given, metavar="RUN", help=f"where --task starts: {RUN}")
+    train("--captions", **folder, help="own data: a folder with captions.jsonl, or a COCO JSON file")
+    train("--images", **folder, help="the image folder of a COCO JSON file")
+    train("--on-error", choices=["skip", "stop"], help="for a bad line or picture (default: skip, and tell)")
+    train("--name", type=given, help="goes to runs/NAME, or an absolute path (default: the task or model)")
+    train("--resume", action="store_true", help="go on with this run, with the settings it began with")
+    train("--steps", type=integer_from(1), help=stands)
+    train("--batch", type=integer_from(2, 10**6), help=f"rows a step, {stands}")
+    train("--lr", type=positive, help=stands)
+    train("--seed", **seed, help=f"of weights and data, {stands}")
 
     evaluation = command("eval", "Measure a trained model on a folder of sheets.", "eval --run runs/vilt")
-    evaluation.add_argument(
-        "--data", type=given, metavar="DIR", help="a folder with meta.json (default: data_tiny)"
-    )
-    evaluation.add_argument("--out", type=given, metavar="FILE", help="also write the results as JSON")
-    evaluation.add_argument(
-        "--seed", type=integer_from(0, 2**32 - 1), default=1, help="of the test scenes (default: 1)"
-    )
-    for sub in (train, evaluation):
-        sub.add_argument(
-            "--items",
-            type=integer_from(4, 10**6, 2),
-            default=1500,
-            help="test items a measure (default: 1500)",
-        )
+    evaluation("--data", **folder, help="a folder with meta.json (default: data_tiny)")
+    evaluation("--out", type=given, metavar="FILE", help="also write the results as JSON")
+    evaluation("--seed", **seed, default=1, help="of the test scenes (default: 1)")
+    for add in (train, evaluation):
+        items = integer_from(4, 10**6, 2)
+        add("--items", type=items, default=1500, help="test items a measure (default: 1500)")
 
-    demo = command(
-        "demo",
-        "Rank pictures for a caption and draw the best: scenes, or with a dual encoder all drawings.",
-        'demo "a dog left of a guitar"',
-    )
-    demo.add_argument("caption")
-    demo.add_argument(
-        "--model", default="vilt", choices=MODELS, help="whose run or shipped model, without --run"
-    )
-    demo.add_argument(
-        "--out", type=given, metavar="DIR", default=".", help="where demo.png and demo_alignment.png go"
-    )
+    ranks = "Rank pictures for a caption and draw the best: scenes, or with a dual encoder all drawings."
+    demo = command("demo", ranks, 'demo "a dog left of a guitar"')
+    demo("caption")
+    demo("--model", default="vilt", choices=MODELS, help="whose run or shipped model, without --run")
+    demo("--out", **folder, default=".", help="where demo.png and demo_alignment.png go")
 
     figures = command("figures", "Draw the pictures of a run again.", "figures --run runs/vilt")
-    for sub in (evaluation, demo, figures):
-        sub.add_argument("--run", type=given, help=RUN)
+    for add in (evaluation, demo, figures):
+        add("--run", type=given, help=RUN)
 
-    bench = command(
-        "bench",
-        "Time and memory of the losses beside their peers, on the CPU.",
-        "bench --only infonce,sigmoid",
-        device=False,
-    )
-    bench.add_argument("--only", metavar="CASES", help="some of the cases, with commas (default: all)")
-    bench.add_argument(
-        "--sizes",
-        default="default",
-        choices=["default", "full"],
-        help="full: the sizes of published training runs, 10 GB of memory and many minutes",
-    )
-    bench.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else")
+    beside = "Time and memory of the losses beside their peers, on the CPU."
+    bench = command("bench", beside, "bench --only infonce,sigmoid", device=False)
+    bench("--only", metavar="CASES", help="some of the cases, with commas (default: all)")
+    full = "full: the sizes of published training runs, 10 GB of memory and many minutes"
+    bench("--sizes", default="default", choices=["default", "full"], help=full)
+    bench("--json", action="store_true", help="print the results as JSON, and nothing else")
 
     claims = command("claims", "Test the papers' claims again in miniature.", "claims --quick", device=False)
-    claims.add_argument("--quick", action="store_true", help="minutes; more claims cannot be told")
-    claims.add_argument("--only", metavar="NAME", nargs="+", help="some of the claims (default: all)")
-    claims.add_argument(
-        "--out", type=given, metavar="DIR", default="runs/claims", help="default: runs/claims"
-    )
+    claims("--quick", action="store_true", help="minutes; more claims cannot be told")
+    claims("--only", metavar="NAME", nargs="+", help="some of the claims (default: all)")
+    claims("--out", **folder, default="runs/claims", help="default: runs/claims")
     return top
 
 

@@ -66,9 +66,8 @@ def _relations(scene: Scene, row: int, twin: int) -> list[str]:
     for k, landmark in enumerate(scene.objects):
         if scene.objects.count(landmark) == 1:
             mine, other = (_sides(scene.boxes[one], scene.boxes[k]) for one in (row, twin))
-            off = np.abs(
-                (scene.boxes[row] - scene.boxes[k]).reshape(2, 2).sum(0)
-            )  # twice the centres' distance
+            # Twice the distance of the centres, along x and along y.
+            off = np.abs((scene.boxes[row] - scene.boxes[k]).reshape(2, 2).sum(0))
             for relation in mine - other:
                 axis = RELATIONS[relation][0]
                 if 2 * off[1 - axis] <= off[axis]:  # the dominant direction, as in the other scenes

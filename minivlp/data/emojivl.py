@@ -64,6 +64,11 @@ class EmojiVL:
     sheets: Mapping[str, np.ndarray]
 
     @property
+    def seen_artists(self) -> tuple[str, ...]:
+        """The training artists that the data holds."""
+        return tuple(a for a in TRAINING_ARTISTS if a in self.sheets)
+
+    @property
     def unseen_artists(self) -> tuple[str, ...]:
         """The artists whose drawings training never shows."""
         return tuple(a for a in self.sheets if a not in TRAINING_ARTISTS)
@@ -78,9 +83,8 @@ class EmojiVL:
 
         Raises ValueError for a noun that is not among them.
         """
-        known = {
-            c.noun: c for c in self.concepts if c.tier == "object" and c.split == "train" and c.countable
-        }
+        objects = [c for c in self.concepts if c.tier == "object" and c.split == "train"]
+        known = {c.noun: c for c in objects if c.countable}
         for name in names or ():
             if name not in known:
                 fail("names", "must be countable training nouns of concepts.tsv", repr(name))
@@ -159,11 +163,9 @@ def _sheet(path: Path, artist: dict, meta: dict) -> np.ndarray:
         raise ValueError(f"sprite sheet {path} is damaged: its SHA-256 is not the one in meta.json")
     pixels = np.asarray(Image.open(path).convert("RGBA"))
     t, columns, lines = meta["tile"], meta["cols"], -(-meta["n"] // meta["cols"])
-    if pixels.shape[:2] != (lines * t, columns * t):
-        raise ValueError(
-            f"sprite sheet {path} must be {columns * t} × {lines * t} pixels, "
-            f"got {pixels.shape[1]} × {pixels.shape[0]}"
-        )
+    (high, wide), got = (lines * t, columns * t), pixels.shape
+    if got[:2] != (high, wide):
+        raise ValueError(f"sprite sheet {path} must be {wide} × {high} pixels, got {got[1]} × {got[0]}")
     tiles = pixels.reshape(lines, t, columns, t, 4).transpose(0, 2, 1, 3, 4)
     tiles = np.ascontiguousarray(tiles.reshape(-1, t, t, 4)[: meta["n"]])
     tiles.flags.writeable = False

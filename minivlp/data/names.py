@@ -111,10 +111,8 @@ def scene_texts(nouns: Sequence[Concept]) -> list[str]:
         *("{a} left of the middle", "{a} right of {a}", "{a} above {a}", "{a} below {a}"),
         *("{a} between {a} and {a}", "one {n}", "two {p}", "three {p}", "four {p}"),
     )
-    return [
-        *(f.format(a=f"{c.article} {c.noun}", n=c.noun, p=c.plural) for c in nouns for f in frames),
-        *WORDS,
-    ]
+    filled = (f.format(a=f"{c.article} {c.noun}", n=c.noun, p=c.plural) for c in nouns for f in frames)
+    return [*filled, *WORDS]
 
 
 def read_caption(caption: str, nouns: Sequence[Concept]) -> tuple[str, list[Concept]]:

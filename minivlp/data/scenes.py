@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from minivlp.core.require import fail
-from minivlp.data.emojivl import CPU_NOUNS, TRAINING_ARTISTS, Concept, EmojiVL
+from minivlp.data.emojivl import CPU_NOUNS, Concept, EmojiVL
 from minivlp.data.painting import Painter, Square
 
 NUMBERS = ("no", "one", "two", "three", "four")
@@ -99,8 +99,7 @@ class Scenes:
         sizes: tuple[float, float] = (0.32, 0.48),
         seed: int = 0,
     ):
-        if artists is None:
-            artists = [a for a in TRAINING_ARTISTS if a in emojivl.sheets]
+        artists = emojivl.seen_artists if artists is None else tuple(artists)
         if unknown := set(artists) - set(emojivl.sheets):
             fail("artists", f"must be among {sorted(emojivl.sheets)}", sorted(unknown))
         kinds = {self.usual: 1.0} if kinds is None else {kind: w for kind, w in kinds.items() if w}
@@ -121,7 +120,7 @@ class Scenes:
         self.nouns = tuple(c for c in nouns if set(c.artists) & set(artists))
         if len(self.nouns) < 2:
             fail("nouns", f"must hold at least two nouns drawn by {list(artists)}", len(self.nouns))
-        self.emojivl, self.artists, self.canvas = emojivl, tuple(artists), canvas
+        self.emojivl, self.artists, self.canvas = emojivl, artists, canvas
         self.sizes, self.seed = sizes, operator.index(seed)
         self.kinds, self._weights = tuple(kinds), np.cumsum(list(kinds.values())).tolist()
         self._drawn_by = {c.id: [a for a in self.artists if a in c.artists] for c in self.nouns}
@@ -142,11 +141,8 @@ class Scenes:
 
     def _meet(self, pairs: str) -> None:
         """List the pairs of nouns that may meet, and for each noun the set of its partners."""
-        self._pairs = [
-            (a, b)
-            for a, b in combinations(self.nouns, 2)
-            if pairs == "all" or held_out(a.id, b.id) == (pairs == "held_out")
-        ]
+        every, kept = combinations(self.nouns, 2), pairs == "held_out"
+        self._pairs = [(a, b) for a, b in every if pairs == "all" or held_out(a.id, b.id) == kept]
         if {"pair", "pick", "crowd"} & set(self.kinds) and not self._pairs:
             fail("pairs", "must leave at least one pair of these nouns", repr(pairs))
         self._partners = {c.id: set() for c in self.nouns}

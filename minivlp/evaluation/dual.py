@@ -39,12 +39,7 @@ TIERS = ("object", "thing", "person", "face", "symbol")
 
 
 def evaluate_dual(
-    matcher: Matcher,
-    emojivl: EmojiVL,
-    language: str,
-    sets: int = 8,
-    seed: int = 1,
-    progress: Progress = silent,
+    matcher: Matcher, emojivl: EmojiVL, language: str, sets: int, seed: int = 1, progress: Progress = silent
 ) -> dict:
     """All measures; sets: of 64 scenes each. Returns, ready for JSON,
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from minivlp.data import TRAINING_ARTISTS, EmojiVL
+from minivlp.data import EmojiVL
 
 CANDIDATES = 64  # pictures that compete for a caption
 Progress = Callable[[int, int], None]  # (done, total)
@@ -17,8 +17,7 @@ def silent(*numbers: int) -> None:
 
 def artists_by_split(emojivl: EmojiVL) -> dict[str, list[str]]:
     """{"seen": the training artists that the data holds, "unseen": all others}."""
-    seen = [artist for artist in emojivl.sheets if artist in TRAINING_ARTISTS]
-    return {"seen": seen, "unseen": list(emojivl.unseen_artists)}
+    return {"seen": list(emojivl.seen_artists), "unseen": list(emojivl.unseen_artists)}
 
 
 def evaluate_splits(

@@ -48,9 +48,8 @@ def demo(trained: Trained, caption: str, out: Path, device: str, screen: Screen)
         screen.say(f"{place:4d}  {scores[i]:15.2f}  {scenes[i].caption}{'  (right)' if i in right else ''}")
     hits = [place for place, i in enumerate(best) if i in right]
     figures.retrieval_grid(out / "demo.png", [(caption, [scenes[i].image for i in best], hits)])
-    figures.alignment(
-        out / "demo_alignment.png", [aligned(model, trained.tokenizer, scenes[best[0]], caption)]
-    )
+    pointed = aligned(model, trained.tokenizer, scenes[best[0]], caption)
+    figures.alignment(out / "demo_alignment.png", [pointed])
     screen.say(f"wrote {out / 'demo.png'} and {out / 'demo_alignment.png'}")
 
 

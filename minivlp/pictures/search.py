@@ -63,9 +63,8 @@ def search(query: str, index: DrawingIndex, out: Path, screen: Screen) -> None:
     words, tokenizer = split_words(query), index.trained.tokenizer
     unknown = [word for word in words if tokenizer.unk_id in tokenizer.encode(word)]  # in any form
     if len(unknown) == len(words):
-        fail(
-            "caption", "must hold at least one word the model has read", ", ".join(map(repr, words)) or "none"
-        )
+        got = ", ".join(map(repr, words)) or "none"
+        fail("caption", "must hold at least one word the model has read", got)
     need_writable(out / "demo.png", make_folder=True)
     scores = index.scores(query)
     screen.say(f"{len(scores)} drawings by {index.artist}")

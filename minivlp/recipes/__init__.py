@@ -25,6 +25,7 @@ RECIPES = {
 }
 TASKS = ("vqa", "nlvr2")  # begin from a trained ViLT
 MODELS = tuple(name for name in RECIPES if name not in (*TASKS, "captions"))
+NUMBERS = ("steps", "batch", "lr", "seed")  # flags that stand in place of a preset's numbers
 DUAL = ("clip", "siglip", "vse", "filip")
 # flag of `train` → the recipes that take it, and what it must come with
 FLAGS = {

@@ -19,7 +19,7 @@ from minivlp.core.require import fail
 from minivlp.data import Concept, EmojiVL, load_emojivl
 from minivlp.data.names import scene_tokenizer
 from minivlp.pictures.figures import curves
-from minivlp.recipes import recipe_class, recipe_name
+from minivlp.recipes import NUMBERS, recipe_class, recipe_name
 from minivlp.text import WordPiece
 from minivlp.training.loop import Rates
 from minivlp.training.run import Run
@@ -29,7 +29,7 @@ from minivlp.training.workers import ONE_PROCESS, Workers
 from minivlp.transformer import Block
 
 WEIGHTS = packaged("weights")  # of the shipped models
-NUMBERS = ("steps", "batch", "lr", "seed")  # flags that stand in place of a preset's numbers
+Terms = dict[str, Tensor]  # of a loss, scalars, already weighted
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,7 @@ class Recipe:
         """The batches of a step."""
         return self.batches(step)
 
-    def loss(
-        self, model: nn.Module, batches: Sequence[Batch], workers: Workers = ONE_PROCESS
-    ) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batches: Sequence[Batch], workers: Workers = ONE_PROCESS) -> Terms:
         """The weighted terms of a step, scalars."""
         raise TypeError(f"{type(self).__name__} must have a loss")
 
@@ -236,10 +234,8 @@ def load_trained(source: str | Path | None = None, kind: str = "vilt") -> Traine
     if source is None and not (path / "checkpoint.pt").is_file():
         path = WEIGHTS / f"{kind}_tiny.safetensors"
     if not path.exists():
-        flags = "" if kind == "vilt" else f" --model {kind}"
-        raise FileNotFoundError(
-            f"there is no trained model {path}: make one by python -m minivlp train{flags}"
-        )
+        command = "python -m minivlp train" + ("" if kind == "vilt" else f" --model {kind}")
+        raise FileNotFoundError(f"there is no trained model {path}: make one by {command}")
     state = read_trained(path)
     try:
         recipe = recipe_class(recipe_name(state["settings"]))
@@ -261,10 +257,8 @@ def ship(trained: Trained, path: str | Path, numbers: Mapping[str, Any]) -> None
 
 def recipe_of(trained: Trained, **parts: Any) -> Recipe:
     """The recipe by which a model was trained, with its vocabulary."""
-    name = recipe_name(trained.settings)
-    return recipe_class(name).of(
-        trained.settings, tokens=trained.tokenizer.tokens, folder=trained.folder, **parts
-    )
+    kind, tokens = recipe_class(recipe_name(trained.settings)), trained.tokenizer.tokens
+    return kind.of(trained.settings, tokens=tokens, folder=trained.folder, **parts)
 
 
 def open_recipe(run: Run, say: Callable[[str], None] = lambda text: None) -> Recipe:

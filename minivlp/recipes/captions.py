@@ -89,8 +89,8 @@ class CaptionsRecipe(ViltRecipe):
         if self.data:
             fail("--data", "must be left out for a run on own captions", self.data)
         path, on_error = Path(self.about["captions"]), self.about["on_error"]
-        sizes = {"side": self.settings.canvas, "patch": self.settings.patch}
-        fits = partial(resized, **sizes)  # refuses what is so narrow that a side would be less than a patch
+        # Refuses a picture so narrow that a side would be less than a patch, which would stop the run later.
+        fits = partial(resized, size=self.settings.canvas, multiple=self.settings.patch)
         if path.suffix == ".json":
             data = coco_captions(path, self.about["images"] or path.parent, on_error, fits)
         else:
@@ -154,9 +154,8 @@ class CaptionsRecipe(ViltRecipe):
         line = f"on {sizes['captions']} kept-back captions of {sizes['pictures']} pictures: {numbers}"
         if "itm_random" in values:
             return line
-        return (
-            f"{line}\nmatching is not measured: no wrong pair can be made of the pictures that are kept back"
-        )
+        why = "no wrong pair can be made of the pictures that are kept back"
+        return f"{line}\nmatching is not measured: {why}"
 
     draw = Recipe.draw
 

@@ -30,6 +30,7 @@ from minivlp.data.names import caption, name_tokenizer, named
 from minivlp.data.scenes import SCENE_SIZES
 from minivlp.evaluation.dual import CANDIDATES, evaluate_dual, report_dual
 from minivlp.evaluation.match import Matcher, padded, ranks, similarities
+from minivlp.evaluation.splits import artists_by_split
 from minivlp.filip import filip
 from minivlp.hinge import hinge
 from minivlp.infonce import infonce, infonce_gathered
@@ -37,7 +38,7 @@ from minivlp.models.dual import Dual, DualConfig, small_init
 from minivlp.models.published import clip_siglip as names
 from minivlp.pictures.search import DrawingIndex, search
 from minivlp.pictures.sheets import contact_sheet
-from minivlp.recipes.base import Batch, Recipe, Settings
+from minivlp.recipes.base import Batch, Recipe, Settings, Terms
 from minivlp.sigmoid import sigmoid_loss, sigmoid_loss_ring
 from minivlp.text import WordPiece
 from minivlp.training.screen import Screen
@@ -97,24 +98,15 @@ class PairBatch(Batch):
 class PairBatches:
     """`batches(step)` → two PairBatches, single drawings and scenes; they depend on (seed, step) alone."""
 
-    def __init__(
-        self,
-        emojivl: EmojiVL,
-        tokenizer: WordPiece,
-        settings: DualSettings,
-        fixed: bool = False,
-        variation: Variation = Variation(),  # noqa: B008
-        artists: Sequence[str] = TRAINING_ARTISTS,
-    ):
-        self.tokenizer, self.settings, self.fixed, self.variation = tokenizer, settings, fixed, variation
-        self.artists = [a for a in artists if a in emojivl.sheets]
-        self.concepts = trained_concepts(emojivl, self.artists)
+    def __init__(self, emojivl: EmojiVL, tokenizer: WordPiece, settings: DualSettings, fixed: bool = False):
+        self.tokenizer, self.settings, self.fixed = tokenizer, settings, fixed
+        self.concepts = trained_concepts(emojivl, TRAINING_ARTISTS)
         self.portraits = Portraits(emojivl, settings.canvas)
-        self._drawn_by = {c.id: [a for a in self.artists if a in c.artists] for c in self.concepts}
+        self._drawn_by = {c.id: [a for a in emojivl.seen_artists if a in c.artists] for c in self.concepts}
         self._scenes = None
         if settings.scenes and settings.language == "en":  # their captions are English
             about = {"canvas": settings.canvas, "sizes": SCENE_SIZES, "seed": settings.seed}
-            self._scenes = Scenes(emojivl, emojivl.nouns(), self.artists, **about)
+            self._scenes = Scenes(emojivl, emojivl.nouns(), **about)
 
     def __call__(self, step: int) -> list[PairBatch]:
         c, rng = self.settings, np.random.default_rng((self.settings.seed, step))
@@ -122,7 +114,7 @@ class PairBatches:
         texts = [caption(concept, c.language, rng) for concept in chosen]
         drawn = [rng.permutation(self._drawn_by[concept.id]).tolist() for concept in chosen]
         ids, first, second = [x.id for x in chosen], [d[0] for d in drawn], [d[-1] for d in drawn]
-        pixels = self.portraits.varied(ids, first, second, rng, self.variation)
+        pixels = self.portraits.varied(ids, first, second, rng, Variation())
         pairs = [self._pairs(texts, pixels, step)]
         self._forget(pairs[0], rng)
         if self._scenes:
@@ -206,24 +198,18 @@ class DualRecipe(Recipe):
     def sizes_of_batches(self) -> set[int]:
         return {len(batch.ids) for batch in self.batch(0)}
 
-    def loss(
-        self, model: Dual, batches: Sequence[PairBatch], workers: Workers = ONE_PROCESS
-    ) -> dict[str, Tensor]:
+    def loss(self, model: Dual, batches: Sequence[PairBatch], workers: Workers = ONE_PROCESS) -> Terms:
         """The loss of single drawings and, weighted by their number, of scenes."""
         model.clamp_scale()  # the last update may have left CLIP's limit of 100
-        rows = sum(len(batch.ids) for batch in batches)
-        return {
-            name: len(batch.ids) / rows * self.compare(model, batch, workers)
-            for name, batch in zip(self.terms, batches, strict=False)
-        }
+        rows, named = sum(len(b.ids) for b in batches), zip(self.terms, batches, strict=False)
+        return {name: len(b.ids) / rows * self.compare(model, b, workers) for name, b in named}
 
     @cached_property
     def _asked(self) -> dict[str, tuple[Tensor, np.ndarray]]:
         """Some drawings by training artists and by unseen ones: pixels, and which name is right (A, C)."""
         rng, portraits = np.random.default_rng(CHECK_SEED), Portraits(self.emojivl, self.settings.canvas)
-        groups = {"seen": [a for a in self.emojivl.sheets if a in TRAINING_ARTISTS]}
         asked = {}
-        for split, artists in (groups | {"unseen": self.emojivl.unseen_artists}).items():
+        for split, artists in artists_by_split(self.emojivl).items():
             drawings = [(i, a) for i, c in enumerate(self.concepts) for a in artists if a in c.artists]
             chosen = [drawings[k] for k in rng.permutation(len(drawings))[:CHECKED]]
             if chosen:
@@ -248,8 +234,7 @@ class DualRecipe(Recipe):
         sets = -(-items // CANDIDATES)
         return evaluate_dual(matcher, self.emojivl, self.settings.language, sets, seed, progress)
 
-    def report(self, results: Mapping[str, Any]) -> str:
-        return report_dual(results)
+    report = staticmethod(report_dual)
 
     def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
         """curves.png, and search.png with the best drawings for some queries."""

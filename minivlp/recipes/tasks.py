@@ -14,7 +14,7 @@ Left out: ViLT's ten times larger rate for the VQA head.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ from minivlp.evaluation.reading import equal_lengths, fitting_rows
 from minivlp.evaluation.splits import Tick, artists_by_split, evaluate_splits
 from minivlp.evaluation.tables import CELL, INTERVAL, OBJECTS, tables
 from minivlp.models.vilt import Vilt
-from minivlp.recipes.base import NUMBERS, Batch, Recipe, load_trained, ship
+from minivlp.recipes import NUMBERS
+from minivlp.recipes.base import Batch, Recipe, Terms, load_trained, ship
 from minivlp.recipes.vilt import ViltRecipe, ViltSettings
 from minivlp.text import WordPiece
 from minivlp.training.trained import Trained
@@ -264,9 +265,7 @@ class VqaRecipe(TaskRecipe):
         """(B, answers)."""
         return model.vqa_logits(model.encode(batch.ids, batch.text_mask, batch.pixels)["pooled"])
 
-    def loss(
-        self, model: Vilt, batches: Sequence[TaskBatch], workers: Workers = ONE_PROCESS
-    ) -> dict[str, Tensor]:
+    def loss(self, model: Vilt, batches: Sequence[TaskBatch], workers: Workers = ONE_PROCESS) -> Terms:
         """The sum over answers of one binary cross-entropy each, a mean over questions."""
         (batch,) = batches
         loss = binary_cross_entropy_with_logits(self.logits(model, batch), batch.targets)
@@ -304,27 +303,21 @@ class Nlvr2Recipe(TaskRecipe):
 
     def collate(self, items: Sequence[Statement]) -> TaskBatch:
         """Targets (B,) int64, 1 = true."""
-        ids, mask, pixels = self.inputs(
-            [s.text for s in items], [[s.scenes[k] for s in items] for k in (0, 1)]
-        )
+        scenes = [[s.scenes[k] for s in items] for k in (0, 1)]
+        ids, mask, pixels = self.inputs([s.text for s in items], scenes)
         truth, shown = (torch.tensor([getattr(s, name) for s in items]).long() for name in ("truth", "shown"))
         return TaskBatch(ids, mask, pixels, truth, shown)
 
     def pooled(self, model: Vilt, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """The statement read with the first and with the second picture, (B, D) each."""
-        first, second = (
-            model.encode(batch.ids, batch.text_mask, batch.pixels[:, k], image_type=k + 1)["pooled"]
-            for k in (0, 1)
-        )
-        return first, second
+        read = partial(model.encode, batch.ids, batch.text_mask)
+        return tuple(read(batch.pixels[:, k], image_type=k + 1)["pooled"] for k in (0, 1))
 
     def logits(self, model: Vilt, batch: TaskBatch) -> Tensor:
         """(B, 2), column 1 = true."""
         return model.nlvr2_logits(*self.pooled(model, batch))
 
-    def loss(
-        self, model: Vilt, batches: Sequence[TaskBatch], workers: Workers = ONE_PROCESS
-    ) -> dict[str, Tensor]:
+    def loss(self, model: Vilt, batches: Sequence[TaskBatch], workers: Workers = ONE_PROCESS) -> Terms:
         (batch,) = batches
         pooled = self.pooled(model, batch)  # 2 × (B, D)
         matching = cross_entropy(model.itm_logits(torch.cat(pooled)), batch.shown.T.flatten())

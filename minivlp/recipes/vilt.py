@@ -29,7 +29,7 @@ from minivlp.models.published import vilt as names
 from minivlp.models.vilt import Vilt, ViltConfig, small_init
 from minivlp.pictures.demo import demo
 from minivlp.pictures.gallery import draw_answers
-from minivlp.recipes.base import Batch, Recipe, Settings
+from minivlp.recipes.base import Batch, Recipe, Settings, Terms
 from minivlp.recipes.noun_contrast import noun_contrast
 from minivlp.recipes.vilt_batches import STAGES, SceneBatches, ViltBatch
 from minivlp.training.trained import Trained
@@ -78,9 +78,7 @@ class ViltRecipe(Recipe):
     def sizes_of_batches(self) -> set[int]:
         return {size for stage in self.batches.stages for size in self.batches.sizes(stage).values()}
 
-    def loss(
-        self, model: Vilt, batches: Sequence[Batch], workers: Workers = ONE_PROCESS
-    ) -> dict[str, Tensor]:
+    def loss(self, model: Vilt, batches: Sequence[Batch], workers: Workers = ONE_PROCESS) -> Terms:
         return pretraining_loss(model, batches, self.settings.wpa_weight, workers)
 
     def new_model(self) -> Vilt:
@@ -104,8 +102,25 @@ class ViltRecipe(Recipe):
 
     @torch.inference_mode()
     def check(self, model: Vilt) -> dict[str, float]:
-        """Four of the evaluation's measures, in [0, 1], on scenes of pairs that training never shows."""
-        return quick_check(model, self.tokenizer, self._fresh, self.settings.seed + 1)
+        """Four of the evaluation's measures, in [0, 1], on pairs that training never shows."""
+        scenes, tokenizer = self._fresh, self.tokenizer
+
+        def fills(hidden: Sequence[tuple]) -> float:
+            return float(torch.cat(found(model, tokenizer, hidden, scenes)).float().mean())
+
+        def accepts(captions: Sequence[str]) -> float:
+            return float((match_odds(model, tokenizer, captions, scenes) > 0).mean())
+
+        others = false_captions(scenes, np.random.default_rng(self.settings.seed + 1))
+        relation = [(text, tokenizer.encode(word)) for text, word in map(hide_relation, scenes)]
+        true = accepts([scene.caption for scene in scenes])
+        random, order = accepts([scenes[j].caption for j in others]), accepts([swapped(s) for s in scenes])
+        return {
+            "masked_object": fills([hide_slots(scene, [i % 2], tokenizer) for i, scene in enumerate(scenes)]),
+            "masked_relation": fills(relation),
+            "itm_random": (true + 1 - random) / 2,
+            "itm_swapped": (true + 1 - order) / 2,
+        }
 
     def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
         """items: of each measure; retrieval has a set of 64 captions for every 128 of them."""
@@ -130,7 +145,7 @@ class ViltRecipe(Recipe):
 
 def pretraining_loss(
     model: Vilt, batches: Sequence[ViltBatch], wpa_weight: float, workers: Workers = ONE_PROCESS
-) -> dict[str, Tensor]:
+) -> Terms:
     """The weighted terms of one step: means over its hidden words, its matching pairs, its contrasted nouns.
 
     Of several workers each has its part of the examples, and the mean of what they return is the whole.
@@ -139,7 +154,7 @@ def pretraining_loss(
     words, pairs, nouns = zip(*sizes, strict=True)
     counts = workers.mean((sum(words), sum(pairs), *nouns), batches[0].ids.device)
     all_words, all_pairs, *all_nouns = (max(n, 1) for n in counts)
-    terms: dict[str, Tensor] = defaultdict(float)
+    terms: Terms = defaultdict(float)
     for b, n_words, n_pairs, n_nouns in zip(batches, words, pairs, all_nouns, strict=True):
         out = model.encode(b.ids, b.text_mask, b.pixels, b.pixel_mask)
         states = model.mlm_hidden(out["text"][b.hidden])  # (hidden words, D)
@@ -157,24 +172,3 @@ def pretraining_loss(
         if b.noun is not None:
             terms["apart"] += n_nouns / sum(all_nouns) * noun_contrast(model, b, workers)
     return dict(terms)
-
-
-def quick_check(model: Vilt, tokenizer, scenes: Sequence[Scene], seed: int) -> dict[str, float]:
-    """masked_object, masked_relation, itm_random and itm_swapped on these pairs, each asked about once."""
-
-    def fills(hidden: Sequence[tuple]) -> float:
-        return float(torch.cat(found(model, tokenizer, hidden, scenes)).float().mean())
-
-    def accepts(captions: Sequence[str]) -> float:
-        return float((match_odds(model, tokenizer, captions, scenes) > 0).mean())
-
-    others = false_captions(scenes, np.random.default_rng(seed))
-    relation = [(text, tokenizer.encode(word)) for text, word in map(hide_relation, scenes)]
-    true = accepts([scene.caption for scene in scenes])
-    random, order = accepts([scenes[j].caption for j in others]), accepts([swapped(s) for s in scenes])
-    return {
-        "masked_object": fills([hide_slots(scene, [i % 2], tokenizer) for i, scene in enumerate(scenes)]),
-        "masked_relation": fills(relation),
-        "itm_random": (true + 1 - random) / 2,
-        "itm_swapped": (true + 1 - order) / 2,
-    }

@@ -172,10 +172,8 @@ class SceneBatches:
         if not stage.contrast:
             return batches
         shown = [list(chain(*(part.shown for part in parts))) for parts in by_size.values()]
-        return [
-            replace(batch, **self._contrast(scenes, stage.contrast, rng))
-            for batch, scenes in zip(batches, shown, strict=True)
-        ]
+        both = zip(batches, shown, strict=True)
+        return [replace(batch, **self._contrast(scenes, stage.contrast, rng)) for batch, scenes in both]
 
     def sizes(self, stage: Stage) -> dict[int, int]:
         """The examples of the stage's batches, by their canvas."""

@@ -49,7 +49,7 @@ from minivlp.itm import hard_negatives, itm_loss
 from minivlp.mlm import IGNORE, mask_tokens, mlm_loss
 from minivlp.models.xvlm import Xvlm, XvlmConfig, small_init, whole_picture
 from minivlp.pictures.sheets import grounding_sheet
-from minivlp.recipes.base import Batch, Recipe, Settings
+from minivlp.recipes.base import Batch, Recipe, Settings, Terms
 from minivlp.regions import patches_touched, region_mask, region_tokens
 from minivlp.text import WordPiece, split_words
 from minivlp.training.run import need_writable
@@ -199,9 +199,7 @@ class XvlmRecipe(Recipe):
     def matrices(self, model: Xvlm) -> list[nn.Parameter]:
         return [*super().matrices(model), model.mlm.dense.weight]
 
-    def loss(
-        self, model: Xvlm, batches: Sequence[RegionBatch], workers: Workers = ONE_PROCESS
-    ) -> dict[str, Tensor]:
+    def loss(self, model: Xvlm, batches: Sequence[RegionBatch], workers: Workers = ONE_PROCESS) -> Terms:
         return xvlm_loss(model, batches, self.settings)
 
     @cached_property
@@ -281,16 +279,16 @@ def _draw_boxes(path: Path, items: Sequence[tuple[Scene, Phrase]], found: np.nda
     grounding_sheet(path, rows)
 
 
-def xvlm_loss(model: Xvlm, batches: Sequence[RegionBatch], settings: XvlmSettings) -> dict[str, Tensor]:
+def xvlm_loss(model: Xvlm, batches: Sequence[RegionBatch], settings: XvlmSettings) -> Terms:
     """The terms of one step, each the mean over its rows, summed over the batches, already weighted."""
-    terms: dict[str, Tensor] = {}
+    terms: Terms = {}
     for batch in batches:
         for name, term in _terms(model, batch, settings).items():
             terms[name] = terms.get(name, 0) + term
     return terms
 
 
-def _terms(model: Xvlm, batch: RegionBatch, settings: XvlmSettings) -> dict[str, Tensor]:
+def _terms(model: Xvlm, batch: RegionBatch, settings: XvlmSettings) -> Terms:
     patches = model.image_patches(batch.pixels)  # (B, N, D): the image encoder runs once
     words = model.text_words(batch.ids, batch.text_mask)  # (R, L, D)
     regions, real = region_tokens(patches[batch.picture], batch.inside), region_mask(batch.inside)
@@ -312,9 +310,8 @@ def _terms(model: Xvlm, batch: RegionBatch, settings: XvlmSettings) -> dict[str,
     if settings.box_weight:
         at = batch.located
         everywhere = whole_picture(patches)[batch.picture[at]]  # (R', 1+N, D)
-        fused = model.fuse(
-            words[at], batch.text_mask[at], everywhere, everywhere.new_ones(everywhere.shape[:2]) > 0
-        )
+        all_real = everywhere.new_ones(everywhere.shape[:2]) > 0
+        fused = model.fuse(words[at], batch.text_mask[at], everywhere, all_real)
         terms["box"] = settings.box_weight * box_loss(model.boxes(fused[:, 0]), batch.boxes[at])
     return terms
 

@@ -62,9 +62,8 @@ class Run:
             run.settings = read_json(config)
             run.settings.pop("format", None)
         else:
-            raise FileNotFoundError(
-                f"nothing to resume: {run.folder} holds no run; begin one without --resume"
-            )
+            hint = "begin one without --resume"
+            raise FileNotFoundError(f"nothing to resume: {run.folder} holds no run; {hint}")
         need_writable(config)
         run._sweep()
         return run
@@ -90,12 +89,10 @@ class Run:
 
     def need_space(self, checkpoint_bytes: int) -> None:
         """Raise OSError unless the disk has room for two checkpoints of this size."""
-        free = shutil.disk_usage(self.folder).free
-        if free < 2 * checkpoint_bytes:
-            raise OSError(
-                f"run folder {self.folder} has {free / 1e6:.1f} MB free, and two checkpoints need "
-                f"{2 * checkpoint_bytes / 1e6:.1f} MB"
-            )
+        free, need = shutil.disk_usage(self.folder).free, 2 * checkpoint_bytes
+        if free < need:
+            has = f"run folder {self.folder} has {free / 1e6:.1f} MB free"
+            raise OSError(f"{has}, and two checkpoints need {need / 1e6:.1f} MB")
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint whole, or leave the last one as it was and raise OSError."""
@@ -159,7 +156,7 @@ def open_run(folder: Path, settings: Mapping[str, Any] | None, workers: Workers,
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint. Raises FileNotFoundError when absent, ValueError when it is not one of ours."""
-    path = Path(path)
+    path, none = Path(path), f"{path} is not a checkpoint of minivlp"
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
@@ -168,11 +165,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds; each means: not a checkpoint
-        raise ValueError(
-            f"{path} is not a checkpoint of minivlp, or is damaged ({type(error).__name__})"
-        ) from error
+        raise ValueError(f"{none}, or is damaged ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of minivlp (it lacks the mark {FORMAT!r})")
+        raise ValueError(f"{none} (it lacks the mark {FORMAT!r})")
     return state
 
 
@@ -225,8 +220,6 @@ def _is_settings(path: Path) -> bool:
 
 def tensor_bytes(state: Any) -> int:
     """Bytes of all tensors in nested dicts and lists."""
-    if torch.is_tensor(state):
-        return state.numel() * state.element_size()
-    if isinstance(state, dict):
-        return sum(map(tensor_bytes, state.values()))
-    return sum(map(tensor_bytes, state)) if isinstance(state, list | tuple) else 0
+    if isinstance(state, dict | list | tuple):
+        return sum(map(tensor_bytes, state.values() if isinstance(state, dict) else state))
+    return state.nbytes if torch.is_tensor(state) else 0

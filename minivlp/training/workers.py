@@ -34,9 +34,8 @@ class Workers:
     def check_sizes(self, sizes: Iterable[int]) -> None:
         """Raise ValueError, before the first step, when a batch of such a size cannot be shared."""
         if min(sizes, default=self.size) < self.size:
-            fail(
-                "--batch", f"must leave an example of every kind to each of {self.size} processes", min(sizes)
-            )
+            rule = f"must leave an example of every kind to each of {self.size} processes"
+            fail("--batch", rule, min(sizes))
 
     def parts(self, groups: Sequence[Any]) -> list[Any]:
         """This process's part of each group of rows. Raises ValueError when a group cannot be shared."""
@@ -44,8 +43,8 @@ class Workers:
             return list(groups)
         for rows in groups:
             if len(rows.ids) < self.size:
-                fail("the batch", f"must have a row of every kind for each of {self.size} processes",
-                       f"{len(rows.ids)} of one kind")  # fmt: skip
+                rule = f"must have a row of every kind for each of {self.size} processes"
+                fail("the batch", rule, f"{len(rows.ids)} of one kind")
         return [rows.part(self.rank, self.size) for rows in groups]
 
     def wrap(self, step: nn.Module) -> nn.Module:
