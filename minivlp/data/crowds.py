@@ -52,12 +52,9 @@ def phrases(scene: Scene) -> list[Phrase]:
 def _places(scene: Scene, row: int, twin: int) -> list[str]:
     """The sides of the middle on which the one object lies wholly, and its twin wholly on the other."""
     middle = np.tile(np.array(scene.image.shape[1::-1]) / 2, 2)
-    lies = {k: _sides(scene.boxes[k], middle) for k in (row, twin)}
-    return [
-        f"{scene.slots[row]} {relation} the middle"
-        for relation in RELATIONS
-        if relation in lies[row] and OPPOSITE[relation] in lies[twin]
-    ]
+    mine, other = (_sides(scene.boxes[k], middle) for k in (row, twin))
+    apart = [relation for relation in RELATIONS if relation in mine and OPPOSITE[relation] in other]
+    return [f"{scene.slots[row]} {relation} the middle" for relation in apart]
 
 
 def _relations(scene: Scene, row: int, twin: int) -> list[str]:

@@ -18,6 +18,7 @@ from minivlp.core.files import packaged
 from minivlp.core.require import fail
 from minivlp.data import Concept, EmojiVL, load_emojivl
 from minivlp.data.names import scene_tokenizer
+from minivlp.evaluation.splits import Progress
 from minivlp.pictures.figures import curves
 from minivlp.recipes import NUMBERS, recipe_class, recipe_name
 from minivlp.text import WordPiece
@@ -191,9 +192,7 @@ class Recipe:
         """Further runs that are trained after this one, to compare: name of their folder → their settings."""
         return {}
 
-    def evaluate(
-        self, trained: Trained, items: int, seed: int, progress: Callable[[int, int], None]
-    ) -> dict[str, Any]:
+    def evaluate(self, trained: Trained, items: int, seed: int, progress: Progress) -> dict[str, Any]:
         """The measures of a trained model, ready for JSON; progress(done, total) is told how far it is."""
         return {"details": {}}
 

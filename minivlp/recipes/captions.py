@@ -14,6 +14,7 @@ import torch
 from minivlp.core.require import fail
 from minivlp.data.augment import rand_augment
 from minivlp.data.own import Captions, captions_folder, coco_captions, split
+from minivlp.evaluation.splits import Progress
 from minivlp.itm import derangement
 from minivlp.mlm import IGNORE, mask_tokens
 from minivlp.models.published.pixels import resized
@@ -139,7 +140,7 @@ class CaptionsRecipe(ViltRecipe):
             values["itm_random"] = float((wrong.float().mean() + true.float().mean()) / 2)
         return values
 
-    def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
+    def evaluate(self, trained: Trained, items: int, seed: int, progress: Progress) -> dict[str, Any]:
         """{"kept_back": {measure: float}, "details": {"captions", "pictures", "step"}}.
 
         Without itm_random when no wrong pair can be made of it.
@@ -166,12 +167,10 @@ class CaptionsRecipe(ViltRecipe):
 def _check_paths(captions: str, images: str | None) -> None:
     """Raise ValueError, before anything is read, for what cannot be a data set."""
     path = Path(captions)
-    if path.suffix == ".json":
-        if not path.is_file():
-            fail("--captions", "must be a folder with captions.jsonl, or a COCO JSON file", captions)
-        if not Path(images or path.parent).is_dir():
-            fail("--images", "must be a folder", images)
-    elif not (path / "captions.jsonl").is_file():
+    coco = path.suffix == ".json"
+    if not (path if coco else path / "captions.jsonl").is_file():
         fail("--captions", "must be a folder with captions.jsonl, or a COCO JSON file", captions)
-    elif images:
+    if images and not coco:
         fail("--images", "must come with a COCO JSON file as --captions", images)
+    if coco and not Path(images or path.parent).is_dir():
+        fail("--images", "must be a folder", images)

@@ -13,7 +13,7 @@ hardest negatives begin only after `settle` of the run, for from random values t
 Left out: own captions and fine-tuning, which ViLT has; late interaction and hinges over several processes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from minivlp.data.names import caption, name_tokenizer, named
 from minivlp.data.scenes import SCENE_SIZES
 from minivlp.evaluation.dual import CANDIDATES, evaluate_dual, report_dual
 from minivlp.evaluation.match import Matcher, padded, ranks, similarities
-from minivlp.evaluation.splits import artists_by_split
+from minivlp.evaluation.splits import Progress, artists_by_split
 from minivlp.filip import filip
 from minivlp.hinge import hinge
 from minivlp.infonce import infonce, infonce_gathered
@@ -228,7 +228,7 @@ class DualRecipe(Recipe):
             values[f"name_{split}"] = float((ranks(scores, right) < 1).mean())
         return values
 
-    def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
+    def evaluate(self, trained: Trained, items: int, seed: int, progress: Progress) -> dict[str, Any]:
         """items: of scenes, rounded up to a multiple of 64."""
         matcher = Matcher(trained.model, trained.tokenizer, self.by_token)
         sets = -(-items // CANDIDATES)

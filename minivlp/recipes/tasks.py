@@ -27,7 +27,7 @@ from minivlp.data import CPU_NOUNS, load_emojivl, scene_pixels
 from minivlp.data.questions import WORDS, Question, Statement, answers, questions, statements
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.reading import equal_lengths, fitting_rows
-from minivlp.evaluation.splits import Tick, artists_by_split, evaluate_splits
+from minivlp.evaluation.splits import Progress, Tick, artists_by_split, evaluate_splits
 from minivlp.evaluation.tables import CELL, INTERVAL, OBJECTS, tables
 from minivlp.models.vilt import Vilt
 from minivlp.recipes import NUMBERS
@@ -193,7 +193,7 @@ class TaskRecipe(ViltRecipe):
     def check(self, model: Vilt) -> dict[str, float]:
         return {"accuracy": self.accuracy(model, self._asked)["all"]["value"]}
 
-    def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
+    def evaluate(self, trained: Trained, items: int, seed: int, progress: Progress) -> dict[str, Any]:
         """The accuracy of a fine-tuned run, and of its controls that are there, on held-out pairs.
 
         items, rounded up to a multiple of 16. Returns, ready for JSON, {"task", "seen": {"accuracy",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from minivlp.data import CPU_NOUNS, Scene, Scenes
 from minivlp.data.probes import false_captions, hide_relation, hide_slots, swapped
 from minivlp.evaluation.rank import match_odds
+from minivlp.evaluation.splits import Progress
 from minivlp.evaluation.vilt import CANDIDATES, evaluate, found, report
 from minivlp.ipot import alignment_masks, wpa_fused
 from minivlp.itm import itm_loss
@@ -122,7 +123,7 @@ class ViltRecipe(Recipe):
             "itm_swapped": (true + 1 - order) / 2,
         }
 
-    def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
+    def evaluate(self, trained: Trained, items: int, seed: int, progress: Progress) -> dict[str, Any]:
         """items: of each measure; retrieval has a set of 64 captions for every 128 of them."""
         what = (trained.tokenizer, self.emojivl, self.nouns, trained.canvas, items)
         return evaluate(trained.model, *what, -(-items // (2 * CANDIDATES)), seed, progress)

@@ -19,7 +19,7 @@ Left out: random crops around a box, spans of hidden words, gathering negatives 
 own captions, which have no boxes.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ from minivlp.data import CPU_NOUNS, Concept, EmojiVL, Scene, Scenes, scene_pixel
 from minivlp.data.crowds import Crowds, Phrase, phrases
 from minivlp.data.names import read_caption
 from minivlp.data.probes import meaning
+from minivlp.evaluation.splits import Progress
 from minivlp.evaluation.xvlm import (
     ask_phrases,
     best_guess,
@@ -222,7 +223,7 @@ class XvlmRecipe(Recipe):
             values[f"grounding_{split}"] = float(right.mean())
         return values
 
-    def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
+    def evaluate(self, trained: Trained, items: int, seed: int, progress: Progress) -> dict[str, Any]:
         what = (trained.tokenizer, self.emojivl, self.nouns, trained.canvas, items, seed, progress)
         return evaluate_xvlm(trained.model, *what)
 
