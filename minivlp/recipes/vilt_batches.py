@@ -223,10 +223,9 @@ class SceneBatches:
         texts, answers, shown = (
             list(chain(*(getattr(p, name) for p in parts))) for name in ("texts", "answers", "shown")
         )
-        match, align = (
-            torch.from_numpy(np.concatenate([getattr(p, name) for p in parts])) for name in ("match", "align")
-        )
-        return ViltBatch(*text_rows(self.tokenizer, texts, answers), match, align, scene_pixels(shown))
+        match, align = (np.concatenate([getattr(p, name) for p in parts]) for name in ("match", "align"))
+        served = torch.from_numpy(match), torch.from_numpy(align)
+        return ViltBatch(*text_rows(self.tokenizer, texts, answers), *served, scene_pixels(shown))
 
     def _contrast(self, scenes: Sequence[Scene], share: float, rng: np.random.Generator) -> dict[str, Tensor]:
         """What is true of these pictures: captions that show one noun, and where it stands.
