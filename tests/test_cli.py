@@ -78,6 +78,8 @@ def test_help_answers_at_once_from_any_folder(job, tmp_path):
         ("train --steps many", "--steps: must be a whole number from 1 to 1000000000, got 'many'"),
         ("train --batch 1", "--batch: must be a whole number from 2 to 1000000, got '1'"),
         ("train --seed -1", "--seed: must be a whole number from 0 to 4294967295, got '-1'"),
+        ("train --seed 4294967296", "--seed: must be a whole number from 0 to 4294967295, got '4294967296'"),
+        ("train --captions=", "--captions: must not be empty, got ''"),
         ("train --lr nan", "--lr: must be a finite number > 0, got 'nan'"),
         ("train --threads 0", "--threads: must be a whole number from 1 to 256, got '0'"),
         ("train --device tpu", "--device: invalid choice: 'tpu'"),
