@@ -136,7 +136,7 @@ def test_what_is_not_written_is_skipped_with_its_path_or_fails_when_strict(desk)
 @pytest.mark.parametrize(
     "name, body, message",
     [
-        ("infonce", "x + y", "your function returned None: is the return missing?"),
+        ("infonce", "images + texts", "your function returned None: is the return missing?"),
         ("infonce", "return 0.5", "your function returned float, expected a tensor"),
         ("infonce_np", "return 0.5, (images, texts)", "your function returned 2 gradients, expected 3"),
         (
