@@ -144,18 +144,24 @@ def test_scores_of_ten_thousand_in_single_precision(f):
 @pytest.mark.parametrize("lengths", [(5, 5), (3, 5), (5, 3)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", [None, (2, 1, 1), (2, 3, 1), (2, 3, 5)])
-def test_the_core_of_the_models_is_attention(lengths, causal, shape):
-    """`attend` has other kernels and no checks: equal values, and equal gradients, whatever is masked."""
-    generator = torch.Generator().manual_seed(0)
-    Lq, Lk = lengths
+def test_the_core_of_the_models(lengths, causal, shape):
+    """`attend` is `attention` without a look at its arguments, and equals torch's own under both masks."""
+    generator, (Lq, Lk) = torch.Generator().manual_seed(0), lengths
     inputs = [torch.randn(2, 3, n, 4, generator=generator, requires_grad=True) for n in (Lq, Lk, Lk)]
-    mask = None
+    mask = torch.ones(1, Lk, dtype=torch.bool)
     if shape:
         mask = torch.rand(*shape[:2], min(shape[2], Lq), Lk, generator=generator) < 0.5
         mask[..., 0] = True
+    before, past = mask.clone(), torch.ones(Lq, Lk, dtype=torch.bool).tril()
+    theirs = {"attn_mask": (mask & past if causal else mask).expand(2, 3, Lq, Lk)}
     upstream, found = torch.randn(2, 3, Lq, 4, generator=generator), []
-    for f in (attention.attention, attention.attend):
-        out = f(*inputs, mask, causal)
+    for out in (
+        torch.nn.functional.scaled_dot_product_attention(*inputs, **theirs),
+        attention.attend(*inputs, mask if shape else None, causal),
+    ):
         found.append([out, *torch.autograd.grad(out, inputs, upstream)])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(mask, before)
+    assert torch.equal(attention.attention(*inputs, mask, causal), found[1][0])
+    assert attention.attend(inputs[0] * torch.nan, *inputs[1:]).isnan().all()  # nobody looked
