@@ -66,7 +66,8 @@ def _unit(a, b, library):
 
     In each axis the box around both gets a size near 1. GIoU is the same in any unit.
     """
-    around = library.maximum(a[..., 2:], b[..., 2:]) - library.minimum(a[..., :2], b[..., :2])  # (…, 2)
+    low, high = library.minimum(a[..., :2], b[..., :2]), library.maximum(a[..., 2:], b[..., 2:])
+    around = high / 2 - low / 2  # (…, 2), halved, as the whole may be outside the range itself
     smallest = int(math.log2(library.finfo(around.dtype).tiny))  # 2 ** −smallest is still a number
     exponent = library.frexp(around)[1].clip(smallest)
     unit = library.ldexp(library.ones_like(around), -exponent)

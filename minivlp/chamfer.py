@@ -144,7 +144,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, x_mask, y_mask):
-        rows = [t.reshape(-1, *t.shape[-2:]) for t in (x, y)]  # (B, M, D), (B, N, D)
+        rows = [t.reshape(t.shape[:-2].numel(), *t.shape[-2:]) for t in (x, y)]  # (B, M, D), (B, N, D)
         (x_best, a, x_veto, w), (y_best, b, y_veto, v) = _empty_state(x, x_mask), _empty_state(y, y_mask)
         if stream.choose_backend(x)[0] == "kernels":
             from minivlp.kernels import losses  # imports Triton, hence only where it is used
@@ -209,7 +209,7 @@ TOKENS = 1024  # tokens whose pulls are added together: scaling all of y at once
 
 def _pulled(x: Tensor, y: Tensor, a: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
     """dx of Σᵢ wᵢ cos(xᵢ, y_aᵢ) + Σⱼ vⱼ cos(x_bⱼ, yⱼ): x (…, M, D), y (…, N, D), a, w (B, M), b, v (B, N)."""
-    flat, others = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])  # (BM, D), (BN, D)
+    flat, others = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (x, y))  # (BM, D), (BN, D)
     per_y = 1 / others.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)  # (BN, 1)
     a, w = a.flatten(), w.view(-1, 1)
     pull = others[a].mul_(per_y[a].mul_(w))  # (BM, D)

@@ -49,7 +49,7 @@ def _check_pairs(library, images, texts, scale, image_mask, text_mask) -> int:
     if B < 1:
         require.fail("images", "must hold at least one set of tokens", tuple(images.shape))
     require.tokens(("images", images, "image_mask", image_mask), ("texts", texts, "text_mask", text_mask))
-    require.positive(scale=scale)
+    require.positive(library, scale=scale)
     return B
 
 

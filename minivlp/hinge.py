@@ -37,7 +37,7 @@ def _check(library, images, texts, margin: float) -> int:
     if sizes["B"] < 1:
         require.fail("images", "must hold at least one pair", tuple(images.shape))
     require.floats(images=images, texts=texts)
-    require.positive(margin=margin)
+    require.positive(library, margin=margin)
     return sizes["B"]
 
 

@@ -44,7 +44,7 @@ def _check(library, images, texts, scale) -> int:
     if sizes["B"] < 1:
         require.fail("images", "must hold at least one pair", tuple(images.shape))
     require.floats(images=images, texts=texts)
-    require.positive(scale=scale)
+    require.positive(library, scale=scale)
     return sizes["B"]
 
 

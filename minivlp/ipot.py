@@ -46,8 +46,10 @@ from minivlp.core import require
 from minivlp.core.precision import working, working_np
 from minivlp.core.transport import alignment_grads, cosines, gibbs, ipot_scalings, within_range
 from minivlp.sinkhorn import (
+    LARGEST,
     check_cost,
     check_iters,
+    check_temperature,
     cosine,
     log_weights,
     log_weights_np,
@@ -58,14 +60,14 @@ from minivlp.sinkhorn import (
 
 
 def _check_plan(library, cost, beta, iters, row_mask, col_mask) -> None:
-    check_cost(library, cost, row_mask, col_mask, iters)
-    require.positive(beta=beta)
+    check_cost(library, cost, row_mask, col_mask, iters, beta=beta)
 
 
-def _check_pairs(library, words, patches, word_mask, patch_mask) -> None:
+def _check_pairs(library, words, patches, word_mask, patch_mask, beta) -> None:
     """Refuse what is not `words (B, L, D)` and `patches (B, N, D)`, none empty, with masks that fit them."""
     require.shapes(library, words=(words, "B L D"), patches=(patches, "B N D"))
     require.tokens(("words", words, "word_mask", word_mask), ("patches", patches, "patch_mask", patch_mask))
+    check_temperature(LARGEST, words.dtype, beta=beta)
 
 
 def ipot_np(
@@ -79,7 +81,7 @@ def ipot_np(
 
     Masks (…, M) and (…, N) are bool, True = real; padded rows and columns of the plan are 0. beta > 0 is in
     units of cost. Row sums are exact. Raises ValueError on bad shapes, dtypes, NaN, infinities, an
-    all-False mask row, beta ≤ 0 and iters < 1.
+    all-False mask row, iters < 1, and beta ≤ 0 or below the rounding of the costs.
     """
     _check_plan(np.ndarray, cost, beta, iters, row_mask, col_mask)
     log_mu = log_weights_np(None, row_mask, cost.shape[-2])[..., None]  # (…, M, 1)
@@ -163,7 +165,7 @@ def wpa_np(
     is the upstream gradient (None = ones). beta and iters act through the plan only, so they have no
     gradient. Returns `(value (B,) in [0, 2], (d words, d patches))`. Raises ValueError as `ipot_np` does.
     """
-    _check_pairs(np.ndarray, words, patches, word_mask, patch_mask)
+    _check_pairs(np.ndarray, words, patches, word_mask, patch_mask, beta)
     (p, p_length), (q, q_length) = map(unit_np, working_np(words, patches))
     C = 1 - p @ q.swapaxes(-1, -2)  # (B, L, N)
     T = ipot_np(C, beta, iters, word_mask, patch_mask)
@@ -184,7 +186,7 @@ def wpa(
     iters: int = 50,
 ) -> Tensor:
     """⟨sg(T), C⟩ per pair: words (B, L, D), patches (B, N, D) → (B,); arguments and errors as in `wpa_np`."""
-    _check_pairs(Tensor, words, patches, word_mask, patch_mask)
+    _check_pairs(Tensor, words, patches, word_mask, patch_mask, beta)
     C = 1 - cosine(words, patches)  # (B, L, N)
     T = ipot(C, beta, iters, word_mask, patch_mask)
     return (T * C).sum((-2, -1)).to(words.dtype)  # elementwise: the trace of C Tᵀ would cost L × L products
@@ -224,9 +226,8 @@ def wpa_fused(
     of those copies, which the plain rung moves through memory 12 times. Padding behind the longest caption
     and the largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
     """
-    _check_pairs(Tensor, words, patches, word_mask, patch_mask)
+    _check_pairs(Tensor, words, patches, word_mask, patch_mask, beta)
     words, patches = within_range(words, patches)
-    require.positive(beta=beta)
     check_iters(iters)
     masks = (
         z.new_ones(z.shape[:2], dtype=torch.bool) if mask is None else mask.expand(z.shape[:2])

@@ -123,7 +123,9 @@ def mlm_loss_np(hidden: np.ndarray, embedding: np.ndarray, bias: np.ndarray, tar
     h, E, b = working_np(hidden[masked], embedding, bias)
     t, K = targets[masked], max(len(masked), 1)  # (K,)
     logits = h @ E.T + b  # (K, V)
-    shifted = logits - logits.max(1, keepdims=True)  # the largest is 0, so exp cannot overflow
+    shifted = logits - logits.max(
+        1, keepdims=True, initial=-np.inf
+    )  # the largest is 0, so exp cannot overflow
     log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))  # (K, V)
     loss = -log_p[np.arange(len(t)), t].sum() / K
     # d logsumexp / d logits = softmax, and −logits[t] takes 1 off the target; the mean divides by K.

@@ -62,8 +62,8 @@ def _check(library, score_data, score_noise, logp_data, logp_noise) -> tuple[int
     )
     for name, score, logp in (("data", score_data, logp_data), ("noise", score_noise, logp_noise)):
         with np.errstate(invalid="ignore"):
-            odds = float(score.sum()) - float(logp.sum())  # NaN where a log-odds is
-        if odds != odds and bool(((score == logp) & (abs(score) == math.inf)).any()):
+            odds = score.sum() - logp.sum()  # NaN where a log-odds is
+        if bool(odds != odds) and bool(((score == logp) & (abs(score) == math.inf)).any()):
             require.fail(f"score_{name}", f"must differ from logp_{name} where both are infinite", "a sample")
     return sizes["B"], sizes["K"]
 
@@ -74,22 +74,19 @@ def nce_np(score_data: np.ndarray, score_noise: np.ndarray, logp_data: np.ndarra
     score_data (B,), score_noise (B, K) the model's log-densities, normalised or not; logp_data (B,),
     logp_noise (B, K) the noise log-densities of the same samples; all in nats.
     Returns `(loss, (d score_data, d score_noise, d logp_data, d logp_noise))`.
-    Raises ValueError on bad shapes, mixed dtypes or NaN, when B or K is 0, and when a score and its
-    log-density are infinite and equal.
+    Raises ValueError on bad shapes, mixed dtypes or NaN, when B or K is 0, when a score and its log-density
+    are infinite and equal, and when the loss is not finite.
     """
     B, K = _check(np.ndarray, score_data, score_noise, logp_data, logp_noise)
-    score_data, score_noise, logp_data, logp_noise = working_np(
-        score_data, score_noise, logp_data, logp_noise
-    )
-    h_data = score_data - logp_data - math.log(K)  # (B,)
-    h_noise = score_noise - logp_noise - math.log(K)  # (B, K)
+    h_data = np.subtract(*working_np(score_data, logp_data)) - math.log(K)  # (B,)
+    h_noise = np.subtract(*working_np(score_noise, logp_noise)) - math.log(K)  # (B, K)
     # softplus(t) = log(1 + exp(t)) = logaddexp(0, t), which never forms exp of a large number.
     loss = (np.logaddexp(0, -h_data).sum() + np.logaddexp(0, h_noise).sum()) / B
     # softplus' = σ, and σ(t) = exp(−softplus(−t)) keeps every digit of a small σ; −h brings the minus.
     dh_data = -np.exp(-np.logaddexp(0, h_data)) / B  # (B,)
     dh_noise = np.exp(-np.logaddexp(0, -h_noise)) / B  # (B, K)
     # h = score − logp − log K, so the score receives dh and the noise density −dh.
-    return float(loss), (dh_data, dh_noise, -dh_data, -dh_noise)
+    return require.loss(loss, score_data=score_data), (dh_data, dh_noise, -dh_data, -dh_noise)
 
 
 def nce(score_data: Tensor, score_noise: Tensor, logp_data: Tensor, logp_noise: Tensor) -> Tensor:
@@ -98,11 +95,11 @@ def nce(score_data: Tensor, score_noise: Tensor, logp_data: Tensor, logp_noise: 
     Errors as in `nce_np`. Half precisions are added up in float32.
     """
     _, K = _check(Tensor, score_data, score_noise, logp_data, logp_noise)
-    data, noise, log_q_data, log_q_noise = working(score_data, score_noise, logp_data, logp_noise)
-    h_data = data - log_q_data - math.log(K)  # (B,)
-    h_noise = noise - log_q_noise - math.log(K)  # (B, K)
+    h_data = torch.sub(*working(score_data, logp_data)) - math.log(K)  # (B,)
+    h_noise = torch.sub(*working(score_noise, logp_noise)) - math.log(K)  # (B, K)
     # −softplus(−h) = logsigmoid(h), and exact: torch's softplus is a straight line above 20.
-    return -(F.logsigmoid(h_data) + F.logsigmoid(-h_noise).sum(1)).mean().to(score_data.dtype)
+    loss = -(F.logsigmoid(h_data) + F.logsigmoid(-h_noise).sum(1)).mean()
+    return require.loss(loss, score_data=score_data)
 
 
 # The fused rung makes the slopes beside the loss, one block of scores after another, so that a block passes
@@ -116,7 +113,8 @@ def nce_fused(score_data: Tensor, score_noise: Tensor, logp_data: Tensor, logp_n
     gradient; this one reads 2, writes 1 and keeps it, as both gradients are dL/dh but for the sign.
     """
     _check(Tensor, score_data, score_noise, logp_data, logp_noise)
-    return stream.differentiable(_Fused, score_data, score_noise, logp_data, logp_noise)
+    loss = stream.differentiable(_Fused, score_data, score_noise, logp_data, logp_noise)
+    return require.loss(loss, score_data=score_data)
 
 
 class _Fused(torch.autograd.Function):

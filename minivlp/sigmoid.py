@@ -46,8 +46,8 @@ def _check(library, images, texts, scale, bias) -> int:
     if sizes["B"] < 1:
         require.fail("images", "must hold at least one pair", tuple(images.shape))
     require.floats(images=images, texts=texts)
-    require.positive(scale=scale)
-    require.finite(bias=bias)
+    require.positive(library, scale=scale)
+    require.finite(library, bias=bias)
     return sizes["B"]
 
 

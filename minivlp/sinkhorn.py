@@ -59,7 +59,8 @@ def sinkhorn_np(
 
     a (…, M) and b (…, N) are the marginals, each summing to one; None is uniform over the real tokens (mask
     True). eps > 0 is in units of cost. Raises ValueError on bad shapes, dtypes, NaN, infinities, an
-    all-False mask row, eps ≤ 0, and marginals that are negative, do not sum to one or put weight on padding.
+    all-False mask row, eps ≤ 0 or below the rounding of the costs, and marginals that are negative, do not
+    sum to one or put weight on padding.
     """
     _check(np.ndarray, cost, a, b, eps, iters, row_mask, col_mask)
     log_a = log_weights_np(a, row_mask, cost.shape[-2])  # (…, M)
@@ -121,20 +122,19 @@ def logsumexp_np(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _check(library, cost, a, b, eps, iters, row_mask, col_mask) -> None:
-    check_cost(library, cost, row_mask, col_mask, iters)
-    _check_marginals(library, tuple(cost.shape), a, b, eps, row_mask, col_mask)
+    check_cost(library, cost, row_mask, col_mask, iters, eps=eps)
+    _check_marginals(library, tuple(cost.shape), a, b, row_mask, col_mask)
 
 
-def _check_marginals(library, shape, a, b, eps, row_mask=None, col_mask=None) -> None:
-    require.positive(eps=eps)
+def _check_marginals(library, shape, a, b, row_mask=None, col_mask=None) -> None:
     for name, weights, mask, axis in (("a", a, row_mask, -2), ("b", b, col_mask, -1)):
         if weights is not None:
             require.of_library(library, name, weights)
             check_weights(name, weights, mask, shape[:-2], shape[axis])
 
 
-def check_cost(library, cost, row_mask, col_mask, iters: int) -> None:
-    """Refuse what is not a finite `cost (…, M, N)`, masks that do not fit it, and iters < 1."""
+def check_cost(library, cost, row_mask, col_mask, iters: int, **temperature: float) -> None:
+    """Refuse what is not a finite `cost (…, M, N)`, unfit masks, iters < 1 and a bad temperature."""
     sizes = require.shapes(library, cost=(cost, "… M N"))
     require.floats(cost=cost)
     if sizes["M"] * sizes["N"] == 0:
@@ -142,6 +142,19 @@ def check_cost(library, cost, row_mask, col_mask, iters: int) -> None:
     require.token_mask("row_mask", row_mask, cost)
     require.token_mask("col_mask", col_mask, cost.swapaxes(-1, -2))
     check_iters(iters)
+    real = cost if row_mask is None else cost * row_mask[..., None]  # padding may cost anything
+    check_temperature(real if col_mask is None else real * col_mask[..., None, :], cost.dtype, **temperature)
+
+
+def check_temperature(costs, dtype, **temperature: float) -> None:
+    """Refuse a temperature `name=value` that is not > 0, or at which the rounding of C/ε decides the plan."""
+    require.positive(**temperature)
+    ((name, value),) = temperature.items()
+    rounding = 2.0**-52 if "float64" in str(dtype) else 2.0**-23
+    if bool((abs(costs) > value / rounding).any()):
+        require.fail(
+            name, f"must be at least the rounding of the costs, {rounding:.2g} of the largest", value
+        )
 
 
 def check_iters(iters: int) -> None:
@@ -164,12 +177,16 @@ def check_weights(name: str, weights, mask, leading: tuple[int, ...], length: in
         require.fail(name, "must be zero where the mask is False", "weight on a padded token")
 
 
+LARGEST = np.float64(2)  # 1 − cos is no larger
+
+
 def unit_np(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of x (…, D) divided by max(‖row‖, 1e-5); returns the rows and those divisors (…, 1)."""
     top = abs(x).max(-1, keepdims=True, initial=0)
     part = np.where(top > LONG, top, 1).astype(x.dtype)  # what is longer would leave the range when squared
-    length = np.maximum(part * np.sqrt(((x / part) ** 2).sum(-1, keepdims=True)), MIN_NORM)
-    return x / length, length
+    x = x / part
+    length = np.maximum(np.sqrt((x * x).sum(-1, keepdims=True)), MIN_NORM)
+    return x / length, part * length
 
 
 def unit_grad_np(unit: np.ndarray, length: np.ndarray, grad: np.ndarray) -> np.ndarray:
@@ -205,7 +222,7 @@ def sinkhorn_cost_np(
     gradient. Returns `(value, (d x, d y))`; the value lies in [0, 2]. Raises ValueError as `sinkhorn_np`
     does.
     """
-    _check_rows(np.ndarray, x, y)
+    _check_rows(np.ndarray, x, y, eps)
     (p, x_length), (q, y_length) = map(unit_np, working_np(x, y))
     C = 1 - p @ q.T  # (M, N)
     T = sinkhorn_np(C, a, b, eps, iters)
@@ -224,16 +241,17 @@ def sinkhorn_cost(
     iters: int = 100,
 ) -> Tensor:
     """⟨sg(T), C⟩ with C = 1 − cos: x (M, D), y (N, D) → scalar; otherwise as `sinkhorn_cost_np`."""
-    _check_rows(Tensor, x, y)
+    _check_rows(Tensor, x, y, eps)
     C = 1 - cosine(x, y)  # (M, N)
     with torch.no_grad():
         T = sinkhorn(C, a, b, eps, iters)
     return (T * C).sum().to(x.dtype)
 
 
-def _check_rows(library, x, y) -> None:
+def _check_rows(library, x, y, eps) -> None:
     require.shapes(library, x=(x, "M D"), y=(y, "N D"))
     require.tokens(("x", x, "", None), ("y", y, "", None))
+    check_temperature(LARGEST, x.dtype, eps=eps)
 
 
 # The fused rung scales the kernel exp(−C/ε) by vectors, without logarithms, where the exponents of the dtype
@@ -254,9 +272,9 @@ def sinkhorn_cost_fused(
     In units of M·N numbers an iteration of the plain rung reads and writes some 14, for two logsumexps of
     arrays that it makes; this one reads 1, because a block of rows is used for u and for the columns at once.
     """
-    _check_rows(Tensor, x, y)
+    _check_rows(Tensor, x, y, eps)
     check_iters(iters)
-    _check_marginals(Tensor, (len(x), len(y)), a, b, eps)
+    _check_marginals(Tensor, (len(x), len(y)), a, b)
     return stream.differentiable(_Fused, *within_range(x, y), a, b, eps, iters)
 
 

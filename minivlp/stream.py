@@ -111,7 +111,7 @@ def _tiles(
                 rows, columns = (*place, *row), (*place, *column)
                 left, right = x[rows], y[columns].mT
                 shape = (*left.shape[:-1], right.shape[-1])  # the last of a row or column may be smaller
-                S, scratch = memory[:, : left[..., 0].numel() * right.shape[-1]].unflatten(1, shape)
+                S, scratch = memory[:, : left.shape[:-1].numel() * right.shape[-1]].unflatten(1, shape)
                 _product(S, left, right, scale)
                 if isinstance(bias, Tensor):
                     S.add_(bias[column])

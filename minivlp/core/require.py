@@ -67,7 +67,7 @@ def floats(*, infinite: bool = False, **arrays: Any) -> None:
     """
     first = next(iter(arrays))
     for name, array in arrays.items():
-        if "float" not in str(array.dtype):
+        if "float" not in str(array.dtype) or "float8" in str(array.dtype):
             fail(name, "must have a floating dtype", array.dtype)
         if array.dtype != arrays[first].dtype and not _meet_under_autocast(array, arrays[first]):
             fail(name, f"must have the dtype {arrays[first].dtype} of {first}", array.dtype)
@@ -149,19 +149,20 @@ def tokens(*sets: tuple) -> None:
         token_mask(mask_name, real, rows)
 
 
-def positive(**scalars: Any) -> None:
-    """Every scalar must be finite and > 0."""
+def positive(library: type | None = None, /, **scalars: Any) -> None:
+    """Every scalar must be finite and > 0; beside NumPy arrays it is no tensor."""
     for name, value in scalars.items():
-        number = _number(name, value)
+        number = _number(name, value, library)
         if not (number > 0 and math.isfinite(number)):
             fail(name, "must be a finite number > 0", number)
 
 
-def finite(**scalars: Any) -> None:
-    """Every scalar must be finite."""
+def finite(library: type | None = None, /, **scalars: Any) -> None:
+    """Every scalar must be finite; beside NumPy arrays it is no tensor."""
     for name, value in scalars.items():
-        if not math.isfinite(_number(name, value)):
-            fail(name, "must be finite", _number(name, value))
+        number = _number(name, value, library)
+        if not math.isfinite(number):
+            fail(name, "must be finite", number)
 
 
 def generator(rng: Any) -> None:
@@ -170,11 +171,13 @@ def generator(rng: Any) -> None:
         fail("rng", "must be a numpy.random.Generator", type(rng).__name__)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, library: type | None = None) -> float:
     """A scalar, Python's or an array without axes, as a Python float."""
     if tuple(getattr(value, "shape", ())) != ():
         fail(name, "must be a scalar", f"shape {tuple(value.shape)}")
-    return float(value.detach() if hasattr(value, "detach") else value)
+    if not hasattr(value, "__float__") or (library is np.ndarray and isinstance(value, Tensor)):
+        fail(name, "must be a number", type(value).__name__)
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def on_every_rank(check: Callable[[], object], name: str, array: Any, group: Any = None) -> None:

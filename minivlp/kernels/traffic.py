@@ -25,8 +25,8 @@ is 8192 × 8192 of width 512, for masked words 4096 × 30522 of width 768, for w
     masked words    16       3,501     9,168     0.4       3     5       38.5     41.3
     Chamfer         32       4,295       168    25.6       3     2       34.5     11.8
     Chamfer         16       2,147       134    16.0       3     2       17.3      5.9
-    word-patch      32       1,418       220     6.4       3     5        5.8      0.9
-    word-patch      16         709       138     5.2       3     5        2.9      0.5
+    word-patch      32       1,427       220     6.5       3     5        5.8      0.9
+    word-patch      16         713       138     5.2       3     5        2.9      0.5
 
 That chip makes 45 flops in float32, 91 in 16 bits, while one byte arrives; what makes fewer for each byte it
 moves waits for memory. A tile of 64 × 64 makes 16 or 32 for each byte of x and y that it reads: tiles must
