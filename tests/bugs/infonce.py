@@ -180,7 +180,12 @@ def offset_with_the_wrong_sign(images, texts, scale):
     return in_tiles(images, texts, scale, lambda row, column: column - row)
 
 
-@bug("infonce", PAIRS, "Its own tiles, of 64 × 96: the offset is forgotten where only they can see it.", rung="fused")
+@bug(
+    "infonce",
+    PAIRS,
+    "Its own tiles, of 64 × 96: the offset is forgotten where only they can see it.",
+    rung="fused",
+)
 def diagonal_of_every_tile_of_its_own(images, texts, scale):
     return in_tiles(images, texts, scale, lambda row, column: 0, (64, 96))
 
@@ -203,7 +208,9 @@ def clipped_scores(images, texts, scale):
 
 @bug("infonce", HARD, "No gradient where the softmax is sure, right or wrong.", rung="np")
 def nothing_where_sure(images, texts, scale):
-    P = (np.where(np.abs(P - 0.5) > 0.5 - 1e-9, np.eye(len(P)), P) for P in softmaxes(scale * images @ texts.T))
+    P = (
+        np.where(np.abs(P - 0.5) > 0.5 - 1e-9, np.eye(len(P)), P) for P in softmaxes(scale * images @ texts.T)
+    )
     return with_slopes(images, texts, scale, *P)
 
 
@@ -218,7 +225,12 @@ def computed_in_float64(images, texts, scale):
     return infonce(images.double(), texts.double(), scale)
 
 
-@bug("infonce", MANY, "Its own tiles, of 64: what does not fill a tile is left out of the normalisers.", rung="fused")
+@bug(
+    "infonce",
+    MANY,
+    "Its own tiles, of 64: what does not fill a tile is left out of the normalisers.",
+    rung="fused",
+)
 def rest_of_its_own_tiles_dropped(images, texts, scale):
     S, full = scale * images @ texts.T, len(images) // 64 * 64 or len(images)
     return (S[:, :full].logsumexp(1) + S[:full].logsumexp(0) - 2 * S.diagonal()).mean() / 2

@@ -144,7 +144,12 @@ def diagonal_of_every_tile(images, texts, scale, bias):
     return in_tiles(images, texts, scale, bias, lambda row, column: 0)
 
 
-@bug("sigmoid_loss", PAIRS, "Tile by tile: only tiles that begin on the diagonal have right pairs.", rung="fused")
+@bug(
+    "sigmoid_loss",
+    PAIRS,
+    "Tile by tile: only tiles that begin on the diagonal have right pairs.",
+    rung="fused",
+)
 def diagonal_where_starts_are_equal(images, texts, scale, bias):
     return in_tiles(images, texts, scale, bias, lambda row, column: 0 if row == column else None)
 
@@ -154,7 +159,9 @@ def offset_with_the_wrong_sign(images, texts, scale, bias):
     return in_tiles(images, texts, scale, bias, lambda row, column: column - row)
 
 
-@bug("sigmoid_loss", PAIRS, "Its own tiles, of 64 × 96: every one has positives on its diagonal.", rung="fused")
+@bug(
+    "sigmoid_loss", PAIRS, "Its own tiles, of 64 × 96: every one has positives on its diagonal.", rung="fused"
+)
 def diagonal_of_every_tile_of_its_own(images, texts, scale, bias):
     return in_tiles(images, texts, scale, bias, lambda row, column: 0, (64, 96))
 
@@ -195,19 +202,28 @@ def z_in_float64(images, texts, scale, bias):
     return -F.logsigmoid(z * (scale * images @ texts.T + bias)).sum() / len(images)
 
 
-@bug("sigmoid_loss", MANY, "Its own tiles, of 64: the rows that do not fill a tile are left out.", rung="fused")
+@bug(
+    "sigmoid_loss", MANY, "Its own tiles, of 64: the rows that do not fill a tile are left out.", rung="fused"
+)
 def rest_of_its_own_tiles_dropped(images, texts, scale, bias):
     S, full = scale * images @ texts.T + bias, len(images) // 64 * 64 or len(images)
     z = 2 * torch.eye(len(images), dtype=S.dtype) - 1
     return -F.logsigmoid(z * S)[:full].sum() / len(images)
 
 
-@bug("sigmoid_loss", HELD, "The plain loss: S is made whole, and three arrays like it are kept.", rung="fused")
+@bug(
+    "sigmoid_loss", HELD, "The plain loss: S is made whole, and three arrays like it are kept.", rung="fused"
+)
 def plain(images, texts, scale, bias):
     z = 2 * torch.eye(len(images), dtype=images.dtype) - 1
     return -F.logsigmoid(z * (scale * images @ texts.T + bias)).sum() / len(images)
 
 
-@bug("sigmoid_loss", HELD, "Nothing is kept, but the plain loss is made again in the backward pass.", rung="fused")
+@bug(
+    "sigmoid_loss",
+    HELD,
+    "Nothing is kept, but the plain loss is made again in the backward pass.",
+    rung="fused",
+)
 def made_twice(images, texts, scale, bias):
     return torch.utils.checkpoint.checkpoint(sigmoid_loss, images, texts, scale, bias, use_reentrant=False)
