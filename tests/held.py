@@ -158,7 +158,7 @@ def misplaced(G: np.ndarray, wanted: np.ndarray, tile: tuple[int, int] | None) -
 
 
 def right_pairs(f: Any, settings: tuple, slopes: Callable) -> None:
-    """Read G = dL/dS entry by entry, off scores S = scale · x whose texts are the identity, and look for pairs.
+    """Read G = dL/dS entry by entry, off scores scale · x whose texts are the identity, and look for pairs.
 
     `settings` are the arguments after images and texts, the scale first; `slopes(S)` is the true G of S.
     """

@@ -129,7 +129,7 @@ def many_tiles_give_one_answer(f):
 
 @law("attention", hint="Keep the output and one logsumexp a query; make S tile by tile, in backward anew.")
 def no_more_than_tiles_is_held(f):
-    q, k, v = case = long_sequence()
+    q, *_ = case = long_sequence()
     for causal in (False, True):
         holds_tiles_only(f, case, {"causal": causal}, q.shape[2] ** 2, "S", enough(*case, tokens=q.shape[2]))
 

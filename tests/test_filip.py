@@ -223,7 +223,7 @@ def the_first_of_equal_partners_learns(f, copies, D, seed):
     x, y = rng.standard_normal((2, 1, D)), rng.standard_normal((2, 1, D))
     _, one, _ = f.grads(x, y, 3.0)
     _, dy, _ = f.grads(x, np.repeat(y, copies, 1), 3.0)
-    # Every image token looks at the first copy; the copies look at the image token by themselves, in equal parts.
+    # The image token looks at the first copy alone; the copies look at the image token, in equal parts.
     close(dy[:, 1:], np.repeat(dy[:, 1:2], copies - 1, 1))
     close(dy.sum(1, keepdims=True), one)
     half = f.grads(x, np.repeat(y, copies, 1), 3.0, text_mask=np.arange(copies)[None].repeat(2, 0) < 1)[1]

@@ -146,7 +146,7 @@ def gradients_are_the_slopes(f, case):
 
 @st.composite
 def hard_cases(draw):
-    """Scores up to ± 10,000: unit or long rows, the right text far ahead, or far behind, or neither; zeros."""
+    """Scores up to ± 10,000: unit or long rows, the right text far ahead, far behind, or neither; zeros."""
     B, D, length = draw(sizes(5, 2)), draw(sizes(5, 2)), draw(st.sampled_from([1.0, 10.0]))
     x = draw(arrays(B, D))
     x = length * x / np.linalg.norm(x, axis=1, keepdims=True)

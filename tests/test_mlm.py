@@ -264,7 +264,7 @@ def many_panels_give_one_answer(f):
 
 @law("mlm_loss", hint="Make the logits of a panel of rows, and its gradients before the next panel.")
 def no_more_than_panels_is_held(f):
-    hidden, embedding, bias, targets = case = large_batch()
+    hidden, _, bias, targets = case = large_batch()
     masked, V = (targets != IGNORE).sum(), len(bias)
     most = enough(*case[:3], tokens=len(hidden))
     holds_tiles_only(f, case, {}, int(masked * V), "the logits", most, 256 * V)

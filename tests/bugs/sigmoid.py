@@ -126,7 +126,7 @@ def clamped(images, texts, scale, bias):
 
 
 def in_tiles(images, texts, scale, bias, offset, tile=None):
-    """The loss whose positives are those of the diagonal at `offset(row start, column start)` of each tile."""
+    """The loss whose positives are on the diagonal at `offset(row start, column start)` of each tile."""
     S, B = scale * images @ texts.T + bias, len(images)
     z = torch.full_like(S, -1)
     height, width = tile or stream.TILE
