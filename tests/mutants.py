@@ -215,6 +215,9 @@ class _Finer(_Change):
     """Detach, floor and ties, in place of the changes above."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.assigned = {
+            n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
         self.moving = _moving(node) if self.one.rung in ("torch", "fused") else set()
         return super().visit_FunctionDef(node)
 
@@ -231,6 +234,8 @@ class _Finer(_Change):
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        if not isinstance(node.ctx, ast.Load) or node.id in self.assigned:
+            return node
         others = {"MIN_NORM": ast.Constant(0.0)}
         if node.id in IN_PLACE_OF:
             others[node.id] = ast.Name(IN_PLACE_OF[node.id], ast.Load())
