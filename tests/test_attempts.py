@@ -118,13 +118,13 @@ def test_check_stops_at_the_law_that_takes_too_long(desk, capsys, monkeypatch): 
     assert out.count("no end after") == 1 and "learn_vocab: not attempted yet" in out
 
 
-IN_C = "import numpy as np\n\n\ndef wordpiece(word, vocab, unknown='[UNK]', longest=100):\n    return 7 ** 10**10\n"
+IN_C = "def wordpiece(word, vocab, unknown='[UNK]', longest=100):\n    return sum(iter(int, 1))\n"
 
 
 @pytest.mark.parametrize("soft", [True, False])
 def test_a_call_of_c_that_never_returns_ends_the_process_with_its_line(tmp_path, soft):
     """So does any endless loop where there is no signal, on Windows."""
-    source = IN_C if soft else IN_C.replace("return 7 ** 10**10", "while True: pass")
+    source = IN_C if soft else IN_C.replace("return sum(iter(int, 1))", "while True: pass")
     (tmp_path / "text.py").write_text(source)
     program = "" if soft else "import signal; del signal.setitimer; "
     program += "from tests import check; check('wordpiece')"
@@ -133,7 +133,7 @@ def test_a_call_of_c_that_never_returns_ends_the_process_with_its_line(tmp_path,
         [sys.executable, "-c", program], cwd=ROOT, env=home, capture_output=True, timeout=300
     )
     assert done.returncode == 1
-    assert f'File "{tmp_path}/text.py", line 5 in wordpiece' in done.stderr.decode()
+    assert f'File "{tmp_path}/text.py", line 2 in wordpiece' in done.stderr.decode()
 
 
 # Which gradient.
@@ -266,10 +266,12 @@ def test_the_first_counterexample_is_wide_and_whole(desk):  # noqa: F811
 
 def test_a_result_without_a_number_is_told_by_a_law_that_has_one(desk):  # noqa: F811
     """NaN under one law, a wrong number under the next: the number says more."""
-    body = (
-        "S = scale * images @ texts.T\nS = S + 0 * torch.where(scale > 20, torch.inf, 0.0).nan_to_num(0, 0)\n"
-    )
-    body += "if len(images) == 1:\n    return S.sum() * torch.nan\nreturn S.logsumexp(1).mean() - S.mean()"
+    body = """
+S = scale * images @ texts.T
+if (S == 0).all() and len(S) > 2:
+    return S.sum() / 0 * 0
+return S.logsumexp(1).mean() - S.mean()
+"""
     write("infonce", body)
     found = verdict(load(find("infonce")), find("infonce"))
     assert found.kind == "wrong" and "NaN" not in found.message
@@ -309,8 +311,7 @@ def test_a_file_that_cannot_be_run_is_named_in_one_line_and_the_others_go_on(des
     found = told("infonce", desk)
     assert len(found.splitlines()) == 1 and found.startswith("chapters/exercises/infonce.py"), found
     assert message in found
-    assert main(["list"]) == 0 and main(["next"]) == 0 and main(["reset", "--stubs"]) == 0
-    assert main(["solution", "infonce"]) == 2
+    assert main(["list"]) == 0 and main(["next"]) == 0 and main(["solution", "infonce"]) == 2
     with pytest.raises(pytest.skip.Exception):
         told("nce")
     assert "Traceback" not in capsys.readouterr().err
@@ -318,10 +319,19 @@ def test_a_file_that_cannot_be_run_is_named_in_one_line_and_the_others_go_on(des
     assert [aside.read_bytes() for aside in (desk / ".attempts").iterdir()] == [written(data)]
     if what not in ("exit", "interrupt", "loop"):  # of those only the one stub is put back
         assert fault(one) is None
+    one.path.write_bytes(written(data))
+    assert main(["reset", "--stubs"]) == 0
 
 
-@pytest.mark.parametrize("change", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"),
-                                    lambda b: b.replace(b"\n", b"\r"), lambda b: b.rstrip(b"\n")])  # fmt: skip
+CHANGES = {
+    "a byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+    "CRLF": lambda data: data.replace(b"\n", b"\r\n"),
+    "CR": lambda data: data.replace(b"\n", b"\r"),
+    "no last line end": lambda data: data.rstrip(b"\n"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_marks_and_line_ends_are_read_over(desk, change):  # noqa: F811
     one = find("infonce")
     write("infonce", "return (images @ texts.T).sum()  # é")
