@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlp.recipes import FLAGS, MODELS, TASKS, recipe_name
-from minivlp.training.screen import Screen
+from minivlp.training.screen import Screen, any_terminal
 
 PRESETS = ("cpu", "gpu", "captions")  # of all recipes together
 NUMBERS = ("steps", "batch", "lr", "seed")  # flags that stand in place of a preset's numbers
@@ -315,6 +315,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 after one sentence on stderr, 130 after Ctrl-C."""
+    any_terminal()
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     if args.job is None:

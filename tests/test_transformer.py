@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from minivlp import transformer
 from tests.held import same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
-from tests.strategies import arrays, sizes
+from tests.strategies import arrays, widths
 
 EPS = 0.1  # large enough to see where it stands
 
@@ -17,7 +17,7 @@ EPS = 0.1  # large enough to see where it stands
 @st.composite
 def cases(draw):
     """x (…, D) with one, two or three axes, weight (D,), bias (D,)."""
-    D = draw(sizes(5))
+    D = draw(widths(5))
     leading = draw(st.sampled_from([(), (3,), (2, 3)]))
     return draw(arrays(*leading, D)), draw(arrays(D)), draw(arrays(D))
 
