@@ -159,8 +159,8 @@ plt.show()
 
 # %%
 ids, word_ids, _ = small.batch(np.resize(captions, 20000))
-# `choose` draws the words. `hide` then draws a number in [0, 1) for each token of them: below 0.8 the token is
-# masked, from 0.8 to `keep` it stays, and from there on it becomes a random token.
+# `choose` draws the words. `hide` then draws a number in [0, 1) for each token of them: below 0.8 the token
+# is masked, from 0.8 to `keep` it stays, and from there on it becomes a random token.
 recipes = {"80 / 10 / 10": 0.9, "80 / 20 /  0": 0.8, "80 /  0 / 20": 1.0}  # [MASK] / random / stays
 found = {}
 print("[MASK] / random / stays     asked and visible: it is the true word")
