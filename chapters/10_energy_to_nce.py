@@ -99,13 +99,13 @@ for what, log10 in (
 # model's own distribution, and a mean can be estimated from samples. Such samples need no $Z$. The
 # **Metropolis algorithm** walks: from the present thing $u$ it proposes another, $v$, and goes there with the
 # probability $\min(1, e^{E(u) - E(v)})$, where only a difference of energies occurs. In the long run it
-# stands on each thing as often as $e^{-E}/Z$ says. **Langevin's method** does the same for numbers by the
-# gradient of $E$, which has no $Z$ in it either. Here is the walk on the eight drawings. A proposal is any of
-# them, or only a neighbour on a ring, and on the ring we also put the likely drawings on two islands with a
-# wall of energy between them.
+# stands on each thing as often as $e^{-E}/Z$ says. **Langevin's method** walks among vectors of numbers by
+# the gradient of $E$, which has no $Z$ in it either; its error falls with its step. Here is Metropolis's walk
+# on the eight drawings. A proposal is any of them, or only a neighbour on a ring. Last, on the ring, the
+# likely drawings stand on two islands with a wall of energy between them.
 
 # %%
-islands = np.array([0.0, 1.0, 9.0, 9.0, 0.5, 1.5, 9.0, 9.0])
+islands = np.array([0.0, 1.0, 14.0, 14.0, 0.5, 1.5, 14.0, 14.0])
 
 
 def metropolis(E, neighbours, steps, seed):
@@ -128,12 +128,12 @@ for name, E, neighbours in (
     p = np.exp(-E) / np.exp(-E).sum()
     wrong = [np.abs(metropolis(E, neighbours, 20_000, seed) - p).max() for seed in range(3)]
     print(f"proposal: {name:<21} largest error of a probability in three walks {np.array(wrong)}")
-    assert max(wrong) < 0.05 if E is energy else min(wrong) > 0.1
+    assert max(wrong) < 0.05 if E is energy else min(wrong) > 0.2
 
 # %% [markdown]
 # What to see: without knowing $Z$, the walk finds all probabilities to a few hundredths. Between the islands
-# it fails. To get from one to the other it has to step on things of probability near $e^{-9}$, and in 20,000
-# steps it crosses rarely or never. This is the true obstacle. Samples are easy to begin with and hard to
+# it fails. To get from one to the other it has to step on things of probability near $e^{-14}$, and in 20,000
+# steps it did not. This is the true obstacle. Samples are easy to begin with and hard to
 # **mix**: the walk must visit every region that matters, and in many dimensions it may not do so in any time
 # that one has.
 #
