@@ -19,9 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from minivlp import __main__ as minivlp_cli
 from minivlp.recipes import recipe_class
 from minivlp.training.run import run_folder
-from tests.attempts import load
 from tests.course import Exercise, exercises, find
 from tests.notebook import obeys
+from tests.watched import load
 
 ITEMS = 64  # of the evaluation after the run
 NAME = "attempt"  # results go to runs/attempt-<model>-<number>

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlp.recipes import FLAGS, MODELS, NUMBERS, TASKS, recipe_name
-from minivlp.training.screen import Screen
+from minivlp.training.screen import Screen, any_terminal
 
 PRESETS = ("cpu", "gpu", "captions")  # of all recipes together
 PATHS = ("captions", "images", "start")
@@ -268,6 +268,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 after one sentence on stderr, 130 after Ctrl-C."""
+    any_terminal()
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     if args.job is None:

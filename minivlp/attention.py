@@ -18,8 +18,8 @@ Rungs:
     attention_fused   a walk over tiles of S with a running softmax, and another in the backward pass: S and P
                       are never whole; kept are the arguments, O and a logsumexp a query, L × d numbers a head
 
-The blocks of the models call `attend`: the same numbers from torch's own kernel, without a look at the
-arguments, because a model checks its inputs once for all of its blocks.
+The blocks of the models call `attend`, which is `attention` without a look at its arguments, because a model
+checks its inputs once for all of its blocks.
 
 Sources: Vaswani et al. 2017 (Attention is all you need), eq. 1. The row sum G ∘ O in place of dP ∘ P is from
 Dao et al. 2022 (FlashAttention), appendix B.2.
@@ -30,7 +30,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minivlp import stream
@@ -108,19 +107,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     mask is bool, True = may look, and broadcasts to (B, H, Lq, Lk): a key padding mask (B, Lk) comes as
     `mask[:, None, None]`. Raises ValueError on bad shapes, dtypes, NaN, and when a query may see no key.
     """
-    allowed = _check(q, k, v, mask, causal)
-    # Scaling q costs Lq · d products a head, scaling the scores Lq · Lk.
-    S = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
-    if allowed is not None:
-        S = S.masked_fill(~allowed, -math.inf)
-    return S.softmax(-1) @ v  # (B, H, Lq, d)
+    _check(q, k, v, mask, causal)
+    return attend(q, k, v, mask, causal)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """`attention` in torch's kernel, and unchecked: a query without a key gets no sensible row here."""
-    if mask is not None:  # the kernel takes one of the two
-        mask, causal = _allowed(q, k, mask, causal), False
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    """`attention`, unchecked: what the blocks of the models call."""
+    allowed = _allowed(q, k, mask, causal)
+    # Scaling q costs Lq · d products a head, scaling the scores Lq · Lk.
+    S = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
+    if allowed is not None:
+        S.masked_fill_(~allowed, -math.inf)
+    return S.softmax(-1) @ v  # (B, H, Lq, d)
 
 
 def attention_fused(

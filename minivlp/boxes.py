@@ -18,11 +18,14 @@ Left out: weights other than 1 : 1 between the two terms, and the matching of pr
 grounding has one box for each phrase.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.core.precision import working, working_np
 
 
 def cxcywh_to_xyxy(boxes):
@@ -43,19 +46,32 @@ def _join(first, second):
     return (torch.cat if isinstance(first, Tensor) else np.concatenate)([first, second], -1)
 
 
-def _check(a, b) -> None:
-    require.shapes(a=(a, "… 4"), b=(b, "… 4"))
+def _check(library, a, b) -> None:
+    require.shapes(library, a=(a, "… 4"), b=(b, "… 4"))
     require.floats(a=a, b=b)
     if a.shape != b.shape:
         require.fail("b", f"must have the shape {tuple(a.shape)} of a", tuple(b.shape))
 
 
-def _check_loss(pred, target) -> None:
-    require.shapes(pred=(pred, "n 4"), target=(target, "n 4"))
+def _check_loss(library, pred, target) -> None:
+    require.shapes(library, pred=(pred, "n 4"), target=(target, "n 4"))
     require.floats(pred=pred, target=target)
     if bool((abs(target - 0.5) > 0.5 + 1e-5).any()):
         got = f"an entry {float(abs(target - 0.5).max()):.3g} away from the middle"
         require.fail("target", "must be fractions of the image in [0, 1]", got)
+
+
+def _unit(a, b, library):
+    """Powers of two (…, 4), by which boxes a and b (…, 4) are multiplied so that no area leaves the range.
+
+    In each axis the box around both gets a size near 1. GIoU is the same in any unit.
+    """
+    low, high = library.minimum(a[..., :2], b[..., :2]), library.maximum(a[..., 2:], b[..., 2:])
+    around = high / 2 - low / 2  # (…, 2), halved, as the whole may be outside the range itself
+    smallest = int(math.log2(library.finfo(around.dtype).tiny))  # 2 ** −smallest is still a number
+    exponent = library.frexp(around)[1].clip(smallest)
+    unit = library.ldexp(library.ones_like(around), -exponent)
+    return _join(unit, unit)
 
 
 def _area_np(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,10 +89,15 @@ def giou_np(a: np.ndarray, b: np.ndarray, grad: np.ndarray | None = None):
     """GIoU of boxes a and b (…, 4) as corners x₁ y₁ x₂ y₂, pair by pair, and its gradients by hand.
 
     grad (…) is the upstream gradient (None = ones). A box with swapped corners has no area. Returns `(value
-    (…) in [−1, 1], (d a, d b))`. Raises ValueError on bad or different shapes, dtypes or NaN.
+    (…) in [−1, 1], (d a, d b))`. Raises ValueError on bad or different shapes, mixed dtypes, NaN or
+    infinities.
     """
-    _check(a, b)
-    (a_low, a_high), (b_low, b_high) = (a[..., :2], a[..., 2:]), (b[..., :2], b[..., 2:])
+    _check(np.ndarray, a, b)
+    a, b = working_np(a, b)
+    unit = _unit(a, b, np)
+    (a_low, a_high), (b_low, b_high) = (
+        (z[..., :2] * unit[..., :2], z[..., 2:] * unit[..., 2:]) for z in (a, b)
+    )
     A, dA = _area_np(a_low, a_high)
     B, dB = _area_np(b_low, b_high)
     I, dI = _area_np(np.maximum(a_low, b_low), np.minimum(a_high, b_high))
@@ -97,7 +118,7 @@ def giou_np(a: np.ndarray, b: np.ndarray, grad: np.ndarray | None = None):
     a_from_high, b_from_high = dA + dI * inner + dC * outer, dB + dI * ~inner + dC * ~outer
     inner, outer = a_low >= b_low, a_low <= b_low
     a_from_low, b_from_low = dA + dI * inner + dC * outer, dB + dI * ~inner + dC * ~outer
-    return value, (_join(-a_from_low, a_from_high), _join(-b_from_low, b_from_high))
+    return value, (unit * _join(-a_from_low, a_from_high), unit * _join(-b_from_low, b_from_high))
 
 
 def _area(low: Tensor, high: Tensor) -> Tensor:
@@ -112,9 +133,10 @@ def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU of boxes a and b (…, 4) as corners → (…), pair by pair; arguments and errors as in `giou_np`."""
-    _check(a, b)
-    dtype = torch.promote_types(a.dtype, torch.float32)  # C − U cancels
-    (a_low, a_high), (b_low, b_high) = a.to(dtype).split(2, -1), b.to(dtype).split(2, -1)
+    _check(Tensor, a, b)
+    x, y = working(a, b)  # C − U cancels
+    unit = _unit(x.detach(), y.detach(), torch)
+    (a_low, a_high), (b_low, b_high) = (x * unit).split(2, -1), (y * unit).split(2, -1)
     # where, not minimum and maximum, which split the gradient of equal corners; here a takes all of it.
     I = _area(torch.where(a_low >= b_low, a_low, b_low), torch.where(a_high <= b_high, a_high, b_high))
     C = _area(torch.where(a_low <= b_low, a_low, b_low), torch.where(a_high >= b_high, a_high, b_high))
@@ -126,28 +148,27 @@ def box_loss_np(pred: np.ndarray, target: np.ndarray):
     """L1 plus GIoU loss of pred and target (n, 4), centre and size in fractions of the image; gradients too.
 
     Returns `(value ≥ 0, (d pred, d target))`; 0 with zero gradients for n = 0. Raises ValueError on bad
-    shapes, dtypes, NaN, and targets outside [0, 1].
+    shapes, mixed dtypes, NaN, infinities, and targets outside [0, 1].
     """
-    _check_loss(pred, target)
-    n = max(len(pred), 1)
-    overlap, corners = giou_np(cxcywh_to_xyxy(pred), cxcywh_to_xyxy(target))
-    value = (np.abs(pred - target).sum() + (1 - overlap).sum()) / n
+    _check_loss(np.ndarray, pred, target)
+    (p, t), n = working_np(pred, target), max(len(pred), 1)
+    overlap, corners = giou_np(cxcywh_to_xyxy(p), cxcywh_to_xyxy(t))
+    value = (np.abs(p - t).sum() + (1 - overlap).sum()) / n
     # corners = centre ∓ size/2: the centre moves both corners, the size moves them apart, by half each.
-    side = np.sign(pred - target)
+    side = np.sign(p - t)
     grads = []
     for sign, corner in zip((1, -1), corners, strict=True):
         low, high = corner[..., :2], corner[..., 2:]
         grads.append((sign * side - _join(low + high, (high - low) / 2)) / n)
-    return float(value), tuple(grads)
+    return require.loss(value, pred=pred), tuple(grads)
 
 
 def box_loss(pred: Tensor, target: Tensor) -> Tensor:
     """L1 plus GIoU loss of pred and target (n, 4) → scalar; arguments and errors as in `box_loss_np`."""
-    _check_loss(pred, target)
-    dtype = torch.promote_types(pred.dtype, torch.float32)
-    p, t = pred.to(dtype), target.to(dtype)
+    _check_loss(Tensor, pred, target)
+    p, t = working(pred, target)
     overlap = giou(cxcywh_to_xyxy(p), cxcywh_to_xyxy(t))  # (n,)
-    return (((p - t).abs().sum() + (1 - overlap).sum()) / max(len(p), 1)).to(pred.dtype)
+    return require.loss(((p - t).abs().sum() + (1 - overlap).sum()) / max(len(p), 1), pred=pred)
 
 
 RUNGS = {"giou": {"np": giou_np, "torch": giou}, "box_loss": {"np": box_loss_np, "torch": box_loss}}

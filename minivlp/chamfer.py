@@ -27,13 +27,14 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
-from minivlp.core.transport import MIN_NORM
+from minivlp.core.precision import working, working_np
+from minivlp.core.transport import MIN_NORM, within_range
 from minivlp.sinkhorn import cosine, unit, unit_grad_np, unit_np
 
 
-def _check(x, y, x_mask, y_mask) -> None:
+def _check(library, x, y, x_mask, y_mask) -> None:
     """Refuse what is not `x (…, M, D)` and `y (…, N, D)` with equal leading axes and masks that fit them."""
-    require.shapes(x=(x, "… M D"), y=(y, "… N D"))
+    require.shapes(library, x=(x, "… M D"), y=(y, "… N D"))
     if x.shape[:-2] != y.shape[:-2]:
         require.fail("y", f"must have the leading axes {tuple(x.shape[:-2])} of x", tuple(y.shape))
     require.tokens(("x", x, "x_mask", x_mask), ("y", y, "y_mask", y_mask))
@@ -78,10 +79,10 @@ def chamfer_np(
 
     x (…, M, D), y (…, N, D), masks (…, M) and (…, N) with True = real; grad (…) is the upstream gradient
     (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (…) in [−1, 1], (d x, d y))`. Raises
-    ValueError on bad shapes, dtypes, NaN, an empty set and an all-False mask row.
+    ValueError on bad shapes, mixed dtypes, NaN, infinities, an empty set and an all-False mask row.
     """
-    _check(x, y, x_mask, y_mask)
-    (p, x_length), (q, y_length) = unit_np(x), unit_np(y)
+    _check(np.ndarray, x, y, x_mask, y_mask)
+    (p, x_length), (q, y_length) = map(unit_np, working_np(x, y))
     S = p @ q.swapaxes(-1, -2)  # (…, M, N)
     forward, d_forward = mean_max_np(S, x_mask, y_mask)
     backward, d_backward = mean_max_np(S.swapaxes(-1, -2), y_mask, x_mask)
@@ -95,7 +96,7 @@ def chamfer_np(
 
 def chamfer(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
     """The Chamfer similarity: x (…, M, D), y (…, N, D) → (…); arguments and errors as in `chamfer_np`."""
-    _check(x, y, x_mask, y_mask)
+    _check(Tensor, x, y, x_mask, y_mask)
     S = cosine(x, y)  # (…, M, N)
     return (0.5 * (mean_max(S, x_mask, y_mask) + mean_max(S.mT, y_mask, x_mask))).to(x.dtype)
 
@@ -107,18 +108,19 @@ def mismatched(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Tenso
     tokens as yᵢ, because the similarity of unrelated sets depends on how many tokens there are to choose
     from. Every pair that has partners counts once. Raises ValueError when none has, and as `chamfer` does.
     """
-    _check(x, y, x_mask, y_mask)
+    _check(Tensor, x, y, x_mask, y_mask)
     B = require.shapes(x=(x, "B M D"))["B"]
     real = y.new_ones(y.shape[:2], dtype=torch.bool) if y_mask is None else y_mask.expand(y.shape[:2])
     size = real.sum(1)  # (B,)
-    total, partners = y.new_zeros(B), size.new_zeros(B)
+    p, q = working(x, y)
+    total, partners = q.new_zeros(B), size.new_zeros(B)
     for shift in range(1, B):
         equal = size == size.roll(shift)  # (B,)
-        total = total + chamfer(x, y.roll(shift, 0), x_mask, real.roll(shift, 0)) * equal
+        total = total + chamfer(p, q.roll(shift, 0), x_mask, real.roll(shift, 0)) * equal
         partners = partners + equal
     if not bool(partners.any()):
         require.fail("y", "must hold two sets with equally many real tokens", f"sizes {size.tolist()}")
-    return (total / partners.clamp_min(1))[partners > 0].mean()
+    return (total / partners.clamp_min(1))[partners > 0].mean().to(x.dtype)
 
 
 # The fused rung never holds S: one walk over its tiles keeps the best partner of each token, on both sides. G
@@ -133,8 +135,8 @@ def chamfer_fused(x: Tensor, y: Tensor, x_mask: Tensor | None = None, y_mask: Te
     maxima, mostly zeros; this one moves rows of y, D/512 in all, as its tiles stay in the cache. It can be
     differentiated once.
     """
-    _check(x, y, x_mask, y_mask)
-    return _Fused.apply(x, y, x_mask, y_mask)
+    _check(Tensor, x, y, x_mask, y_mask)
+    return stream.differentiable(_Fused, *within_range(x, y), x_mask, y_mask)
 
 
 class _Fused(torch.autograd.Function):
@@ -142,7 +144,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, x_mask, y_mask):
-        rows = [t.reshape(-1, *t.shape[-2:]) for t in (x, y)]  # (B, M, D), (B, N, D)
+        rows = [t.reshape(t.shape[:-2].numel(), *t.shape[-2:]) for t in (x, y)]  # (B, M, D), (B, N, D)
         (x_best, a, x_veto, w), (y_best, b, y_veto, v) = _empty_state(x, x_mask), _empty_state(y, y_mask)
         if stream.choose_backend(x)[0] == "kernels":
             from minivlp.kernels import losses  # imports Triton, hence only where it is used
@@ -150,7 +152,7 @@ class _Fused(torch.autograd.Function):
             vetoes = (0.0 if veto is None else veto for veto in (x_veto, y_veto))
             x_best, a, y_best, b = losses.best_partners(*rows, *vetoes)
         else:
-            p, q = map(unit, stream.working(*rows))
+            p, q = map(unit, working(*rows))
             stream.fold(partner_tile, p, q, x_best, a, x_veto, y_best, b, y_veto)
         # Backward looks for partners in the flattened batch.
         pair = torch.arange(len(a), device=x.device)[:, None]
@@ -163,7 +165,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, upstream):
         stream.refuse_create_graph()
         x, y, a, b, w, v = ctx.saved_tensors
-        x, y, half = *stream.working(x, y), 0.5 * upstream.reshape(-1, 1)
+        x, y, half = *working(x, y), 0.5 * upstream.reshape(-1, 1)
         w, v = half * w, half * v  # (B, M), (B, N)
         dx = _pulled(x, y, a, w, b, v) if ctx.needs_input_grad[0] else None
         dy = _pulled(y, x, b, v, a, w) if ctx.needs_input_grad[1] else None
@@ -192,7 +194,7 @@ def _keep_best(allowed: Tensor, first: int, best: Tensor, partner: Tensor) -> No
 
 def _empty_state(tokens: Tensor, mask: Tensor | None) -> tuple:
     """For tokens (…, M, D): best −inf, partner 0, veto, and the weights of the mean, all (B, M)."""
-    (one,) = stream.working(tokens.new_ones(()))
+    (one,) = working(tokens.new_ones(()))
     best = one.new_full(tokens.shape[:-1], -torch.inf).reshape(-1, tokens.shape[-2])
     partner = torch.zeros_like(best, dtype=torch.int64)
     if mask is None:
@@ -207,7 +209,7 @@ TOKENS = 1024  # tokens whose pulls are added together: scaling all of y at once
 
 def _pulled(x: Tensor, y: Tensor, a: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
     """dx of Σᵢ wᵢ cos(xᵢ, y_aᵢ) + Σⱼ vⱼ cos(x_bⱼ, yⱼ): x (…, M, D), y (…, N, D), a, w (B, M), b, v (B, N)."""
-    flat, others = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])  # (BM, D), (BN, D)
+    flat, others = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (x, y))  # (BM, D), (BN, D)
     per_y = 1 / others.norm(dim=-1, keepdim=True).clamp_min(MIN_NORM)  # (BN, 1)
     a, w = a.flatten(), w.view(-1, 1)
     pull = others[a].mul_(per_y[a].mul_(w))  # (BM, D)

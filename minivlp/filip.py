@@ -25,30 +25,31 @@ between processes, those with the largest similarities.
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from minivlp.chamfer import mean_max, mean_max_np
 from minivlp.core import require
-from minivlp.sinkhorn import logsumexp_np, solving, unit, unit_grad_np, unit_np
+from minivlp.core.precision import at_least_float32, working_np
+from minivlp.core.transport import within_range
+from minivlp.sinkhorn import logsumexp_np, unit, unit_grad_np, unit_np
 
 
-def _check(x, y, x_mask, y_mask) -> None:
+def _check(library, x, y, x_mask, y_mask) -> None:
     """Refuse what is not `x (A, M, D)` and `y (B, N, D)` with A, B ≥ 1 and masks that fit them."""
-    require.shapes(x=(x, "A M D"), y=(y, "B N D"))
+    require.shapes(library, x=(x, "A M D"), y=(y, "B N D"))
     for name, tokens in (("x", x), ("y", y)):
         if not len(tokens):
             require.fail(name, "must hold at least one set of tokens", tuple(tokens.shape))
     require.tokens(("x", x, "x_mask", x_mask), ("y", y, "y_mask", y_mask))
 
 
-def _check_pairs(images, texts, scale, image_mask, text_mask) -> int:
+def _check_pairs(library, images, texts, scale, image_mask, text_mask) -> int:
     """Refuse other than images (B, M, D), texts (B, N, D), B ≥ 1, with masks and `scale` > 0; return B."""
-    B = require.shapes(images=(images, "B M D"), texts=(texts, "B N D"))["B"]
+    B = require.shapes(library, images=(images, "B M D"), texts=(texts, "B N D"))["B"]
     if B < 1:
         require.fail("images", "must hold at least one set of tokens", tuple(images.shape))
     require.tokens(("images", images, "image_mask", image_mask), ("texts", texts, "text_mask", text_mask))
-    require.positive(scale=scale)
+    require.positive(library, scale=scale)
     return B
 
 
@@ -58,10 +59,10 @@ def late_interaction_np(x: np.ndarray, y: np.ndarray, x_mask=None, y_mask=None, 
     x (A, M, D), y (B, N, D), masks (A, M) and (B, N) with True = real; grad (A, B) the upstream
     gradient (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (A, B) in [−1, 1], (dx,
     dy))`: entry (a, b) is the mean over a's tokens of the largest cosine with one of b's. Raises
-    ValueError on bad shapes, dtypes, NaN, no set or no token, and an all-False mask row.
+    ValueError on bad shapes, mixed dtypes, NaN, infinities, no set or no token, and an all-False mask row.
     """
-    _check(x, y, x_mask, y_mask)
-    (p, p_length), (q, q_length) = unit_np(x), unit_np(y)
+    _check(np.ndarray, x, y, x_mask, y_mask)
+    (p, p_length), (q, q_length) = map(unit_np, working_np(x, y))
     S = _cosines_np(p, q)  # (A, B, M, N)
     value, G = mean_max_np(S, _wide(x_mask, 1), _wide(y_mask, 0))  # (A, B), (A, B, M, N)
     G = G if grad is None else G * np.asarray(grad)[..., None, None]
@@ -76,7 +77,7 @@ def late_interaction(
     For FILIP x are images and y texts, or the reverse: the other direction is `late_interaction(y, x, y_mask,
     x_mask).T`. Arguments and errors as in `late_interaction_np`.
     """
-    _check(x, y, x_mask, y_mask)
+    _check(Tensor, x, y, x_mask, y_mask)
     return mean_max(_cosines(x, y), _wide(x_mask, 1), _wide(y_mask, 0)).to(x.dtype)
 
 
@@ -87,8 +88,8 @@ def filip_np(images: np.ndarray, texts: np.ndarray, scale: float, image_mask=Non
     masks (B, M) and (B, N) with True = real. Returns `(loss in nats, (dimages, dtexts, dscale))`. Raises
     ValueError as `late_interaction_np` does, and when scale ≤ 0.
     """
-    B = _check_pairs(images, texts, scale, image_mask, text_mask)
-    (p, p_length), (q, q_length) = unit_np(images), unit_np(texts)
+    B = _check_pairs(np.ndarray, images, texts, scale, image_mask, text_mask)
+    (p, p_length), (q, q_length) = map(unit_np, working_np(images, texts))
     S, rows, columns = _cosines_np(p, q), _wide(image_mask, 1), _wide(text_mask, 0)
     halves = mean_max_np(S, rows, columns), mean_max_np(S.swapaxes(-1, -2), columns, rows)
     loss, dscale, G = 0.0, 0.0, np.zeros_like(S)
@@ -103,7 +104,7 @@ def filip_np(images: np.ndarray, texts: np.ndarray, scale: float, image_mask=Non
         # Each half passes its share to the cosines that it is made of; T is made of the transposed cosines.
         share = scale * dz[..., None, None] * slope
         G += share if axis else share.swapaxes(-1, -2)
-    return float(loss), (*_grads_np(p, p_length, q, q_length, G), dscale)
+    return require.loss(loss, images=images), (*_grads_np(p, p_length, q, q_length, G), dscale)
 
 
 def filip(
@@ -118,12 +119,12 @@ def filip(
 
     Arguments and errors as in `filip_np`.
     """
-    _check_pairs(images, texts, scale, image_mask, text_mask)
+    _check_pairs(Tensor, images, texts, scale, image_mask, text_mask)
     S, rows, columns = _cosines(images, texts), _wide(image_mask, 1), _wide(text_mask, 0)
     image = scale * mean_max(S, rows, columns)  # (B, B): image i with text j
     text = scale * mean_max(S.mT, columns, rows)  # (B, B): the same pairs, from text to image
     choices = image.logsumexp(1) - image.diagonal() + text.logsumexp(0) - text.diagonal()  # (B,)
-    return (choices.mean() / 2).to(images.dtype)
+    return require.loss(choices.mean() / 2, images=images)
 
 
 def _cosines_np(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -148,9 +149,8 @@ def _wide(mask, axis: int):
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
     """Cosines of all tokens of all sets, (A, B, M, N), in float32 at least, also under autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        p, q = unit(solving(x)), unit(solving(y))
-        flat = p.flatten(0, 1) @ q.flatten(0, 1).T  # (A·M, B·N)
+    with at_least_float32(*within_range(x, y)) as (p, q):
+        flat = unit(p).flatten(0, 1) @ unit(q).flatten(0, 1).T  # (A·M, B·N)
     return flat.unflatten(0, x.shape[:2]).unflatten(2, y.shape[:2]).transpose(1, 2)  # (A, B, M, N)
 
 

@@ -28,15 +28,16 @@ import torch
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.core.precision import at_least_float32, working_np
 
 
-def _check(images, texts, margin: float) -> int:
+def _check(library, images, texts, margin: float) -> int:
     """Refuse what is not `images (B, D)`, `texts (B, D)` with B ≥ 1 and `margin` > 0; return B."""
-    sizes = require.shapes(images=(images, "B D"), texts=(texts, "B D"))
+    sizes = require.shapes(library, images=(images, "B D"), texts=(texts, "B D"))
     if sizes["B"] < 1:
         require.fail("images", "must hold at least one pair", tuple(images.shape))
     require.floats(images=images, texts=texts)
-    require.positive(margin=margin)
+    require.positive(library, margin=margin)
     return sizes["B"]
 
 
@@ -46,10 +47,12 @@ def hinge_np(images: np.ndarray, texts: np.ndarray, margin: float = 0.2, hardest
     images (B, D) and texts (B, D), row i of one the partner of row i of the other; margin > 0 in units of S.
     With `hardest` one negative counts in each row and column, else all. Returns `(loss, (dimages, dtexts))`,
     the loss summed over the batch.
-    Raises ValueError on bad shapes, dtypes, NaN, B = 0 or margin ≤ 0.
+    Raises ValueError on bad shapes, mixed dtypes, NaN, infinities, B = 0, margin ≤ 0 and scores that
+    overflow.
     """
-    B = _check(images, texts, margin)
-    S = images @ texts.T  # (B, B)
+    B = _check(np.ndarray, images, texts, margin)
+    x, y = working_np(images, texts)
+    S = x @ y.T  # (B, B)
     loss, G = 0.0, np.zeros_like(S)
     for axis in (1, 0):  # along a row the image chooses among texts, along a column the text among images
         positives = np.expand_dims(
@@ -64,23 +67,24 @@ def hinge_np(images: np.ndarray, texts: np.ndarray, margin: float = 0.2, hardest
         # dL/dS_ij is 1 where the cost counts; the pair itself is in each cost of its line with −1.
         G += counts - np.diag(counts.sum(axis))
     # S = X Yᵀ, so each factor's gradient is G times the other.
-    return float(loss), (G @ texts, G.T @ images)
+    return require.loss(loss, images=images), (G @ y, G.T @ x)
 
 
 def hinge(images: Tensor, texts: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
     """The hinge loss: images (B, D), texts (B, D) → scalar, summed over the batch.
 
-    With `hardest` one negative counts in each row and column, else all. Errors as in `hinge_np`.
+    With `hardest` one negative counts in each row and column, else all. Errors as in `hinge_np`. Half
+    precisions are added up in float32, also under autocast.
     """
-    B = _check(images, texts, margin)
-    S = images @ texts.T  # (B, B)
+    B = _check(Tensor, images, texts, margin)
+    with at_least_float32(images, texts) as (x, y):
+        S = x @ y.T  # (B, B)
     positives, pair = S.diagonal(), torch.eye(B, dtype=torch.bool, device=S.device)
     rows = (margin + S - positives[:, None]).relu().masked_fill(pair, 0)  # (B, B)
     columns = (margin + S - positives).relu().masked_fill(pair, 0)
-    if not hardest:
-        return rows.sum() + columns.sum()
-    # max with an index, so that the gradient goes to the first of equal ones.
-    return rows.max(1).values.sum() + columns.max(0).values.sum()
+    if hardest:  # max with an index, so that the gradient goes to the first of equal ones
+        rows, columns = rows.max(1).values, columns.max(0).values
+    return require.loss(rows.sum() + columns.sum(), images=images)
 
 
 RUNGS = {"hinge": {"np": hinge_np, "torch": hinge}}

@@ -35,15 +35,16 @@ from torch.autograd.function import once_differentiable
 
 from minivlp import stream
 from minivlp.core import require
+from minivlp.core.precision import at_least_float32, working, working_np
 
 
-def _check(images, texts, scale) -> int:
+def _check(library, images, texts, scale) -> int:
     """Refuse what is not `images (B, D)`, `texts (B, D)` with B ≥ 1 and `scale` > 0; return B."""
-    sizes = require.shapes(images=(images, "B D"), texts=(texts, "B D"))
+    sizes = require.shapes(library, images=(images, "B D"), texts=(texts, "B D"))
     if sizes["B"] < 1:
         require.fail("images", "must hold at least one pair", tuple(images.shape))
     require.floats(images=images, texts=texts)
-    require.positive(scale=scale)
+    require.positive(library, scale=scale)
     return sizes["B"]
 
 
@@ -52,20 +53,21 @@ def infonce_np(images: np.ndarray, texts: np.ndarray, scale: float):
 
     images (B, D) and texts (B, D), row i of one the partner of row i of the other; scale = 1/τ > 0.
     Returns `(loss in nats, (dimages, dtexts, dscale))`.
-    Raises ValueError on bad shapes, dtypes, NaN, B = 0 or scale ≤ 0.
+    Raises ValueError on bad shapes, mixed dtypes, NaN, infinities, B = 0, scale ≤ 0 and scores that overflow.
     """
-    B = _check(images, texts, scale)
-    cosines = images @ texts.T  # (B, B)
+    B = _check(np.ndarray, images, texts, scale)
+    x, y = working_np(images, texts)
+    cosines = x @ y.T  # (B, B)
     S = scale * cosines
     rows, columns = _logsumexp(S, 1), _logsumexp(S, 0)  # (B, 1), (1, B)
     loss = (rows[:, 0] + columns[0] - 2 * S.diagonal()).mean() / 2
     # d logsumexp_j S_ij / dS_ij = exp(S_ij − logsumexp_j S_ij), a softmax; the diagonal adds −2; all over 2B.
     G = (np.exp(S - rows) + np.exp(S - columns) - 2 * np.eye(B)) / (2 * B)  # (B, B)
     # S_ij = scale Σ_d x_id y_jd, so a factor's gradient is G times the other factors, summed over the rest.
-    dimages = scale * G @ texts  # (B, D)
-    dtexts = scale * G.T @ images  # (B, D)
+    dimages = scale * G @ y  # (B, D)
+    dtexts = scale * G.T @ x  # (B, D)
     dscale = (G * cosines).sum()
-    return float(loss), (dimages, dtexts, dscale)
+    return require.loss(loss, images=images), (dimages, dtexts, dscale)
 
 
 def _logsumexp(S: np.ndarray, axis: int) -> np.ndarray:
@@ -77,11 +79,13 @@ def _logsumexp(S: np.ndarray, axis: int) -> np.ndarray:
 def infonce(images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
     """InfoNCE: images (B, D), texts (B, D), scale = 1/τ > 0 → scalar in nats.
 
-    Raises ValueError on bad shapes, dtypes, NaN, B = 0 or scale ≤ 0.
+    Errors as in `infonce_np`. Half precisions are added up in float32, also under autocast.
     """
-    _check(images, texts, scale)
-    S = scale * images @ texts.T  # (B, B)
-    return (S.logsumexp(1) + S.logsumexp(0) - 2 * S.diagonal()).mean() / 2
+    _check(Tensor, images, texts, scale)
+    with at_least_float32(images, texts) as (x, y):
+        S = scale * x @ y.T  # (B, B)
+        loss = (S.logsumexp(1) + S.logsumexp(0) - 2 * S.diagonal()).mean() / 2
+    return require.loss(loss, images=images)
 
 
 class InfoNCE(torch.nn.Module):
@@ -118,8 +122,9 @@ def infonce_gathered(
     over ranks.)
     Raises ValueError, on every rank, when any rank holds what `infonce` refuses or shards differ in shape.
     """
-    require.on_every_rank(lambda: _check(images, texts, scale), "images", images, group)
-    return _Gathered.apply(images, texts, scale, group)
+    require.on_every_rank(lambda: _check(Tensor, images, texts, scale), "images", images, group)
+    loss = stream.differentiable(_Gathered, images, texts, scale, group)
+    return require.loss(loss, images=images)
 
 
 class _Gathered(torch.autograd.Function):
@@ -131,7 +136,8 @@ class _Gathered(torch.autograd.Function):
         first = b * dist.get_rank(group)
         all_texts = texts.new_empty(B, texts.shape[1])
         dist.all_gather_single(all_texts, texts.contiguous(), group=group)  # (B, D)
-        cosines = images @ all_texts.T  # (b, B)
+        x, y, all_y = working(images, texts, all_texts)
+        cosines = x @ all_y.T  # (b, B)
         S = scale * cosines
         positives = S[
             :, first : first + b
@@ -147,10 +153,10 @@ class _Gathered(torch.autograd.Function):
         # The gradient of infonce_np, for b of its rows.
         G = ((S - rows[:, None]).exp() + (S - columns).exp()) / (2 * B)  # (b, B)
         G[:, first : first + b].diagonal().sub_(1 / B)
-        dimages = scale * G @ all_texts  # (b, D)
+        dimages = scale * G @ all_y  # (b, D)
         # Each rank holds a share of all rows of dY, and of the two scalars: add the shares up.
-        dtexts = torch.empty_like(texts, memory_format=torch.contiguous_format)  # (b, D)
-        dist.reduce_scatter_single(dtexts, scale * G.T @ images, group=group)
+        dtexts = torch.empty_like(y, memory_format=torch.contiguous_format)  # (b, D)
+        dist.reduce_scatter_single(dtexts, scale * G.T @ x, group=group)
         totals = torch.stack([loss, (G * cosines).sum()])
         dist.all_reduce(totals, group=group)
         loss, dscale = totals
@@ -182,8 +188,8 @@ def infonce_fused(images: Tensor, texts: Tensor, scale: float | Tensor) -> Tenso
     dY, 5 D/512 in all, as its tiles stay in the cache. It can be differentiated once. Arguments and errors as
     in `infonce`.
     """
-    _check(images, texts, scale)
-    return stream.dispatch(_Fused, images, texts, scale, kernel=_kernel)
+    _check(Tensor, images, texts, scale)
+    return require.loss(stream.dispatch(_Fused, images, texts, scale, kernel=_kernel), images=images)
 
 
 def _kernel() -> Callable:
@@ -198,7 +204,7 @@ class _Fused(stream.GradientsFromForward):
     @staticmethod
     def forward(ctx, images, texts, scale):
         B, bits = len(images), float(scale) * BITS
-        x, y = stream.working(images, texts)
+        x, y = working(images, texts)
         row_lse, column_lse, positives = x.new_full((3, B), -math.inf)
         stream.fold(normaliser_tile, x, y, row_lse, column_lse, positives, scale=bits)
         if any(ctx.needs_input_grad):

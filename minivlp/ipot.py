@@ -43,29 +43,31 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
-from minivlp.core.transport import alignment_grads, cosines, gibbs, ipot_scalings
+from minivlp.core.precision import working, working_np
+from minivlp.core.transport import alignment_grads, cosines, gibbs, ipot_scalings, within_range
 from minivlp.sinkhorn import (
+    LARGEST,
     check_cost,
     check_iters,
+    check_temperature,
     cosine,
     log_weights,
     log_weights_np,
     logsumexp_np,
-    solving,
     unit_grad_np,
     unit_np,
 )
 
 
-def _check_plan(cost, beta, iters, row_mask, col_mask) -> None:
-    check_cost(cost, row_mask, col_mask, iters)
-    require.positive(beta=beta)
+def _check_plan(library, cost, beta, iters, row_mask, col_mask) -> None:
+    check_cost(library, cost, row_mask, col_mask, iters, beta=beta)
 
 
-def _check_pairs(words, patches, word_mask, patch_mask) -> None:
+def _check_pairs(library, words, patches, word_mask, patch_mask, beta) -> None:
     """Refuse what is not `words (B, L, D)` and `patches (B, N, D)`, none empty, with masks that fit them."""
-    require.shapes(words=(words, "B L D"), patches=(patches, "B N D"))
+    require.shapes(library, words=(words, "B L D"), patches=(patches, "B N D"))
     require.tokens(("words", words, "word_mask", word_mask), ("patches", patches, "patch_mask", patch_mask))
+    check_temperature(LARGEST, words.dtype, beta=beta)
 
 
 def ipot_np(
@@ -78,13 +80,13 @@ def ipot_np(
     """The plan (…, M, N) after `iters` proximal steps on cost (…, M, N), uniform over the real tokens.
 
     Masks (…, M) and (…, N) are bool, True = real; padded rows and columns of the plan are 0. beta > 0 is in
-    units of cost. Row sums are exact. Raises ValueError on bad shapes, dtypes, NaN, infinite costs, an
-    all-False mask row, beta ≤ 0 and iters < 1.
+    units of cost. Row sums are exact. Raises ValueError on bad shapes, dtypes, NaN, infinities, an
+    all-False mask row, iters < 1, and beta ≤ 0 or below the rounding of the costs.
     """
-    _check_plan(cost, beta, iters, row_mask, col_mask)
+    _check_plan(np.ndarray, cost, beta, iters, row_mask, col_mask)
     log_mu = log_weights_np(None, row_mask, cost.shape[-2])[..., None]  # (…, M, 1)
     log_nu = log_weights_np(None, col_mask, cost.shape[-1])[..., None, :]  # (…, 1, N)
-    step = -cost / beta  # (…, M, N)
+    step = -working_np(cost)[0] / beta  # (…, M, N)
     log_T, log_a = log_mu + np.zeros_like(step), np.zeros_like(log_mu)
     for _ in range(iters):
         log_Q = log_T + step
@@ -109,7 +111,8 @@ def ipot_potentials_np(
     extrapolation of log A. The product of the column scalings cancels in the same way, because a sweep starts
     by solving for it.
     """
-    _check_plan(cost, beta, iters, row_mask, col_mask)
+    _check_plan(np.ndarray, cost, beta, iters, row_mask, col_mask)
+    (cost,) = working_np(cost)
     log_mu = log_weights_np(None, row_mask, cost.shape[-2])  # (…, M)
     log_nu = log_weights_np(None, col_mask, cost.shape[-1])  # (…, N)
     log_A = before = log_mu
@@ -133,8 +136,8 @@ def ipot(
 
     Half precisions are solved in float32, and the plan is returned in the dtype of the cost.
     """
-    _check_plan(cost, beta, iters, row_mask, col_mask)
-    step = solving(cost) / -beta  # (…, M, N)
+    _check_plan(Tensor, cost, beta, iters, row_mask, col_mask)
+    step = working(cost)[0] / -beta  # (…, M, N)
     log_mu = log_weights(None, row_mask, step, -2)[..., None]  # (…, M, 1)
     log_nu = log_weights(None, col_mask, step, -1)[..., None, :]  # (…, 1, N)
     log_T, log_a = log_mu + torch.zeros_like(step), torch.zeros_like(log_mu)
@@ -162,8 +165,8 @@ def wpa_np(
     is the upstream gradient (None = ones). beta and iters act through the plan only, so they have no
     gradient. Returns `(value (B,) in [0, 2], (d words, d patches))`. Raises ValueError as `ipot_np` does.
     """
-    _check_pairs(words, patches, word_mask, patch_mask)
-    (p, p_length), (q, q_length) = unit_np(words), unit_np(patches)
+    _check_pairs(np.ndarray, words, patches, word_mask, patch_mask, beta)
+    (p, p_length), (q, q_length) = map(unit_np, working_np(words, patches))
     C = 1 - p @ q.swapaxes(-1, -2)  # (B, L, N)
     T = ipot_np(C, beta, iters, word_mask, patch_mask)
     # value_b = Σ_ij T_ij (1 − p_i · q_j) with T a constant, so dp_i = −Σ_j T_ij q_j and dq_j = −Σ_i T_ij p_i,
@@ -183,7 +186,7 @@ def wpa(
     iters: int = 50,
 ) -> Tensor:
     """⟨sg(T), C⟩ per pair: words (B, L, D), patches (B, N, D) → (B,); arguments and errors as in `wpa_np`."""
-    _check_pairs(words, patches, word_mask, patch_mask)
+    _check_pairs(Tensor, words, patches, word_mask, patch_mask, beta)
     C = 1 - cosine(words, patches)  # (B, L, N)
     T = ipot(C, beta, iters, word_mask, patch_mask)
     return (T * C).sum((-2, -1)).to(words.dtype)  # elementwise: the trace of C Tᵀ would cost L × L products
@@ -223,8 +226,8 @@ def wpa_fused(
     of those copies, which the plain rung moves through memory 12 times. Padding behind the longest caption
     and the largest picture of a group is skipped. Arguments and errors as in `wpa_np`.
     """
-    _check_pairs(words, patches, word_mask, patch_mask)
-    require.positive(beta=beta)
+    _check_pairs(Tensor, words, patches, word_mask, patch_mask, beta)
+    words, patches = within_range(words, patches)
     check_iters(iters)
     masks = (
         z.new_ones(z.shape[:2], dtype=torch.bool) if mask is None else mask.expand(z.shape[:2])
@@ -250,22 +253,22 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, words, patches, word_mask, patch_mask, beta, iters):
         ctx.beta, ctx.iters, ctx.groups = beta, iters, _groups(word_mask, patch_mask)
         value, potentials = words.new_empty(len(words)), []
-        with torch.autocast(words.device.type, enabled=False):
-            for group in ctx.groups:
-                g = _gather(group, words, patches, word_mask, patch_mask, beta)
-                u, v = ipot_scalings(g.log_kernel, g.padding, g.mu, g.nu, iters)
-                T = _plan(g, u, v, iters)
-                # cos = top + β · log_kernel, and T sums to one.
-                cosine = g.top.flatten() + beta * T.mul_(g.log_kernel).sum((1, 2))
-                value[group[0]] = (1 - cosine).to(value.dtype)
-                potentials += [u, v]
+        for group in ctx.groups:
+            g = _gather(group, words, patches, word_mask, patch_mask, beta)
+            u, v = ipot_scalings(g.log_kernel, g.padding, g.mu, g.nu, iters)
+            T = _plan(g, u, v, iters)
+            # cos = top + β · log_kernel, and T sums to one.
+            cosine = g.top.flatten() + beta * T.mul_(g.log_kernel).sum((1, 2))
+            value[group[0]] = (1 - cosine).to(value.dtype)
+            potentials += [u, v]
         ctx.save_for_backward(words, patches, word_mask, patch_mask, *potentials)
         return value
 
     @staticmethod
     def backward(ctx, upstream):
         stream.refuse_create_graph()
-        inputs, potentials, wanted = ctx.saved_tensors[:4], ctx.saved_tensors[4:], ctx.needs_input_grad[:2]
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]  # unpacked once: it may be made anew
+        inputs, potentials = saved[:4], saved[4:]
         gradients = [z.new_zeros(z.shape) if n else None for z, n in zip(inputs, wanted, strict=False)]
         with torch.autocast(upstream.device.type, enabled=False):
             for group, u, v in zip(ctx.groups, potentials[::2], potentials[1::2], strict=True):
@@ -314,9 +317,8 @@ def _gather(group, words, patches, word_mask, patch_mask, beta) -> _Group:
     pairs, L, N = group
     cut = words[:, :L], patches[:, :N], word_mask[:, :L], patch_mask[:, :N]
     x, y, rows, columns = cut if isinstance(pairs, slice) else (z.index_select(0, pairs) for z in cut)
-    x, y = stream.working(x, y)
+    x, y = working(x, y)
     S, per_x, per_y = cosines(x, y)
-    require.floats(cost=S)
     padding = ~(rows[:, :, None] & columns[:, None])
     top = S.masked_fill_(padding, -torch.inf).amax((1, 2), keepdim=True)
     # A padded entry has cost 0 between tokens of weight 0: it gets no mass, and no sum becomes 0/0.

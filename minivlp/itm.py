@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.core.precision import working, working_np
 
 
 def derangement(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -64,15 +65,13 @@ def hard_negatives(
     id is as illegal as the diagonal. Rows draw independently; a column may serve several rows.
     Raises ValueError on bad shapes, dtypes or entries, and when a row has no legal column.
     """
-    B = require.shapes(similarity=(similarity, "B B"))["B"]
+    B = require.shapes(np.ndarray, similarity=(similarity, "B B"))["B"]
     require.floats(similarity=similarity)
     require.generator(rng)
     if B < 1:
         require.fail("similarity", "must hold at least two pairs", tuple(similarity.shape))
-    if not np.isfinite(similarity).all():
-        require.fail("similarity", "must be finite", "an infinite entry")
     ids = np.arange(B) if ids is None else ids
-    require.shapes(similarity=(similarity, "B B"), ids=(ids, "B"))
+    require.shapes(np.ndarray, similarity=(similarity, "B B"), ids=(ids, "B"))
     require.integers(ids=ids)
     illegal = ids[:, None] == ids  # (B, B), the diagonal included
     if illegal.all(1).any():
@@ -83,9 +82,9 @@ def hard_negatives(
     return np.where(illegal, -np.inf, noisy).argmax(1)
 
 
-def _check(logits, labels) -> int:
+def _check(library, logits, labels) -> int:
     """Refuse what is not `logits (B, 2)` and `labels (B,)` of 0 and 1; return B."""
-    sizes = require.shapes(logits=(logits, "B 2"), labels=(labels, "B"))
+    sizes = require.shapes(library, logits=(logits, "B 2"), labels=(labels, "B"))
     require.floats(logits=logits)
     require.integers(labels=labels)
     if sizes["B"] < 1:
@@ -100,25 +99,27 @@ def itm_loss_np(logits: np.ndarray, labels: np.ndarray):
     """Matching loss and its gradient by hand.
 
     logits (B, 2), column 1 speaks for a match; labels (B,) integers, 1 = match; loss in nats.
-    Returns `(loss, (d logits,))`. Raises ValueError on bad shapes, dtypes, labels, NaN, and for B = 0.
+    Returns `(loss, (d logits,))`. Raises ValueError on bad shapes, dtypes, labels, NaN, infinities, and for
+    B = 0.
     """
-    B = _check(logits, labels)
-    rows = np.arange(B)
-    log_p = logits - np.logaddexp(logits[:, :1], logits[:, 1:])  # (B, 2): z − logsumexp(z)
+    B = _check(np.ndarray, logits, labels)
+    rows, (z,) = np.arange(B), working_np(logits)
+    log_p = z - np.logaddexp(z[:, :1], z[:, 1:])  # (B, 2): z − logsumexp(z)
     loss = -log_p[rows, labels].sum() / B
     # d logsumexp / dz = softmax, and −z[label] takes 1 off the label's column; the mean divides by B.
     dlogits = np.exp(log_p)
     dlogits[rows, labels] -= 1
-    return float(loss), (dlogits / B,)
+    return require.loss(loss, logits=logits), (dlogits / B,)
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Matching loss: logits (B, 2), labels (B,) with 1 = match → scalar, in nats, the mean over pairs.
 
-    Raises ValueError on bad shapes, dtypes, labels, NaN, and for B = 0.
+    Errors as in `itm_loss_np`. Half precisions are added up in float32.
     """
-    _check(logits, labels)
-    return F.cross_entropy(logits, labels.long())
+    _check(Tensor, logits, labels)
+    (z,) = working(logits)
+    return require.loss(F.cross_entropy(z, labels.long()), logits=logits)
 
 
 RUNGS = {

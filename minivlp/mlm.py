@@ -34,6 +34,7 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
+from minivlp.core.precision import at_least_float32, working, working_np
 
 IGNORE = -100  # the label of a token that is not to be predicted, as in torch's cross-entropy
 
@@ -59,7 +60,7 @@ def mask_tokens(
     Returns `(inputs, labels)`, both (B, L) int64; labels hold the true ids of the chosen tokens and −100
     elsewhere; `ids` stays as it was. Raises ValueError on bad shapes, dtypes, ids or `p`.
     """
-    require.shapes(ids=(ids, "B L"), word_ids=(word_ids, "B L"))
+    require.shapes(np.ndarray, ids=(ids, "B L"), word_ids=(word_ids, "B L"))
     require.integers(ids=ids, word_ids=word_ids)
     require.generator(rng)
     special = np.unique([*special_ids, mask_id])
@@ -87,16 +88,26 @@ def mask_tokens(
     return inputs, np.where(chosen, ids, IGNORE)
 
 
-def _check(hidden, embedding, bias, targets) -> None:
-    """Refuse what is not `hidden (M, D)`, `embedding (V, D)`, `bias (V,)`, `targets (M,)` of ids or −100."""
+def _check(library, hidden, embedding, bias, targets):
+    """Refuse other than hidden (M, D), embedding (V, D), bias (V,), targets (M,) of ids or −100.
+
+    Returns the targets in int64: eight bits hold neither −100 nor the size of a vocabulary.
+    """
     sizes = require.shapes(
-        hidden=(hidden, "M D"), embedding=(embedding, "V D"), bias=(bias, "V"), targets=(targets, "M")
+        library,
+        hidden=(hidden, "M D"),
+        embedding=(embedding, "V D"),
+        bias=(bias, "V"),
+        targets=(targets, "M"),
     )
-    require.floats(hidden=hidden, embedding=embedding, bias=bias)
     require.integers(targets=targets)
+    targets = targets.long() if library is Tensor else targets.astype(np.int64)
+    require.floats(infinite=True, hidden=hidden)
+    require.floats(hidden=hidden[targets != IGNORE], embedding=embedding, bias=bias)
     wrong = targets[(targets != IGNORE) & ((targets < 0) | (targets >= sizes["V"]))]
     if len(wrong):
         require.fail("targets", f"must be {IGNORE} or lie between 0 and {sizes['V'] - 1}", int(wrong[0]))
+    return targets
 
 
 def mlm_loss_np(hidden: np.ndarray, embedding: np.ndarray, bias: np.ndarray, targets: np.ndarray):
@@ -104,34 +115,40 @@ def mlm_loss_np(hidden: np.ndarray, embedding: np.ndarray, bias: np.ndarray, tar
 
     hidden (M, D), embedding (V, D), bias (V,), targets (M,) ids, −100 = not predicted; loss in nats.
     Returns `(loss, (d hidden, d embedding, d bias))`, all zero when every target is −100.
-    Raises ValueError on bad shapes, dtypes, targets or NaN.
+    Raises ValueError on bad shapes, mixed dtypes, targets, NaN, infinities and logits that overflow; rows of
+    hidden that are not predicted may be infinite.
     """
-    _check(hidden, embedding, bias, targets)
+    targets = _check(np.ndarray, hidden, embedding, bias, targets)
     masked = np.flatnonzero(targets != IGNORE)  # (K,)
-    h, t, K = hidden[masked], targets[masked], max(len(masked), 1)  # (K, D), (K,)
-    logits = h @ embedding.T + bias  # (K, V)
-    shifted = logits - logits.max(1, keepdims=True)  # the largest is 0, so exp cannot overflow
+    h, E, b = working_np(hidden[masked], embedding, bias)
+    t, K = targets[masked], max(len(masked), 1)  # (K,)
+    logits = h @ E.T + b  # (K, V)
+    shifted = logits - logits.max(
+        1, keepdims=True, initial=-np.inf
+    )  # the largest is 0, so exp cannot overflow
     log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))  # (K, V)
     loss = -log_p[np.arange(len(t)), t].sum() / K
     # d logsumexp / d logits = softmax, and −logits[t] takes 1 off the target; the mean divides by K.
     G = np.exp(log_p) / K  # (K, V)
     G[np.arange(len(t)), t] -= 1 / K
     # logits_kv = Σ_d h_kd E_vd + b_v, so each factor receives G times the other; other rows took no part.
-    dhidden = np.zeros_like(hidden)
-    dhidden[masked] = G @ embedding
-    return float(loss), (dhidden, G.T @ h, G.sum(0))
+    dhidden = np.zeros_like(hidden, dtype=h.dtype)
+    dhidden[masked] = G @ E
+    return require.loss(loss, hidden=hidden), (dhidden, G.T @ h, G.sum(0))
 
 
 def mlm_loss(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """Masked-word cross-entropy: hidden (M, D), embedding (V, D), bias (V,), targets (M,) → scalar, in nats.
 
     The mean over targets ≠ −100. Without any it is 0, still part of the graph, so that backward gives zeros.
-    Raises ValueError on bad shapes, dtypes, targets or NaN.
+    Errors as in `mlm_loss_np`. Half precisions are added up in float32, also under autocast.
     """
-    _check(hidden, embedding, bias, targets)
+    targets = _check(Tensor, hidden, embedding, bias, targets)
     masked = targets != IGNORE
-    logits = hidden[masked] @ embedding.T + bias  # (K, V): the rows first, 15 % of the work
-    return F.cross_entropy(logits, targets[masked].long(), reduction="sum") / max(len(logits), 1)
+    with at_least_float32(hidden[masked], embedding, bias) as (h, E, b):
+        logits = h @ E.T + b  # (K, V): the rows first, 15 % of the work
+        loss = F.cross_entropy(logits, targets[masked], reduction="sum") / max(len(logits), 1)
+    return require.loss(loss, hidden=hidden)
 
 
 # The fused rung never holds all logits: it walks over panels of whole rows, so that a panel knows its
@@ -145,8 +162,8 @@ def mlm_loss_fused(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Ten
     and moves some 14 to and from memory; this rung holds a panel, 256/K, and moves about as many, 10 for the
     panels and 4 D/256 for E and dE. It can be differentiated once.
     """
-    _check(hidden, embedding, bias, targets)
-    return _Fused.apply(hidden, embedding, bias, targets)
+    targets = _check(Tensor, hidden, embedding, bias, targets)
+    return require.loss(stream.differentiable(_Fused, hidden, embedding, bias, targets), hidden=hidden)
 
 
 class _Fused(stream.GradientsFromForward):
@@ -157,13 +174,13 @@ class _Fused(stream.GradientsFromForward):
         masked = (targets != IGNORE).nonzero()[:, 0]  # (K,)
         K, V = len(masked), len(embedding)
         all_masked = len(hidden) == K
-        h, E, b = stream.working(hidden if all_masked else hidden[masked], embedding, bias)
+        h, E, b = working(hidden if all_masked else hidden[masked], embedding, bias)
         losses, slopes = h.new_zeros(K), b.new_zeros(V)
         dh, dE, _ = stream.accumulate(
             word_panel,
             h,
             E,
-            targets[masked].long(),
+            targets[masked],
             losses,
             slopes,
             bias=b,

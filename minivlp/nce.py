@@ -36,11 +36,13 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
+from minivlp.core.precision import working, working_np
 
 
-def _check(score_data, score_noise, logp_data, logp_noise) -> tuple[int, int]:
+def _check(library, score_data, score_noise, logp_data, logp_noise) -> tuple[int, int]:
     """Refuse what is not `score_data, logp_data (B,)`, `score_noise, logp_noise (B, K)`; return B and K."""
     sizes = require.shapes(
+        library,
         score_data=(score_data, "B"),
         score_noise=(score_noise, "B K"),
         logp_data=(logp_data, "B"),
@@ -50,7 +52,19 @@ def _check(score_data, score_noise, logp_data, logp_noise) -> tuple[int, int]:
         require.fail("score_data", "must hold at least one sample of data", tuple(score_data.shape))
     if sizes["K"] < 1:
         require.fail("score_noise", "must hold at least one sample of noise", tuple(score_noise.shape))
-    require.floats(score_data=score_data, score_noise=score_noise, logp_data=logp_data, logp_noise=logp_noise)
+    # A density of 0 is a score of −∞, but −∞ − (−∞) says nothing.
+    require.floats(
+        infinite=True,
+        score_data=score_data,
+        score_noise=score_noise,
+        logp_data=logp_data,
+        logp_noise=logp_noise,
+    )
+    for name, score, logp in (("data", score_data, logp_data), ("noise", score_noise, logp_noise)):
+        with np.errstate(invalid="ignore"):
+            odds = score.sum() - logp.sum()  # NaN where a log-odds is
+        if bool(odds != odds) and bool(((score == logp) & (abs(score) == math.inf)).any()):
+            require.fail(f"score_{name}", f"must differ from logp_{name} where both are infinite", "a sample")
     return sizes["B"], sizes["K"]
 
 
@@ -60,30 +74,32 @@ def nce_np(score_data: np.ndarray, score_noise: np.ndarray, logp_data: np.ndarra
     score_data (B,), score_noise (B, K) the model's log-densities, normalised or not; logp_data (B,),
     logp_noise (B, K) the noise log-densities of the same samples; all in nats.
     Returns `(loss, (d score_data, d score_noise, d logp_data, d logp_noise))`.
-    Raises ValueError on bad shapes, dtypes or NaN, and when B or K is 0.
+    Raises ValueError on bad shapes, mixed dtypes or NaN, when B or K is 0, when a score and its log-density
+    are infinite and equal, and when the loss is not finite.
     """
-    B, K = _check(score_data, score_noise, logp_data, logp_noise)
-    h_data = score_data - logp_data - math.log(K)  # (B,)
-    h_noise = score_noise - logp_noise - math.log(K)  # (B, K)
+    B, K = _check(np.ndarray, score_data, score_noise, logp_data, logp_noise)
+    h_data = np.subtract(*working_np(score_data, logp_data)) - math.log(K)  # (B,)
+    h_noise = np.subtract(*working_np(score_noise, logp_noise)) - math.log(K)  # (B, K)
     # softplus(t) = log(1 + exp(t)) = logaddexp(0, t), which never forms exp of a large number.
     loss = (np.logaddexp(0, -h_data).sum() + np.logaddexp(0, h_noise).sum()) / B
     # softplus' = σ, and σ(t) = exp(−softplus(−t)) keeps every digit of a small σ; −h brings the minus.
     dh_data = -np.exp(-np.logaddexp(0, h_data)) / B  # (B,)
     dh_noise = np.exp(-np.logaddexp(0, -h_noise)) / B  # (B, K)
     # h = score − logp − log K, so the score receives dh and the noise density −dh.
-    return float(loss), (dh_data, dh_noise, -dh_data, -dh_noise)
+    return require.loss(loss, score_data=score_data), (dh_data, dh_noise, -dh_data, -dh_noise)
 
 
 def nce(score_data: Tensor, score_noise: Tensor, logp_data: Tensor, logp_noise: Tensor) -> Tensor:
     """Noise-contrastive estimation: scores and noise log-densities, (B,) at data, (B, K) at noise → scalar.
 
-    Raises ValueError on bad shapes, dtypes or NaN, and when B or K is 0.
+    Errors as in `nce_np`. Half precisions are added up in float32.
     """
-    _, K = _check(score_data, score_noise, logp_data, logp_noise)
-    h_data = score_data - logp_data - math.log(K)  # (B,)
-    h_noise = score_noise - logp_noise - math.log(K)  # (B, K)
+    _, K = _check(Tensor, score_data, score_noise, logp_data, logp_noise)
+    h_data = torch.sub(*working(score_data, logp_data)) - math.log(K)  # (B,)
+    h_noise = torch.sub(*working(score_noise, logp_noise)) - math.log(K)  # (B, K)
     # −softplus(−h) = logsigmoid(h), and exact: torch's softplus is a straight line above 20.
-    return -(F.logsigmoid(h_data) + F.logsigmoid(-h_noise).sum(1)).mean()
+    loss = -(F.logsigmoid(h_data) + F.logsigmoid(-h_noise).sum(1)).mean()
+    return require.loss(loss, score_data=score_data)
 
 
 # The fused rung makes the slopes beside the loss, one block of scores after another, so that a block passes
@@ -96,8 +112,9 @@ def nce_fused(score_data: Tensor, score_noise: Tensor, logp_data: Tensor, logp_n
     In units of B·K numbers the plain rung writes or reads some 20, an array for every operation and its
     gradient; this one reads 2, writes 1 and keeps it, as both gradients are dL/dh but for the sign.
     """
-    _check(score_data, score_noise, logp_data, logp_noise)
-    return _Fused.apply(score_data, score_noise, logp_data, logp_noise)
+    _check(Tensor, score_data, score_noise, logp_data, logp_noise)
+    loss = stream.differentiable(_Fused, score_data, score_noise, logp_data, logp_noise)
+    return require.loss(loss, score_data=score_data)
 
 
 class _Fused(torch.autograd.Function):
@@ -129,7 +146,7 @@ def _walk(sign: int, slopes: Tensor, score: Tensor, logp: Tensor, K: int) -> Ten
     """Σ softplus(sign · h) / B over (B, n) samples, and slopes (B, n) its derivatives by h."""
     total, rows = 0.0, max(1, BLOCK // score.shape[1])
     for slope, s, p in zip(*(z.split(rows) for z in (slopes, score, logp)), strict=True):
-        t = torch.sub(*stream.working(s, p)).sub_(math.log(K)).mul_(sign)
+        t = torch.sub(*working(s, p)).sub_(math.log(K)).mul_(sign)
         total = total - F.logsigmoid(-t).sum()
         slope.copy_(t.sigmoid_().mul_(sign / len(score)))
     return total / len(score)

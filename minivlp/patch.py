@@ -115,8 +115,14 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Raises ValueError on bad shapes, dtypes or NaN, and when H or W is not a multiple of p.
     """
-    p = _check(images, weight, bias)
-    return to_patches(images, p) @ weight.reshape(len(weight), -1).T + bias  # (B, N, D)
+    _check(images, weight, bias)
+    return embed(images, weight, bias)
+
+
+def embed(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`patch_embed`, unchecked, and with a bias or without: what the models call."""
+    out = _cut(images, weight.shape[-1]) @ weight.flatten(1).T  # (B, N, D)
+    return out if bias is None else out + bias
 
 
 def patch_embed_fused(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -128,11 +134,6 @@ def patch_embed_fused(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     p = _check(images, weight, bias)
     return F.conv2d(images, weight, bias, stride=p).flatten(2).mT  # (B, D, rows, columns) → (B, N, D)
-
-
-def embed(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`patch_embed` in torch's kernel, with or without a bias, and unchecked."""
-    return F.linear(_cut(images, weight.shape[-1]), weight.flatten(1), bias)  # (B, N, D)
 
 
 class PatchEmbed(torch.nn.Module):

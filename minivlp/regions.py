@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.core.precision import working, working_np
 
 
 def patches_touched(boxes: np.ndarray, patch: int, height: int, width: int) -> np.ndarray:
@@ -35,10 +36,11 @@ def patches_touched(boxes: np.ndarray, patch: int, height: int, width: int) -> n
     `patch`. Columns floor(x1/p) to ceil(x2/p) − 1 and rows likewise; a box without area touches the patch
     that it lies in. Raises ValueError for bad shapes, swapped corners, boxes that reach outside, and NaN.
     """
-    require.shapes(boxes=(boxes, "R 4"))
+    require.shapes(np.ndarray, boxes=(boxes, "R 4"))
     if patch < 1 or height < patch or width < patch or height % patch or width % patch:
         require.fail("patch", f"must divide the height and width {height} × {width}", patch)
-    low, high, ends = boxes[:, :2], boxes[:, 2:], np.array([width, height])
+    corners = boxes.astype(np.float64)  # what is unsigned has no −x
+    low, high, ends = corners[:, :2], corners[:, 2:], np.array([width, height])
     if not ((low >= 0) & (low <= high) & (high <= ends)).all():
         rule = f"must have 0 ≤ x1 ≤ x2 ≤ {width} and 0 ≤ y1 ≤ y2 ≤ {height}"
         wrong = boxes[~((low >= 0) & (low <= high) & (high <= ends)).all(1)][0]
@@ -51,8 +53,8 @@ def patches_touched(boxes: np.ndarray, patch: int, height: int, width: int) -> n
     return (down[:, :, None] & across[:, None, :]).reshape(len(boxes), -1)
 
 
-def _check(patches, inside) -> None:
-    require.shapes(patches=(patches, "R N D"), inside=(inside, "R N"))
+def _check(library, patches, inside) -> None:
+    require.shapes(library, patches=(patches, "R N D"), inside=(inside, "R N"))
     require.floats(patches=patches)
     require.mask("inside", inside, whole_rows=True)
 
@@ -62,10 +64,11 @@ def region_tokens_np(patches: np.ndarray, inside: np.ndarray, grad: np.ndarray |
 
     patches (R, N, D), inside (R, N) bool with a True in every row; grad (R, 1+K, D) the upstream gradient
     (None = ones), K the most patches of a region. Returns `(tokens (R, 1+K, D), (d patches,))`, zeros where
-    `region_mask` is False. Raises ValueError on bad shapes, dtypes, NaN and a region without patches.
+    `region_mask` is False. Raises ValueError on bad shapes, dtypes, NaN, infinities and a region without
+    patches.
     """
-    _check(patches, inside)
-    R, _, D = patches.shape
+    _check(np.ndarray, patches, inside)
+    (patches,), (R, _, D) = working_np(patches), patches.shape
     tokens = np.zeros((R, 1 + inside.sum(1).max(initial=0), D), patches.dtype)
     G = np.ones_like(tokens) if grad is None else grad
     dpatches = np.zeros_like(patches)
@@ -79,14 +82,15 @@ def region_tokens_np(patches: np.ndarray, inside: np.ndarray, grad: np.ndarray |
 
 def region_tokens(patches: Tensor, inside: Tensor) -> Tensor:
     """Regions as tokens: patches (R, N, D), inside (R, N) bool → (R, 1+K, D); see `region_tokens_np`."""
-    _check(patches, inside)
+    _check(Tensor, patches, inside)
     count = inside.sum(1)  # (R,)
     K = int(count.max()) if len(count) else 0
     order = (~inside).int().argsort(dim=1, stable=True)[:, :K]  # patches inside first, in their order
     packed = patches.gather(1, order[..., None].expand(-1, -1, patches.shape[-1]))  # (R, K, D)
     packed = packed.masked_fill(~region_mask(inside)[:, 1:, None], 0)
-    mean = packed.sum(1, keepdim=True) / count[:, None, None].to(packed.dtype)  # (R, 1, D)
-    return torch.cat([mean, packed], 1)
+    (whole,) = working(packed)
+    mean = whole.sum(1, keepdim=True) / count[:, None, None].to(whole.dtype)  # (R, 1, D)
+    return torch.cat([mean.to(packed.dtype), packed], 1)
 
 
 def region_mask(inside: Tensor) -> Tensor:

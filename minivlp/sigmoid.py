@@ -37,16 +37,17 @@ from torch.autograd.function import once_differentiable
 
 from minivlp import stream
 from minivlp.core import require
+from minivlp.core.precision import at_least_float32, working, working_np
 
 
-def _check(images, texts, scale, bias) -> int:
+def _check(library, images, texts, scale, bias) -> int:
     """Refuse other than images, texts (B, D) with B ≥ 1, `scale` > 0 and a finite `bias`; return B."""
-    sizes = require.shapes(images=(images, "B D"), texts=(texts, "B D"))
+    sizes = require.shapes(library, images=(images, "B D"), texts=(texts, "B D"))
     if sizes["B"] < 1:
         require.fail("images", "must hold at least one pair", tuple(images.shape))
     require.floats(images=images, texts=texts)
-    require.positive(scale=scale)
-    require.finite(bias=bias)
+    require.positive(library, scale=scale)
+    require.finite(library, bias=bias)
     return sizes["B"]
 
 
@@ -55,10 +56,11 @@ def sigmoid_loss_np(images: np.ndarray, texts: np.ndarray, scale: float, bias: f
 
     images (B, D) and texts (B, D), row i of one the partner of row i of the other; scale = 1/τ > 0; bias
     finite. Returns `(loss in nats, (dimages, dtexts, dscale, dbias))`. Raises ValueError on bad
-    shapes, dtypes, NaN, B = 0, scale ≤ 0 or a bias that is not finite.
+    shapes, mixed dtypes, NaN, infinities, B = 0, scale ≤ 0 and scores that overflow.
     """
-    B = _check(images, texts, scale, bias)
-    cosines = images @ texts.T  # (B, B)
+    B = _check(np.ndarray, images, texts, scale, bias)
+    x, y = working_np(images, texts)
+    cosines = x @ y.T  # (B, B)
     S = scale * cosines + bias
     z = 2 * np.eye(B) - 1  # (B, B)
     # softplus(t) = log(1 + exp(t)) = logaddexp(0, t), which never forms exp of a large number.
@@ -67,22 +69,24 @@ def sigmoid_loss_np(images: np.ndarray, texts: np.ndarray, scale: float, bias: f
     G = -z * np.exp(-np.logaddexp(0, z * S)) / B  # (B, B)
     # S_ij = scale Σ_d x_id y_jd + bias, so a factor's gradient is G times the other factors, summed over the
     # rest.
-    dimages = scale * G @ texts  # (B, D)
-    dtexts = scale * G.T @ images  # (B, D)
+    dimages = scale * G @ y  # (B, D)
+    dtexts = scale * G.T @ x  # (B, D)
     dscale = (G * cosines).sum()
     dbias = G.sum()
-    return float(loss), (dimages, dtexts, dscale, dbias)
+    return require.loss(loss, images=images), (dimages, dtexts, dscale, dbias)
 
 
 def sigmoid_loss(images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
     """The sigmoid loss: images (B, D), texts (B, D), scale = 1/τ > 0, bias → scalar in nats.
 
-    Raises ValueError on bad shapes, dtypes, NaN, B = 0, scale ≤ 0 or a bias that is not finite.
+    Errors as in `sigmoid_loss_np`. Half precisions are added up in float32, also under autocast.
     """
-    B = _check(images, texts, scale, bias)
-    S = scale * images @ texts.T + bias  # (B, B)
-    z = 2 * torch.eye(B, dtype=S.dtype, device=S.device) - 1  # (B, B)
-    return -F.logsigmoid(z * S).sum() / B
+    B = _check(Tensor, images, texts, scale, bias)
+    with at_least_float32(images, texts) as (x, y):
+        S = scale * x @ y.T + bias  # (B, B)
+        z = 2 * torch.eye(B, dtype=S.dtype, device=S.device) - 1  # (B, B)
+        loss = -F.logsigmoid(z * S).sum() / B
+    return require.loss(loss, images=images)
 
 
 class SigmoidLoss(torch.nn.Module):
@@ -118,8 +122,9 @@ def sigmoid_loss_ring(
     Raises ValueError, on every rank, when any rank holds what `sigmoid_loss` refuses or shards differ in
     shape.
     """
-    require.on_every_rank(lambda: _check(images, texts, scale, bias), "images", images, group)
-    return _Ring.apply(images, texts, scale, bias, group)
+    require.on_every_rank(lambda: _check(Tensor, images, texts, scale, bias), "images", images, group)
+    loss = stream.differentiable(_Ring, images, texts, scale, bias, group)
+    return require.loss(loss, images=images)
 
 
 class _Ring(torch.autograd.Function):
@@ -128,20 +133,21 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, texts, scale, bias, group):
         b, B = len(images), len(images) * dist.get_world_size(group)
-        loss, dscale, dbias = images.new_zeros(3)
-        dimages = torch.zeros_like(images)  # (b, D)
+        x, y = working(images, texts)
+        loss, dscale, dbias = x.new_zeros(3)
+        dimages = torch.zeros_like(x)  # (b, D)
         # A shard of texts travels together with its gradient, to which every rank adds its share.
-        parcel = torch.stack([texts, torch.zeros_like(texts)])  # (2, b, D)
-        z = 2 * torch.eye(b, dtype=images.dtype, device=images.device) - 1  # (b, b)
+        parcel = torch.stack([y, torch.zeros_like(y)])  # (2, b, D)
+        z = 2 * torch.eye(b, dtype=x.dtype, device=x.device) - 1  # (b, b)
         for _ in range(dist.get_world_size(group)):
             visiting, dvisiting = parcel
-            cosines = images @ visiting.T  # (b, b)
+            cosines = x @ visiting.T  # (b, b)
             S = scale * cosines + bias
             loss -= F.logsigmoid(z * S).sum() / B
             # The gradient of sigmoid_loss_np, for one of its blocks.
             G = -z * torch.sigmoid(-z * S) / B  # (b, b)
             dimages += scale * G @ visiting
-            dvisiting += scale * G.T @ images
+            dvisiting += scale * G.T @ x
             dscale += (G * cosines).sum()
             dbias += G.sum()
             # Texts that come from another rank have no partner here: every pair is a negative.
@@ -189,8 +195,8 @@ def sigmoid_loss_fused(images: Tensor, texts: Tensor, scale: float | Tensor, bia
     and from memory, S, z and what autograd makes of them; this one moves rows of Y and dY, 4 D/512 in all, as
     its tiles stay in the cache. It can be differentiated once. Arguments and errors as in `sigmoid_loss`.
     """
-    _check(images, texts, scale, bias)
-    return stream.dispatch(_Fused, images, texts, scale, bias, kernel=_kernel)
+    _check(Tensor, images, texts, scale, bias)
+    return require.loss(stream.dispatch(_Fused, images, texts, scale, bias, kernel=_kernel), images=images)
 
 
 def _kernel() -> Callable:
@@ -205,7 +211,7 @@ class _Fused(stream.GradientsFromForward):
     @staticmethod
     def forward(ctx, images, texts, scale, bias):
         B, scale, bias = len(images), float(scale), float(bias)
-        x, y = stream.working(images, texts)
+        x, y = working(images, texts)
         losses, slopes = x.new_zeros(2, B)
         dimages, dtexts, dscale = stream.accumulate(
             sigmoid_tile,

@@ -34,7 +34,16 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
-from minivlp.core.transport import LOG_ZERO, MIN_NORM, alignment_grads, cosines, sinkhorn_scaled
+from minivlp.core.precision import at_least_float32, working, working_np
+from minivlp.core.transport import (
+    LOG_ZERO,
+    LONG,
+    MIN_NORM,
+    alignment_grads,
+    cosines,
+    sinkhorn_scaled,
+    within_range,
+)
 
 
 def sinkhorn_np(
@@ -49,13 +58,14 @@ def sinkhorn_np(
     """The entropic transport plan (…, M, N) of cost (…, M, N), with exact row sums.
 
     a (…, M) and b (…, N) are the marginals, each summing to one; None is uniform over the real tokens (mask
-    True). eps > 0 is in units of cost. Raises ValueError on bad shapes, dtypes, NaN, infinite costs, an
-    all-False mask row, eps ≤ 0, and marginals that are negative, do not sum to one or put weight on padding.
+    True). eps > 0 is in units of cost. Raises ValueError on bad shapes, dtypes, NaN, infinities, an
+    all-False mask row, eps ≤ 0 or below the rounding of the costs, and marginals that are negative, do not
+    sum to one or put weight on padding.
     """
-    _check(cost, a, b, eps, iters, row_mask, col_mask)
+    _check(np.ndarray, cost, a, b, eps, iters, row_mask, col_mask)
     log_a = log_weights_np(a, row_mask, cost.shape[-2])  # (…, M)
     log_b = log_weights_np(b, col_mask, cost.shape[-1])  # (…, N)
-    K = -cost / eps  # (…, M, N)
+    K = -working_np(cost)[0] / eps  # (…, M, N)
     u = np.where(log_a > LOG_ZERO, 0.0, LOG_ZERO)
     for _ in range(iters):
         v = log_b - logsumexp_np(K + u[..., None], -2)  # columns
@@ -77,8 +87,8 @@ def sinkhorn(
     Differentiable through every iteration, in memory for all of them; `sinkhorn_cost` holds the plan fixed
     instead. Half precisions are solved in float32, and the plan is returned in the dtype of the cost.
     """
-    _check(cost, a, b, eps, iters, row_mask, col_mask)
-    K = -solving(cost) / eps  # (…, M, N)
+    _check(Tensor, cost, a, b, eps, iters, row_mask, col_mask)
+    K = -working(cost)[0] / eps  # (…, M, N)
     log_a = log_weights(a, row_mask, K, -2)  # (…, M)
     log_b = log_weights(b, col_mask, K, -1)  # (…, N)
     u = torch.where(log_a > LOG_ZERO, 0.0, LOG_ZERO).to(K.dtype)
@@ -111,34 +121,40 @@ def logsumexp_np(x: np.ndarray, axis: int) -> np.ndarray:
     return np.log(np.exp(x - top).sum(axis)) + top.squeeze(axis)
 
 
-def solving(cost: Tensor) -> Tensor:
-    """The cost in the precision of the solver: half precisions are solved in float32."""
-    return cost.float() if torch.finfo(cost.dtype).bits < 32 else cost
+def _check(library, cost, a, b, eps, iters, row_mask, col_mask) -> None:
+    check_cost(library, cost, row_mask, col_mask, iters, eps=eps)
+    _check_marginals(library, tuple(cost.shape), a, b, row_mask, col_mask)
 
 
-def _check(cost, a, b, eps, iters, row_mask, col_mask) -> None:
-    check_cost(cost, row_mask, col_mask, iters)
-    _check_marginals(tuple(cost.shape), a, b, eps, row_mask, col_mask)
-
-
-def _check_marginals(shape, a, b, eps, row_mask=None, col_mask=None) -> None:
-    require.positive(eps=eps)
+def _check_marginals(library, shape, a, b, row_mask=None, col_mask=None) -> None:
     for name, weights, mask, axis in (("a", a, row_mask, -2), ("b", b, col_mask, -1)):
         if weights is not None:
+            require.of_library(library, name, weights)
             check_weights(name, weights, mask, shape[:-2], shape[axis])
 
 
-def check_cost(cost, row_mask, col_mask, iters: int) -> None:
-    """Refuse what is not a finite `cost (…, M, N)`, masks that do not fit it, and iters < 1."""
-    sizes = require.shapes(cost=(cost, "… M N"))
+def check_cost(library, cost, row_mask, col_mask, iters: int, **temperature: float) -> None:
+    """Refuse what is not a finite `cost (…, M, N)`, unfit masks, iters < 1 and a bad temperature."""
+    sizes = require.shapes(library, cost=(cost, "… M N"))
     require.floats(cost=cost)
     if sizes["M"] * sizes["N"] == 0:
         require.fail("cost", "must have at least one row and one column", tuple(cost.shape))
-    if bool((abs(cost) == float("inf")).any()):
-        require.fail("cost", "must be finite", "an infinite entry")
-    require.token_mask("row_mask", row_mask, tuple(cost.shape[:-2]), sizes["M"])
-    require.token_mask("col_mask", col_mask, tuple(cost.shape[:-2]), sizes["N"])
+    require.token_mask("row_mask", row_mask, cost)
+    require.token_mask("col_mask", col_mask, cost.swapaxes(-1, -2))
     check_iters(iters)
+    real = cost if row_mask is None else cost * row_mask[..., None]  # padding may cost anything
+    check_temperature(real if col_mask is None else real * col_mask[..., None, :], cost.dtype, **temperature)
+
+
+def check_temperature(costs, dtype, **temperature: float) -> None:
+    """Refuse a temperature `name=value` that is not > 0, or at which the rounding of C/ε decides the plan."""
+    require.positive(**temperature)
+    ((name, value),) = temperature.items()
+    rounding = 2.0**-52 if "float64" in str(dtype) else 2.0**-23
+    if bool((abs(costs) > value / rounding).any()):
+        require.fail(
+            name, f"must be at least the rounding of the costs, {rounding:.2g} of the largest", value
+        )
 
 
 def check_iters(iters: int) -> None:
@@ -154,17 +170,23 @@ def check_weights(name: str, weights, mask, leading: tuple[int, ...], length: in
         require.fail(name, "must not be negative", float(weights.min()))
     finfo = torch.finfo if isinstance(weights, Tensor) else np.finfo
     total = weights.sum(-1)
-    off = float(abs(total - 1).max()) if total.size != 0 else 0.0
+    off = float(abs(total - 1).max()) if 0 not in total.shape else 0.0
     if off > max(1e-6, length * float(finfo(weights.dtype).eps)):
         require.fail(name, "must sum to one", f"a sum that is off by {off:.3g}")
     if mask is not None and bool(((weights > 0) & ~mask).any()):
         require.fail(name, "must be zero where the mask is False", "weight on a padded token")
 
 
+LARGEST = np.float64(2)  # 1 − cos is no larger
+
+
 def unit_np(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of x (…, D) divided by max(‖row‖, 1e-5); returns the rows and those divisors (…, 1)."""
+    top = abs(x).max(-1, keepdims=True, initial=0)
+    part = np.where(top > LONG, top, 1).astype(x.dtype)  # what is longer would leave the range when squared
+    x = x / part
     length = np.maximum(np.sqrt((x * x).sum(-1, keepdims=True)), MIN_NORM)
-    return x / length, length
+    return x / length, part * length
 
 
 def unit_grad_np(unit: np.ndarray, length: np.ndarray, grad: np.ndarray) -> np.ndarray:
@@ -182,8 +204,8 @@ def unit(x: Tensor) -> Tensor:
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """cos between rows: x (…, M, D), y (…, N, D) → (…, M, N), in float32 at least, also under autocast."""
-    with torch.autocast(x.device.type, enabled=False):  # a cosine rounded to 8 bits is a different plan
-        return unit(solving(x)) @ unit(solving(y)).mT
+    with at_least_float32(*within_range(x, y)) as (x, y):  # a cosine rounded to 8 bits is a different plan
+        return unit(x) @ unit(y).mT
 
 
 def sinkhorn_cost_np(
@@ -200,8 +222,8 @@ def sinkhorn_cost_np(
     gradient. Returns `(value, (d x, d y))`; the value lies in [0, 2]. Raises ValueError as `sinkhorn_np`
     does.
     """
-    _check_rows(x, y)
-    (p, x_length), (q, y_length) = unit_np(x), unit_np(y)
+    _check_rows(np.ndarray, x, y, eps)
+    (p, x_length), (q, y_length) = map(unit_np, working_np(x, y))
     C = 1 - p @ q.T  # (M, N)
     T = sinkhorn_np(C, a, b, eps, iters)
     # value = Σ_ij T_ij (1 − p_i · q_j) with T a constant, so dp_i = −Σ_j T_ij q_j and dq_j = −Σ_i T_ij p_i.
@@ -219,16 +241,17 @@ def sinkhorn_cost(
     iters: int = 100,
 ) -> Tensor:
     """⟨sg(T), C⟩ with C = 1 − cos: x (M, D), y (N, D) → scalar; otherwise as `sinkhorn_cost_np`."""
-    _check_rows(x, y)
+    _check_rows(Tensor, x, y, eps)
     C = 1 - cosine(x, y)  # (M, N)
     with torch.no_grad():
         T = sinkhorn(C, a, b, eps, iters)
     return (T * C).sum().to(x.dtype)
 
 
-def _check_rows(x, y) -> None:
-    require.shapes(x=(x, "M D"), y=(y, "N D"))
+def _check_rows(library, x, y, eps) -> None:
+    require.shapes(library, x=(x, "M D"), y=(y, "N D"))
     require.tokens(("x", x, "", None), ("y", y, "", None))
+    check_temperature(LARGEST, x.dtype, eps=eps)
 
 
 # The fused rung scales the kernel exp(−C/ε) by vectors, without logarithms, where the exponents of the dtype
@@ -249,30 +272,28 @@ def sinkhorn_cost_fused(
     In units of M·N numbers an iteration of the plain rung reads and writes some 14, for two logsumexps of
     arrays that it makes; this one reads 1, because a block of rows is used for u and for the columns at once.
     """
-    _check_rows(x, y)
+    _check_rows(Tensor, x, y, eps)
     check_iters(iters)
-    _check_marginals((len(x), len(y)), a, b, eps)
-    return _Fused.apply(x, y, a, b, eps, iters)
+    _check_marginals(Tensor, (len(x), len(y)), a, b)
+    return stream.differentiable(_Fused, *within_range(x, y), a, b, eps, iters)
 
 
 class _Fused(stream.GradientsFromForward):
     @staticmethod
     def forward(ctx, x, y, a, b, eps, iters):
-        with torch.autocast(x.device.type, enabled=False):
-            p, q = stream.working(x, y)
-            S, per_x, per_y = cosines(p, q)  # (M, N), (M, 1), (N, 1)
-            require.floats(cost=S)
-            a, b = (
-                S.new_full((n,), 1 / n) if weights is None else weights.to(S.dtype)
-                for weights, n in ((a, len(x)), (b, len(y)))
-            )
-            top = S.max()
-            log_kernel = S.sub_(top).div_(eps)  # −C/ε but for a constant, which the scalings absorb
-            T = sinkhorn_scaled(log_kernel, a[:, None], b[None], iters)
-            T_cos = log_kernel.mul_(eps).add_(top).mul_(T)  # T · cos
-            value = (T.sum(1) - T_cos.sum(1)).sum()
-            gradients = alignment_grads(T, T_cos, p, q, per_x, per_y, ctx.needs_input_grad)
-            ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g in gradients))
+        p, q = working(x, y)
+        S, per_x, per_y = cosines(p, q)  # (M, N), (M, 1), (N, 1)
+        a, b = (
+            S.new_full((n,), 1 / n) if weights is None else weights.to(S.dtype)
+            for weights, n in ((a, len(x)), (b, len(y)))
+        )
+        top = S.max()
+        log_kernel = S.sub_(top).div_(eps)  # −C/ε but for a constant, which the scalings absorb
+        T = sinkhorn_scaled(log_kernel, a[:, None], b[None], iters)
+        T_cos = log_kernel.mul_(eps).add_(top).mul_(T)  # T · cos
+        value = (T.sum(1) - T_cos.sum(1)).sum()
+        gradients = alignment_grads(T, T_cos, p, q, per_x, per_y, ctx.needs_input_grad)
+        ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g in gradients))
         return value.to(x.dtype)
 
 

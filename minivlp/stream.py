@@ -35,6 +35,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from minivlp.core.precision import working  # noqa: F401, attention.py takes it from here
+from minivlp.core.require import fail
+
 # Rows and columns of a tile: two tiles of float32 are 4 MB. Larger ones leave the caches before the step has
 # read them, smaller ones slow the products down.
 TILE = (512, 1024)
@@ -108,7 +111,7 @@ def _tiles(
                 rows, columns = (*place, *row), (*place, *column)
                 left, right = x[rows], y[columns].mT
                 shape = (*left.shape[:-1], right.shape[-1])  # the last of a row or column may be smaller
-                S, scratch = memory[:, : left[..., 0].numel() * right.shape[-1]].unflatten(1, shape)
+                S, scratch = memory[:, : left.shape[:-1].numel() * right.shape[-1]].unflatten(1, shape)
                 _product(S, left, right, scale)
                 if isinstance(bias, Tensor):
                     S.add_(bias[column])
@@ -129,15 +132,26 @@ def _product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, add:
     multiply(into, left, right, beta=float(add), alpha=scale, out=into)
 
 
-def working(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the precision of the walk: half precisions are multiplied and added up in float32."""
-    return tuple(t.float() if torch.finfo(t.dtype).bits < 32 else t for t in tensors)
-
-
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
     """⟨xᵢ, yᵢ⟩ (…,) of the rows of x and y (…, D), in their own precision also under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.linalg.vecdot(x, y)
+
+
+def differentiable(function: type[torch.autograd.Function], *inputs: object) -> object:
+    """What `function.apply(*inputs)` returns: how every fused rung calls its autograd function.
+
+    Autocast is off inside, since it knows nothing of gradients made by hand. Under `torch.no_grad` no
+    gradient is wanted, whatever the inputs say. Raises ValueError under the transforms of torch.func, which
+    would differentiate what is made by hand.
+    """
+    if torch._C._are_functorch_transforms_active():
+        fail("torch.func", "must be given the plain rung", "a fused one, whose gradient is made by hand")
+    if not torch.is_grad_enabled():
+        inputs = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
+    device = next(t.device.type for t in inputs if isinstance(t, Tensor))
+    with torch.autocast(device, enabled=False):
+        return function.apply(*inputs)
 
 
 class GradientsFromForward(torch.autograd.Function):
@@ -146,12 +160,6 @@ class GradientsFromForward(torch.autograd.Function):
     Saved gradients match the first inputs, in their order; later inputs get None. A gradient that is not
     needed may be saved as None.
     """
-
-    @classmethod
-    def apply(cls, *inputs):
-        if not torch.is_grad_enabled():  # then no gradient is needed, whatever the inputs say
-            inputs = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
-        return super().apply(*inputs)
 
     @staticmethod
     def backward(ctx, upstream):
@@ -187,8 +195,8 @@ def dispatch(
     called only when the kernel is chosen, because Triton may be absent. `unfit` is as in `choose_backend`.
     """
     if choose_backend(*inputs, unfit=unfit)[0] == "kernels":
-        return _OnKernels.apply(kernel(), *inputs)
-    return tiles.apply(*inputs)
+        return differentiable(_OnKernels, kernel(), *inputs)
+    return differentiable(tiles, *inputs)
 
 
 class _OnKernels(GradientsFromForward):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivlp import patch
+from tests.held import held, keeps_no_matrix, same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 
@@ -68,6 +69,22 @@ def takes_tensors_too(f, case):
     patches = f(torch.from_numpy(images), p)
     assert isinstance(patches, torch.Tensor), "a tensor came in, something else came out"
     close(patches, f(images, p))
+
+
+@law("patch_embed", hint="float32 comes in, float32 goes out.")
+@given(case=cases())
+def float32_is_enough(f, case):
+    same_in_float32(f, case, near=1e-5)
+
+
+@law("patch_embed", hint="Read the pixels where they lie: a window that slides by p copies no patch.")
+def no_patch_is_copied(f):
+    rng = np.random.default_rng(0)
+    images, weight, bias = case = tuple(rng.standard_normal(n) for n in ((2, 3, 64, 64), (4, 3, 8, 8), (4,)))
+    most = 2 * (weight.size + bias.size)
+    if keeps_no_matrix(f, case, {}, images.size, "the pixels", most):
+        made = held(f.function, *case).forward
+        assert made < images.size // 4, f"makes an array of {made:,} numbers; the pixels are {images.size:,}"
 
 
 test_laws = obeys(patch)

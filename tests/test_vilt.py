@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minivlp import attention, patch, transformer
 from minivlp.core import require
 from minivlp.models.vilt import Vilt, ViltConfig, load_vilt, resize_positions
 
@@ -188,6 +189,19 @@ def test_a_batch_is_looked_at_once(monkeypatch):
         tiny(layers=layers).encode(*batch())
         counts.append(list(checks))
     assert counts[0] == counts[1] and counts[0].count("floats") == 1  # NaN is looked for in the pixels
+
+
+@pytest.mark.parametrize(
+    "family, concept, caller", [("attention", attention, transformer), ("patch_embed", patch, patch)]
+)
+def test_the_models_call_the_cores(family, concept, caller, monkeypatch):
+    """`chapters train --use` puts a learner's function in the place of a core: the model then calls it."""
+    core, calls = concept.CORES[family], []
+    assert getattr(caller, core.__name__) is core
+    monkeypatch.setattr(caller, core.__name__, lambda *a, **k: (calls.append(a), core(*a, **k))[1])
+    ids, mask, pixels, _ = batch()
+    tiny(layers=3).encode(ids, mask, pixels)
+    assert len(calls) == {"attention": 3, "patch_embed": 1}[family]
 
 
 def test_resized_positions_keep_their_corners():

@@ -18,10 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minivlp.core.precision import working
+
 # The log-weight of a token of weight 0. Finite, because −inf − (−inf) is NaN; its exp is exactly 0.
 LOG_ZERO = -1e30
 # A row shorter than this is divided by it instead of by its length, so that a zero row stays zero.
 MIN_NORM = 1e-5
+# Rows with longer entries are scaled before they are squared: float32 has no 1e20².
+LONG = 2.0**32
 # Entries that are worked on together: a block of them stays in the cache from one operation to the next.
 BLOCK = 2**16
 
@@ -59,6 +63,22 @@ def log_sums(log_kernel: Tensor, u: Tensor, axis: int, power: int = 1) -> Tensor
     width = max(1, BLOCK // log_kernel.select(across, 0).numel())
     slabs = log_kernel.split(width, across)
     return torch.cat([torch.add(u, k, alpha=power).logsumexp(axis, keepdim=True) for k in slabs], across)
+
+
+def within_range(*sets: Tensor) -> tuple[Tensor, ...]:
+    """Token sets (…, D), rows with an entry above LONG divided by a power of two: cosines stay to the bit."""
+    return tuple(map(_within_range, sets))
+
+
+def _within_range(x: Tensor) -> Tensor:
+    if not x.numel():
+        return x
+    top = torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True)  # (…, 1)
+    if not bool((top > LONG).any()):
+        return x
+    (part,) = working(top)
+    exponent = torch.frexp(part).exponent.where(top > LONG, 0)
+    return x * torch.ldexp(torch.ones_like(part), -exponent).to(x.dtype)
 
 
 def cosines(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

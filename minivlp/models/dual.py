@@ -20,23 +20,20 @@ Left out: images of other sizes than the stored grid of positions; dropping of p
 and the vocabularies of the published models.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
 from minivlp.core import require
-from minivlp.core.files import whole_file
 from minivlp.models.parts import MapPool, check_text, mean_of_seen
 from minivlp.models.published import clip_siglip as weights
-from minivlp.models.published.safetensors import load_state, write_safetensors
+from minivlp.models.published.safetensors import filled, load_state, save_state
 from minivlp.patch import PatchEmbed, patches_a_side
 from minivlp.transformer import Encoder, key_mask, normal_init
 
@@ -285,13 +282,7 @@ def _load(form: weights.Form, source, heads, activation, eot) -> Dual:
     state, beside = load_state(source)
     tensors, spelling = weights.from_published(form, state)
     config = DualConfig(**weights.config_fields(form, tensors, spelling, beside, heads, activation, eot))
-    with torch.device("meta"):  # shapes only: no random numbers are drawn for weights that are replaced
-        model = Dual(config)
-    for name, empty in model.state_dict().items():
-        if tensors[name].shape != empty.shape:
-            require.fail(spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape))
-    model.to_empty(device="cpu").load_state_dict(tensors)
-    return model
+    return filled(lambda: Dual(config), tensors, spelling)
 
 
 def save_clip(model: Dual, folder: str | os.PathLike) -> None:
@@ -309,9 +300,4 @@ def save_siglip(model: Dual, folder: str | os.PathLike) -> None:
 
 def _save(form: weights.Form, model: Dual, folder: str | os.PathLike) -> None:
     settings = weights.hugging_face_config(form, model.config)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "config.json") as file:
-        file.write(json.dumps(settings, indent=2).encode())
-    state = weights.to_hugging_face(form, model.state_dict())
-    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+    save_state(folder, weights.to_hugging_face(form, model.state_dict()), settings)

@@ -15,19 +15,16 @@ row-major order; the masked-patch head, an ablation that did not help; copying I
 head and image type 1 into type 2.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from minivlp.core import require
-from minivlp.core.files import whole_file
 from minivlp.models.parts import (
     MaskedWords,
     MlmHead,
@@ -39,7 +36,7 @@ from minivlp.models.parts import (
 )
 from minivlp.models.published import vilt as vilt_weights
 from minivlp.models.published.pixels import vilt_pixels
-from minivlp.models.published.safetensors import load_state, write_safetensors
+from minivlp.models.published.safetensors import filled, load_state, save_state
 from minivlp.patch import PatchEmbed, check_pixels, patches_a_side
 from minivlp.transformer import Encoder, key_mask, normal_init
 
@@ -117,8 +114,8 @@ class Vilt(MaskedWords, nn.Module):
         ids (B, L) integers with [CLS] first; text_mask (B, L) bool, True = a word; pixels (B, 3, H, W)
         normalised, H and W multiples of the patch; pixel_mask (B, H, W) bool, True over the real pixels, a
         rectangle from the upper left corner (None = all real); image_type 1, or 2 for NLVR2's second picture.
-        first, at least 1: who reads the first words alone, 1 for "pooled" and L for "text", spares the last
-        block all others; "text" is then (B, first, D), and there is no "image".
+        first (1 to L) asks for the states of the first words alone, 1 where only "pooled" is read and L where
+        no patch is: the last block skips all other tokens, "text" is (B, first, D), and "image" is left out.
 
         Returns "text" (B, L, D), "image" (B, N+1, D) with the image [CLS] first and the patches row-major
         over the padded grid, "image_mask" (B, N+1) and "pooled" (B, D). A patch counts as real when its upper
@@ -253,15 +250,7 @@ def load_vilt(
         tensors["position"] = torch.cat([cls, square.flatten(0, 1)])
     if config.mlm_tied:
         tensors.pop("mlm.weight", None)
-    with torch.device("meta"):  # shapes only: no random numbers are drawn for weights that are replaced
-        model = Vilt(config)
-    for name, empty in model.state_dict().items():
-        if tensors[name].shape != empty.shape:
-            require.fail(
-                published.spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape)
-            )
-    model.to_empty(device="cpu").load_state_dict(tensors)
-    return model
+    return filled(lambda: Vilt(config), tensors, published.spelling)
 
 
 def save_vilt(model: Vilt, folder: str | os.PathLike) -> None:
@@ -269,9 +258,5 @@ def save_vilt(model: Vilt, folder: str | os.PathLike) -> None:
 
     Heads that Hugging Face does not have, or not together in one model, keep the original code's names.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = vilt_weights.to_hugging_face(model.state_dict())
-    with whole_file(folder / "config.json") as file:
-        file.write(json.dumps(vilt_weights.hugging_face_config(model.config), indent=2).encode())
-    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+    config = vilt_weights.hugging_face_config(model.config)
+    save_state(folder, vilt_weights.to_hugging_face(model.state_dict()), config)
