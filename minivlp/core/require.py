@@ -73,15 +73,20 @@ def floats(*, infinite: bool = False, **arrays: Any) -> None:
             fail(name, f"must have the dtype {arrays[first].dtype} of {first}", array.dtype)
         # One cheap pass: the sum is not finite when an entry is not. Large entries may have such a sum too,
         # hence the second look.
-        with np.errstate(all="ignore"):
-            total = _number(name, array.sum())
-        if math.isfinite(total):
+        if math.isfinite(_total(array)):
             continue
         if bool((array != array).any()):
             raise NotFinite(f"{name} must not contain NaN, got {int((array != array).sum())} NaN entries")
         endless = abs(array) == math.inf
         if not infinite and bool(endless.any()):
             raise NotFinite(f"{name} must be finite, got {int(endless.sum())} infinite entries")
+
+
+def _total(array: Any) -> float:
+    if isinstance(array, Tensor):
+        return float(array.detach().sum())
+    with np.errstate(all="ignore"):
+        return float(array.sum())
 
 
 def _meet_under_autocast(*tensors: Any) -> bool:
