@@ -5,10 +5,10 @@
 # picture?
 #
 # You solved it by comparing. For every picture you looked at every caption and asked how well the two fit:
-# sixteen comparisons, an array of four rows and four columns. Every objective of this course looks at such an
-# array, boils it down to one number, and sends one array of the same size back. Whoever understands that
-# array understands InfoNCE, the sigmoid loss, attention, optimal transport and the rest as variations of a
-# theme.
+# sixteen comparisons, an array of four rows and four columns. Most objectives of this course look at such an
+# array, boil it down to one number, and send one array of the same size back. InfoNCE, the sigmoid loss,
+# attention, optimal transport and masked words do. Matching (chapter 07) and boxes (chapter 19) have smaller
+# arrays.
 #
 # You need: Python, NumPy arrays, and the chain rule. Plan for two hours with the three exercises.
 
@@ -79,11 +79,12 @@ ax.set(xlabel="caption j", ylabel="picture i", xticks=range(4), yticks=range(4),
 fig.colorbar(image, ax=ax, label="nouns in common")
 plt.show()
 print("for each picture the caption with the largest score:", S.argmax(1), " truth:", np.argsort(shuffled))
+assert (S.max(1, keepdims=True) == S).sum() == 4 == (S.max(0) == S).sum()  # one best in each row and column
+assert (S.argmax(1) == np.argsort(shuffled)).all()
 
 # %% [markdown]
-# What to see: one bright cell in each row and each column. Reading off the largest score of each row answers
-# the question. Training, in this whole field, means changing $X$ and $Y$ until the right cells are the bright
-# ones.
+# What to see: one bright cell in each row and each column. The largest score of each row answers the
+# question. Training with such a matrix means changing $X$ and $Y$ until the right cells are the bright ones.
 #
 # ## Three by three, with numbers
 #
@@ -96,6 +97,7 @@ Y = np.array([[0.8, 0.6], [-0.6, 0.8], [1.0, 0.0]])
 scale, bias = 2.0, 0.0
 S = scale * X @ Y.T + bias
 print("X Yᵀ =\n", X @ Y.T, "\n\nS =\n", S)
+assert (S.argmax(1) != range(3)).all()  # no picture prefers its own caption
 
 # %% [markdown]
 # Row 0 says: picture 0 scores 1.6 with its own caption but 2.0 with caption 2. Picture 2 scores nothing at
@@ -112,6 +114,7 @@ print("X Yᵀ =\n", X @ Y.T, "\n\nS =\n", S)
 P = np.exp(S) / np.exp(S).sum(1, keepdims=True)
 loss = -np.log(P.diagonal()).mean()
 print("P =\n", P, f"\n\nL = {loss:.4f}; guessing among three would cost log 3 = {np.log(3):.4f}")
+assert loss > np.log(3)
 
 # %% [markdown]
 # ## What comes back: one matrix G
@@ -129,6 +132,7 @@ print("P =\n", P, f"\n\nL = {loss:.4f}; guessing among three would cost log 3 = 
 # %%
 G = (P - np.eye(3)) / 3
 print("G =\n", G, "\n\nrow sums:", G.sum(1).round(9) + 0)
+assert (G.diagonal() < 0).all() and (G[~np.eye(3, dtype=bool)] > 0).all() and np.abs(G.sum(1)).max() < 1e-12
 
 # %% [markdown]
 # $S$ was made from $X$, $Y$, $s$ and $b$, so the message has to travel on to them. This step is the same for
@@ -152,7 +156,23 @@ dX, dY = scale * G @ Y, scale * G.T @ X
 dscale, dbias = (G * (X @ Y.T)).sum(), G.sum()
 print("dX =\n", dX, "\n\ndY =\n", dY, f"\n\ndscale = {dscale:.4f}, dbias = {dbias:.4f}")
 
+fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharex=True, sharey=True, constrained_layout=True)
+for ax, rows, slope, name in ((axes[0], X, dX, "pictures"), (axes[1], Y, dY, "captions")):
+    for i, (row, down) in enumerate(zip(rows, -slope, strict=True)):
+        ax.annotate("", row, (0, 0), arrowprops={"arrowstyle": "->", "color": f"C{i}"})
+        ax.annotate(
+            "", row + down / 2, row, arrowprops={"arrowstyle": "->", "color": f"C{i}", "linestyle": ":"}
+        )
+        ax.plot([], [], color=f"C{i}", label=f"{name[:-1]} {i}")
+    ax.set(title=name, xlabel="first coordinate", xlim=(-0.9, 1.4), ylim=(-0.4, 1.25), aspect="equal")
+    ax.legend(fontsize=7, loc="lower left")
+axes[0].set_ylabel("second coordinate")
+plt.show()
+
 # %% [markdown]
+# What to see: arrows from the origin are the vectors, and a dotted arrow is half of the step downhill,
+# $-dX/2$ or $-dY/2$. Pair $i$ has one colour in both panels.
+#
 # Never believe a gradient that was not compared with something. Two comparisons, which the course makes
 # everywhere: the **slope** itself, $(L(X_{id} + h) - L(X_{id} - h)) / 2h$ for a small $h$, and PyTorch's
 # autograd, which has never seen our derivation.
@@ -174,6 +194,7 @@ x, y = torch.tensor(X, requires_grad=True), torch.tensor(Y)
 torch.nn.functional.cross_entropy(scale * x @ y.T, torch.arange(3)).backward()
 print(f"dX is within 1e-8 of the slopes:   {np.abs(dX - slopes).max() < 1e-8}")
 print(f"dX is within 1e-12 of autograd:    {np.abs(dX - x.grad.numpy()).max() < 1e-12}")
+assert np.abs(dX - slopes).max() < 1e-8 and np.abs(dX - x.grad.numpy()).max() < 1e-12
 
 # %% [markdown]
 # ## One matrix, many objectives
@@ -198,13 +219,18 @@ objectives = {
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.5), constrained_layout=True)
 axes[0].imshow(S, cmap="viridis")
 axes[0].set(title="S", xlabel="caption j", ylabel="picture i", xticks=range(3), yticks=range(3))
+received = {}
 for ax, (name, value) in zip(axes[1:], objectives.items(), strict=True):
     (g,) = torch.autograd.grad(value, T, retain_graph=True)
+    received[name] = g
     image = ax.imshow(g, cmap="coolwarm", vmin=-0.35, vmax=0.35)
     ax.set(title=f"G of {name}", xlabel="caption j", xticks=range(3), yticks=[])
     print(f"{name:<13} L = {value.item():+.4f}   sum of G = {g.sum().item():+.4f}")
 fig.colorbar(image, ax=axes, label="dL/dS: blue = raise, red = lower", shrink=0.9)
 plt.show()
+assert all((received[name].diagonal() < 0).all() for name in ("InfoNCE", "sigmoid loss"))
+assert received["InfoNCE"].sum().abs() < 1e-12 < 0.1 < received["sigmoid loss"].sum()
+assert (received["−Chamfer"] <= 0).all() and (received["−Chamfer"] < 0).sum() == 3
 
 # %% [markdown]
 # What to see: the first two raise the diagonal. InfoNCE spreads its red over a row and a column in proportion
@@ -216,6 +242,9 @@ plt.show()
 # by their length, which is one here, and has no scale of its own):
 
 # %%
+theirs = infonce.infonce_np(X, Y, scale)[0], sigmoid.sigmoid_loss_np(X, Y, scale, bias)[0]
+theirs = np.array([*theirs, -scale * chamfer.chamfer_np(X, Y)[0]])
+assert np.allclose(theirs, [value.item() for value in objectives.values()])
 print(f"infonce       {infonce.infonce_np(X, Y, scale)[0]:.4f}")
 print(f"sigmoid_loss  {sigmoid.sigmoid_loss_np(X, Y, scale, bias)[0]:.4f}")
 print(f"chamfer       {scale * chamfer.chamfer_np(X, Y)[0]:.4f}, times the scale")
@@ -239,6 +268,7 @@ for scores in (np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0]) * 300):
         naive = np.log(np.exp(scores).sum())
     shifted = scores.max() + np.log(np.exp(scores - scores.max()).sum())
     print(f"{scores}: naive {naive:.4f}, shifted {shifted:.4f}")
+assert np.isinf(naive) and shifted == 900
 
 # %% [markdown]
 # **Exercise 1** · `logsumexp_np` · difficulty 1 of 3 · 10 minutes. Open `chapters/exercises/sinkhorn.py`,
@@ -270,6 +300,7 @@ ax.axhline(0.7, color="black", linewidth=0.8, label="max")
 ax.set(xlabel="scale s (logarithmic)", ylabel="soft maximum", ylim=(0.6, 1.9))
 ax.legend()
 plt.show()
+assert (np.diff(soft) <= 1e-12).all() and (soft <= 0.7 + np.log(3) / s).all() and soft[-1] < 0.701
 
 # %% [markdown]
 # What to see: the curve falls onto the maximum and stays below the dotted bound all the way.
@@ -298,6 +329,7 @@ u, g = np.array([3.0, 4.0]), np.array([1.0, 0.0])
 unit = u / np.sqrt(u @ u)
 du = (g - unit * (unit @ g)) / np.sqrt(u @ u)
 print("û =", unit, "  du =", du, f"  along û: {abs(du @ unit):.3f}")
+assert abs(du @ unit) < 1e-12
 fig, ax = plt.subplots(figsize=(3.6, 2.6), constrained_layout=True)
 for vector, start, name, colour in (
     (unit, (0, 0), "û", "black"),
@@ -333,7 +365,7 @@ check("unit_np", "unit_grad_np")
 D = 512
 print(f"{'B':>7} {'X and Y':>10} {'S':>10}")
 for B in (256, 4096, 32768):
-    print(f"{B:>7} {2 * B * D * 4 / 2**20:>7.0f} MB {B * B * 4 / 2**20:>7.0f} MB")
+    print(f"{B:>7} {2 * B * D * 4 / 2**20:>7.0f} MB {B * B * 4 / 2**20:>7.2f} MB")
 
 # %% [markdown]
 # And a plain implementation keeps $S$, its two softmaxes and $G$ at the same time. But look again at what we
@@ -341,8 +373,8 @@ for B in (256, 4096, 32768):
 # from a score and two numbers, the normalisers of its row and its column. Nobody ever needs *all* of $S$ at
 # once. Chapter 17 walks over it in **tiles** and throws each away. So the losses of this course climb up to
 # three rungs: NumPy with the gradient by hand, plain PyTorch, and, where $S$ is the cost, *fused*: the same
-# value without $S$. Here are the last two of InfoNCE; the time is that of the machine that made this page,
-# forward and backward on one thread.
+# value without $S$. Here are the last two of InfoNCE at scale 14.3, where CLIP starts (chapter 12). The time
+# is that of the machine that made this page, forward and backward on one thread.
 
 # %% tags=["measured"]
 from time import perf_counter

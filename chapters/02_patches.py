@@ -84,6 +84,7 @@ for ax, cut in zip(axes, cuts, strict=True):
     ax.imshow(from_patches(out, p, 48, 48)[0].transpose(1, 2, 0))
     ax.set(title=cut.__name__.removeprefix("cut_").replace("_", " "), xticks=[], yticks=[])
     same = np.array_equal(np.sort(out, axis=None), np.sort(images, axis=None))
+    assert same and out.shape == patches.shape and (cut is to_patches) == np.array_equal(out, patches)
     print(f"{cut.__name__:<23} shape {out.shape}, all numbers there: {same},", end=" ")
     print(f"{(out != patches).any(-1).sum()} patches are wrong")
 plt.show()
@@ -120,6 +121,7 @@ mean, edge = np.full((2, 2), 0.25), np.array([[-1.0, 1.0], [-1.0, 1.0]])
 weight, bias = np.stack([mean, edge])[:, None], np.array([0.0, 10.0])  # (D, C, p, p) and (D,)
 z, _ = patch_embed_np(tiny, weight, bias)  # (1, N, D)
 print("z =\n", z[0])
+assert (z[0, :, 1] == 12).all()
 
 # %% [markdown]
 # ## The same map is a convolution
@@ -139,6 +141,7 @@ print("z =\n", z[0])
 square = torch.from_numpy(tiny), torch.from_numpy(weight), torch.from_numpy(bias)
 slid = torch.nn.functional.conv2d(*square, stride=2)  # (1, D, h, w)
 print("largest difference from z:", np.abs(slid.flatten(2).mT.numpy() - z).max())
+assert np.allclose(slid.flatten(2).mT.numpy(), z)
 
 # %% [markdown]
 # ## The gradient by hand
@@ -178,6 +181,7 @@ for which, ours in enumerate((dimage, dW.reshape(weight.shape), db)):
     name, auto = ("image", "weight", "bias")[which], leaves[which].grad.numpy()
     near, same = np.allclose(ours, slopes, atol=1e-7), np.allclose(ours, auto, atol=1e-12)
     print(f"{name:<7} within 1e-7 of the slopes: {near}, within 1e-12 of autograd: {same}")
+    assert near and same
 
 # %% [markdown]
 # **Exercise 2** · `patch_embed_np` · difficulty 2 of 3 · 25 minutes. Open `chapters/exercises/patch.py`. An
@@ -218,6 +222,8 @@ def kept(function):
 
 
 print("patch_embed keeps", kept(patch_embed), "\npatch_embed_fused keeps", kept(patch_embed_fused))
+assert (4 * 12 * 12, 3 * 16 * 16) in kept(patch_embed)  # the patches: (B N, K)
+assert (4, 3, 192, 192) in kept(patch_embed_fused)  # the pictures, which exist anyway
 
 # %% [markdown]
 # The first way keeps the copy, the second the pictures and the weight, which exist anyway. Less memory is not
@@ -240,9 +246,10 @@ for size in (8, 16, 32):
     print(f"{size:>3} {plain:>6.1f} ms {fused:>6.1f} ms {fused / plain:>14.2f}")
 
 # %% [markdown]
-# What to see: little or nothing is gained, and for 32 pixels, ViLT's patch, the convolution loses. One large
-# matrix product is what CPU libraries do best, and a copy is cheap beside it. So the models of the library
-# take the plain rung. `python -m minivlp bench --only patch` measures ViLT's width on your machine.
+# What to see: the ratio in the last column. On the machine of this page the convolution takes as long as the
+# product at 8 pixels, a fifth less at 16, and a tenth more at 32, which is ViLT's patch. A copy is cheap
+# beside a large matrix product, so there is little to save. The models of the library take the plain rung.
+# `python -m minivlp bench --only patch` measures ViLT's width on your machine, where the order may differ.
 #
 # ## What a patch size costs
 #
@@ -260,6 +267,9 @@ parts = {
     "products with weights": 2 * M * 12 * D**2 * (N + words),
     "attention": 2 * M * 2 * (N + words) ** 2 * D,
 }
+shares = {name: part / sum(parts.values()) for name, part in parts.items()}
+assert (N * 3 * sizes**2 == 3 * side**2).all() and len(set(parts["projection"])) == 1  # the same for every p
+assert shares["attention"][0] > 0.5 and shares["attention"][3] < 0.1  # p = 4 and p = 32
 for row in zip(sizes, N, 3 * sizes**2, sum(parts.values()) / 1e9, strict=True):
     print("p = {:>3}: {:>4} patches of {:>5} numbers, {:>6.0f} GFLOP".format(*row))
 fig, ax = plt.subplots(figsize=(5, 2.7), constrained_layout=True)
@@ -271,8 +281,8 @@ ax.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# What to see: the projection is a flat line. The model pays for the *number* of patches: with small ones
-# attention overtakes everything, with large ones each has to say more, and where $K$ is above $D$ the
+# What to see: the projection is a flat line. The model pays for the *number* of patches. At $p = 4$ attention
+# is more than half of the work. At $p = 128$ each patch has to say more, and where $K$ is above $D$ the
 # projection must drop something. ViLT took $p = 32$. The small models of this course cut 48-pixel pictures
 # into 8-pixel patches; `chapters/main_job.md` tells how a run with 12 went.
 #
@@ -305,9 +315,11 @@ resized.backward(torch.from_numpy(G5)[..., None])
 ours, dt = A @ grid @ A2.T, A.T @ G5 @ A2
 print("\nas the library:", np.allclose(resized.detach()[..., 0], ours), end=", ")
 print("as autograd:", np.allclose(leaf.grad[..., 0], dt))
+assert np.allclose(resized.detach()[..., 0], ours) and np.allclose(leaf.grad[..., 0], dt)
 
 # %% [markdown]
-# The trained ViLT of chapter 08: cosines of one position with all others, on its own grid and on a wider one.
+# Here are the positions of a trained model, the ViLT of chapter 08: cosines of one position with all others,
+# on its own grid and on a wider one.
 
 # %%
 trained = load_trained(root / "chapters" / "weights" / "vilt_tiny.safetensors")
@@ -322,8 +334,15 @@ for ax, (m, place) in zip(axes, ((6, (1, 4)), (9, (1, 6))), strict=True):
 fig.colorbar(image, ax=axes, label="cosine with +")
 plt.show()
 
+unit = torch.nn.functional.normalize(stored.flatten(0, 1), dim=-1)  # (36, D)
+place = torch.stack(torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij"), -1).flatten(0, 1)
+apart = torch.cdist(place, place)  # (36, 36) in patches
+near, far = ((unit @ unit.T)[where].mean().item() for where in (apart == 1, apart >= 4))
+print(f"mean cosine of neighbours {near:.2f}, of places four patches apart or more {far:.2f}")
+assert near > far + 0.2
+
 # %% [markdown]
-# What to see: neighbours are alike, and the likeness falls with the distance. (The run began from sines and
+# What to see: neighbours are more alike than places far apart. (The run began from sines and
 # cosines; training left this much of them standing.) On the right the pattern is stretched with the grid.
 #
 # ## A batch of pictures of several sizes
@@ -352,19 +371,20 @@ with torch.no_grad():
         together = model.encode(ids, real, pixels, told)["pooled"][:1]
         same = torch.allclose(alone, together, atol=1e-4)
         print(f"picture 0 in the batch, {name}: the pooled vector is as alone: {same}")
+        assert same == (told is not None)
 
 # %% [markdown]
-# What to see: with the mask a picture means the same in company as alone. Without it the grey padding is
-# a part of the picture, and the grid is not its own. Nothing fails: the answer is another one.
+# What to see: with the mask a picture means the same in company as alone. Without it the grey padding is a
+# part of the picture, and the grid is not its own. There is no error message, only a different answer.
 #
 # ## What ViLT saves, and what it pays
 #
 # Before ViLT most models described a picture by **regions**: a convolutional network, a detector on top, and
 # a vector for each of some dozens of boxes. In experiments these were computed once and stored, so that their
-# price did not show, but every new picture pays it. ViLT's figure 1 gives, on the authors' machine, about
-# 75 ms for the network, 810 ms for the detector and 15 ms for the transformer. Taking the network's grid
-# without a detector (Pixel-BERT-R50) needs 45 + 15 ms, ViLT 0.4 + 15 ms. Times of its table 6 and scores of
-# its table 2:
+# price did not show, but every new picture pays it. ViLT's figure 1 gives, on the authors' machine, about 75
+# ms for the network, 810 ms for the detector and 15 ms for the transformer. Taking the network's grid without
+# a detector (Pixel-BERT-R50) needs 45 + 15 ms, ViLT 0.4 + 15 ms. The scores are accuracies on VQAv2, a
+# benchmark of questions about photographs. Times of its table 6 and scores of its table 2:
 
 # %%
 names = ["ViLBERT", "LXMERT", "UNITER-Base", "OSCAR-Base", "VinVL-Base", "Pixel-BERT-X152", "Pixel-BERT-R50"]
@@ -377,6 +397,7 @@ for name, ms, score in zip(names, milliseconds, accuracy, strict=True):
     low = name in ("LXMERT", "ViLBERT", "Pixel-BERT-R50")
     place = (-35, 12) if "longer" in name else (6, -7 if low else 2)
     ax.annotate(name, (ms, score), place, textcoords="offset points", fontsize=8)
+assert min(milliseconds) == 15 and max(accuracy[-2:]) < np.median(accuracy[:5])  # far left, not at the top
 ax.set(xlabel="milliseconds a picture and its text", ylabel="VQAv2 test-dev", xlim=(5, 4000), ylim=(69.5, 77))
 plt.show()
 

@@ -5,8 +5,10 @@
 # deserve a number of their own?
 #
 # Whole words make short sequences, but the first word that was not in the list is lost. Letters lose nothing
-# and make long sequences, whose members mean little. Word pieces lie between: frequent words stay whole, rare
-# ones fall into parts. This chapter learns such parts, cuts with them, and turns them into vectors.
+# and make long sequences, whose members mean little. Word pieces lie between: some words stay whole, others
+# fall into parts. Which words stay whole depends on the rule by which the pieces are learned, and the two
+# rules of this chapter decide differently. The chapter learns pieces, cuts with them, and turns them into
+# vectors.
 #
 # You need: chapter 01; plan for two and a half hours with the two exercises.
 
@@ -71,7 +73,8 @@ print(f"{len(captions)} captions with {len(counts)} different words")
 
 # %% [markdown]
 # What to see: one colour a word. The same caption is many letters, some pieces or a few words; the pieces are
-# those of a vocabulary of 200.
+# those of a vocabulary of 200. It cuts *above*, one of the most frequent words: the section on learning the
+# pieces tells why.
 #
 # ## Clean and split
 #
@@ -84,8 +87,8 @@ for text in ("Two dogs, left of a Café!", "a [MASK] on a mat", "don't", "一只
     print(f"{text:<26} {split_words(text)}")
 
 # %% [markdown]
-# What is lost here is lost for good: capitals, accents, the spaces. And who trains with one rule must read
-# with the same rule, or words that the vocabulary has will not be found in it.
+# What is lost here is lost for good: capitals, accents, the spaces. A text must be split by the rule with
+# which the vocabulary was learned. Otherwise words that are in the vocabulary are not found in it.
 #
 # ## The greedy cut
 #
@@ -118,13 +121,15 @@ words += (("abc", numbered(["[UNK]", "a", "ab", "##bc"])),)
 for function in (wordpiece, no_continuation_mark, shortest_first, unknown_rest, backtracking):
     answers = [f"{word} → {' '.join(function(word, vocab)):<14}" for word, vocab in words]
     print(f"{function.__name__:<21}", *answers)
+    same = [function(word, vocab) == wordpiece(word, vocab) for word, vocab in words]
+    assert all(same) == (function is wordpiece)
 
 # %% [markdown]
-# What to see: each of the four is wrong on one word at least. The laws of the exercise say it in general.
-# *pieces_join_to_the_word* refuses the missing mark and the kept rest: without their `##` the pieces must
-# join to the word, and all but the first must have it. *every_piece_is_the_longest* refuses the short pieces
-# and the backtracking, which took "a" where "ab" was to be had. And *unknown_only_at_a_dead_end* allows
-# `[UNK]` alone, and only if the greedy way is blocked.
+# What to see: each of the four differs from the first line on one word at least. The laws of the exercise say
+# it in general. *pieces_join_to_the_word* refuses the missing mark and the kept rest: without their `##` the
+# pieces must join to the word, and all but the first must have it. *every_piece_is_the_longest* refuses the
+# short pieces and the backtracking, which took "a" where "ab" was to be had. And *unknown_only_at_a_dead_end*
+# allows `[UNK]` alone, and only if the greedy way is blocked.
 #
 # **Exercise 1** · `wordpiece` · difficulty 2 of 3 · 25 minutes. Open `chapters/exercises/text.py`, replace
 # `raise Todo`, and run the next cell. Words over `longest` characters are unknown at once.
@@ -182,17 +187,19 @@ for (a, b), n in pair.most_common():
     gain = f(n) + f(na - n) - f(na) + f(nb - n) - f(nb) - f(N - n) + f(N)
     print(f"{a + ' ' + b:<8} {n:>5} {na:>5} {nb:>5} {n / na / nb:>7.3f} {gain:>7.2f} {gain / n:>12.2f}")
 singles = 5 + len(single)
+assert set(learn_vocab(small, 99)[singles : singles + 2]) == {"##at", "cat"}
+assert most_frequent(small, 99)[singles] == "do"
 print("\nWordPiece merges", learn_vocab(small, 99)[singles:])
 print("byte pairs merge", most_frequent(small, 99)[singles:])
 
 # %% [markdown]
-# What to see: byte pairs begin with *do*, which is everywhere. The score begins in *cat*, the rarest word,
-# because its letters occur nowhere else. The exact gain for each place says the same at the top and differs
-# further down, where $n$ is not small beside $n_a$: *d* never comes without *##o*. The gain as a whole is the
-# largest for *do*, so "raises the likelihood most" and "has the largest score" are two rules. BERT's
-# published code cuts but does not learn; its authors left out the trainer, which used libraries of their
-# company. The score is a common reading of the description, and the `tokenizers` library trains its WordPiece
-# by counting pairs, as byte-pair encoding does.
+# What to see: byte pairs begin with *do*, which is in three of the four words. The score first merges the
+# letters of *cat*, the rarest word, because its letters occur nowhere else. The exact gain for each place
+# says the same at the top and differs further down, where $n$ is not small beside $n_a$: *d* never comes
+# without *##o*. The gain as a whole is the largest for *do*, so "raises the likelihood most" and "has the
+# largest score" are two rules. BERT's published code cuts but does not learn; its authors left out the
+# trainer, which used libraries of their company. The score is a common reading of the description, and the
+# `tokenizers` library trains its WordPiece by counting pairs, as byte-pair encoding does.
 #
 # The preference for the rare needs a brake. Two letters that occur once, together, have the score 1, the
 # largest there is: hence `min_count`, the number of times that a pair must occur. Ties are broken by
@@ -217,7 +224,7 @@ check("learn_vocab")
 # match here.
 
 # %%
-byte_pairs = most_frequent(counts, 1000)
+byte_pairs, drawn = most_frequent(counts, 1000), {}
 fig, ax = plt.subplots(figsize=(5, 2.7), constrained_layout=True)
 for name, learned in (("WordPiece's score", tokens), ("byte pairs", byte_pairs)):
     sizes = range(letters, len(learned) + 1, 5)
@@ -226,27 +233,50 @@ for name, learned in (("WordPiece's score", tokens), ("byte pairs", byte_pairs))
         vocab = numbered(learned[:V])
         lengths.append(sum(n * len(wordpiece(word, vocab)) for word, n in counts.items()) / len(captions))
     ax.plot(sizes, lengths, label=name)
+    drawn[name] = np.array(lengths)
 ax.axhline(counts.total() / len(captions), color="black", linestyle=":", label="whole words")
 ax.set(xlabel="vocabulary size V", ylabel="tokens a caption", ylim=(0, None))
 ax.legend()
 plt.show()
+for lengths in drawn.values():
+    assert (np.diff(lengths) <= 0).all()  # more merges, fewer tokens
+assert (np.diff([lengths[:40] for lengths in drawn.values()], axis=0) <= 1e-9).all()  # byte pairs fall faster
+
+frequent = [word for word, n in counts.items() if len(word) > 1 and n >= 32]
+rare = [word for word, n in counts.items() if len(word) > 1 and n < 32]
+print(f"{len(frequent)} words of two letters or more occur 32 times or more, {len(rare)} less often; V = 200")
+whole = {}
+for name, learned in (("WordPiece's score", tokens), ("byte pairs", byte_pairs)):
+    vocab = numbered(learned[:200])
+    whole[name] = [sum(len(wordpiece(word, vocab)) == 1 for word in words) for words in (frequent, rare)]
+    print(f"{name:<18} leaves whole: {whole[name][0]} of the frequent words, {whole[name][1]} of the others")
+assert whole["byte pairs"][0] == len(frequent) and whole["WordPiece's score"][0] < len(frequent) / 2
 
 seen = set(counts)
 unseen = [c.noun for c in emojivl.concepts if c.noun and c.noun.isalpha() and not {c.noun, c.plural} & seen]
 print(f"{len(unseen)} nouns of EmojiVL that no caption here has, such as {', '.join(unseen[100:104])}")
+found = {}
 for name, vocab in (vocabularies | {"all pieces": numbered(tokens)}).items():
     cut = [wordpiece(noun, vocab) for noun in unseen]
     unknown = np.mean([pieces == ["[UNK]"] for pieces in cut])
     lengths = [len(pieces) for pieces in cut if pieces != ["[UNK]"]]
+    found[name] = unknown, np.mean(lengths) if lengths else np.nan
     rest = f", the others in {np.mean(lengths):.1f} pieces" if lengths else ""
     print(f"{name:<11} V = {len(vocab):>3}: unknown {unknown:>4.0%}{rest}")
+assert found["words"][0] == 1 and found["letters"][0] == found["pieces"][0] < 0.1
+assert 0 < found["letters"][1] - found["all pieces"][1] < 1  # less than one piece a noun is saved
 
 # %% [markdown]
 # What to see: both curves fall from letters to words, and byte pairs fall faster. On these few hundred
-# captions the score spends its early merges on pieces that are rare, and so are the words they shorten. Where
-# the vocabulary may be large for its corpus, as in the main run of this course, the two end in the same
-# place. The lower lines: a vocabulary of words knows no other words. Letters and pieces cut the nouns whose
-# letters occurred here, whatever the pieces are then worth to the model.
+# captions the score spends its early merges on pieces that are rare, and so are the words they shorten. The
+# counts say the same of whole words. Byte pairs leave every frequent word whole and cut rare ones, which is
+# what one expects of word pieces. The score leaves most of the frequent words in parts and some of the rare
+# ones whole. Where the vocabulary may be large for its corpus, as in the main run of this course, the two end
+# in the same place.
+#
+# The lower lines are about nouns that no caption had. A vocabulary of words knows none of them. Letters and
+# pieces cut those whose letters occurred here. But pieces that were learned from other words save less than
+# one token a noun against single letters, since new nouns share few long stretches with old ones.
 #
 # ## Special tokens, and whole words
 #
@@ -306,6 +336,7 @@ table = torch.from_numpy(E).requires_grad_()
 torch.nn.functional.embedding(torch.from_numpy(t), table).backward(torch.from_numpy(G))
 for name, gradient in (("scatter-add", dE), ("one-hot product", O.T @ G), ("dE[t] += G", lost)):
     near, same = np.allclose(gradient, slopes, atol=1e-7), np.allclose(gradient, table.grad)
+    assert near == same == (gradient is not lost)
     print(f"{name:<16} equals the slopes: {near}, autograd: {same}")
 
 # %% [markdown]
@@ -343,6 +374,7 @@ for name, way in ways.items():
     best[name] = min(times)
     print(f"{name:<16} {1000 * best[name]:>7.1f} ms, forward and backward, the best of five")
 print(f"ratio {best['one-hot product'] / best['lookup']:.0f}")
+assert best["one-hot product"] > 3 * best["lookup"]
 
 # %% [markdown]
 # What to see: a large ratio. It is not as large as that of the operations, since both ways write a gradient
@@ -359,11 +391,12 @@ plt.show()
 half = np.searchsorted(hits[order].cumsum(), hits.sum() / 2) + 1
 print(f"of {len(hits)} rows {np.sum(hits == 0)} receive nothing from {len(captions)} captions;", end=" ")
 print(f"half of all gradients go to {half} rows: {', '.join(tokens[i] for i in order[:half])}")
+assert half <= 5 and np.mean(hits == 0) > 0.5
 
 # %% [markdown]
-# What to see: a few tokens receive most, then stairs (here every noun occurs equally often), then rows that
-# receive nothing: pieces that served as steps to longer ones and wait for other words. No caption here moves
-# their vectors.
+# What to see: a few tokens receive most of the gradients. Then come stairs, since here every noun occurs
+# equally often, and then rows that receive nothing: pieces that served as steps to longer ones and wait for
+# other words. No caption here moves their vectors.
 #
 # ViLT does not hand the row to the transformer as it is. In its code token $l$ enters as
 #

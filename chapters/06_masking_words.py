@@ -68,9 +68,10 @@ plt.show()
 # ## What the text alone gives away
 #
 # This can be measured. Let $w$ be a hidden word and $c$ the rest of the caption. Someone who knows how often
-# every caption occurs, but sees no picture, answers with the probabilities $p(w \mid c)$ and pays
-# $-\log p(w \mid c)$ for the true word. The mean over all captions is the **conditional entropy**
-# $H(w \mid c)$, and nobody who reads text alone pays less on average, whatever the network.
+# every caption occurs, but sees no picture, answers with the probabilities $p(w \mid c)$ and pays $-\log p(w
+# \mid c)$ for the true word. With the natural logarithm this price is counted in **nats**: a guess among $n$
+# equally likely words costs $\log n$ nats. The mean over all captions is the **conditional entropy** $H(w
+# \mid c)$, and nobody who reads text alone pays less on average, whatever the network.
 #
 # In our scenes every ordered pair of nouns that may meet in training is equally likely, with each of four
 # relations. So the probabilities are found by counting. The first vocabulary here is small on purpose, so
@@ -87,7 +88,7 @@ kinds = {"a": "a", "of": "of"} | dict.fromkeys(("left", "right", "above", "below
 
 def text_alone(tokenizer, whole):
     """Mean nats a token that is hidden alone, or with its whole word, for each kind of word."""
-    asked = []
+    asked = []  # (kind of word, what stays visible and where the gap is, the true token)
     for caption in captions:
         ids, places = tokenizer.encode(caption), tokenizer.word_ids(caption)
         group = places if whole else range(len(ids))  # what is hidden together
@@ -95,6 +96,7 @@ def text_alone(tokenizer, whole):
             context = tuple(-1 if g == group[i] else token for g, token in zip(group, ids, strict=True))
             asked.append((kinds.get(caption.split()[place], "noun"), (context, i), ids[i]))
     contexts, answers = Counter(c for _, c, _ in asked), Counter((c, token) for _, c, token in asked)
+    # p(token | context) is the share of captions with this context that have this token: −log of it is paid.
     nats = np.log([contexts[context] / answers[context, token] for _, context, token in asked])
     names = np.array([kind for kind, _, _ in asked])
     return {kind: nats[names == kind].mean() for kind in dict.fromkeys(names)}
@@ -104,25 +106,30 @@ columns = text_alone(small, False), text_alone(small, True), text_alone(tokenize
 print(f"\n{'nats a token':<24}{'one piece':>12}{'whole word':>12}{'whole word, one token':>24}")
 for kind, piece in columns[0].items():
     print(f"{kind:<24}{piece:>12.2f}{columns[1][kind]:>12.2f}{columns[2][kind]:>24.2f}")
+relation = kinds["left"]
+assert all(column[kind] < 1e-9 for column in columns for kind in ("a", "of"))
+assert columns[1]["noun"] > 4 * columns[0]["noun"]
+assert columns[1][relation] < 1e-9 and abs(columns[2][relation] - np.log(2)) < 1e-9
 
 # %% [markdown]
-# What to see: *a* and *of* cost nothing. A noun that loses one piece costs little: the pieces around the gap
-# spell the answer. Hidden whole, a token of it costs a multiple, and now the picture is needed. This is
-# **whole-word masking**. ViLT's example is *giraffe*, cut into `gi ##raf ##fe`: with `gi` and `##fe` in sight
-# nobody looks at the picture for the middle.
+# What to see: *a* and *of* cost nothing. A noun that loses one piece costs little, because the pieces around
+# the gap spell the answer. Hidden whole, a token of it costs more than four times as much, and the picture is
+# needed. This is **whole-word masking**. ViLT's example is *giraffe*, cut into `gi ##raf ##fe`: with `gi` and
+# `##fe` in sight nobody looks at the picture for the middle.
 #
-# The relations show two more leaks. In the middle column they cost nothing, though they are hidden whole: the
-# number of their pieces and the *of* behind them tell the four words apart, as masks can be counted (here
-# *left* and *above* have three pieces each, but only one is followed by *of*). As single tokens they cost
-# $\log 2$, not $\log 4$, because of the *of*. So the course's own training hides the phrase under one [MASK]
-# (`hide_relation`), and only then all four are open.
+# The relations show two more leaks. In the middle column they cost nothing, though they are hidden whole. A
+# reader can count the masks, and can see whether *of* follows them. Both together tell the four words apart:
+# *left* and *above* have three pieces each, but only *left* is followed by *of*. As single tokens the
+# relations cost $\log 2$, not $\log 4$, because of the *of*. So the course's own training hides the phrase
+# under one [MASK] (`hide_relation`), and only then all four are open.
 #
 # ## Which tokens to hide
 #
-# `mask_tokens` works on a batch of captions. Each word is chosen with probability $p = 0.15$, by a coin of
-# its own at which all its pieces look. Then every chosen token meets its fate: with 80 % it becomes [MASK],
-# with 10 % a random ordinary token, and with 10 % it stays as it is. In all three cases its label is the true
-# id. All other tokens have the label $-100$: no question. Special tokens are neither chosen nor drawn.
+# `mask_tokens` works on a batch of captions. Each word is chosen with probability $p = 0.15$, and all its
+# pieces are chosen with it. Then each chosen token is drawn for by itself, so that the pieces of one word may
+# differ: with 80 % it becomes [MASK], with 10 % a random ordinary token, and with 10 % it stays as it is. In
+# all three cases its label is the true id. All other tokens have the label $-100$: no question. Special
+# tokens are neither chosen nor drawn.
 
 # %%
 rng = np.random.default_rng(3)
@@ -143,31 +150,41 @@ plt.show()
 # What to see: red is [MASK], blue a random piece, green a piece that stays and is asked for. Above, words are
 # coloured from the first piece to the last; below, single pieces are.
 #
-# Why not [MASK] everything that is chosen? BERT's authors give two reasons. Fine-tuning has no [MASK], and a
-# model that worked only where it sees one would be lost. And a model that cannot know where it will be asked
-# has to keep a good state for *every* token. The proportions matter too. Suppose a token is asked for and a
-# word is visible there: how often is it the true one? And what if not words but pieces have coins, and a word
-# is hidden as soon as one of its pieces was drawn? On every single caption that looks right.
+# Why not [MASK] everything that is chosen? BERT's authors give two reasons. *Fine-tuning*, the later training
+# of the model on a task of one's own, has no [MASK], and a model that worked only where it sees one would be
+# lost. And a model that cannot know where it will be asked has to keep a good state for *every* token. The
+# proportions matter too. Suppose a token is asked for and a word is visible there: how often is it the true
+# one? And what if not words but pieces have coins, and a word is hidden as soon as one of its pieces was
+# drawn? On every single caption that looks right.
 
 # %%
 ids, word_ids, _ = small.batch(np.resize(captions, 20000))
+# `choose` draws the words. `hide` then draws a number in [0, 1) for each token of them: below 0.8 the token
+# is masked, from 0.8 to `keep` it stays, and from there on it becomes a random token.
 recipes = {"80 / 10 / 10": 0.9, "80 / 20 /  0": 0.8, "80 /  0 / 20": 1.0}  # [MASK] / random / stays
+found = {}
 print("[MASK] / random / stays     asked and visible: it is the true word")
 for name, keep in recipes.items():
     chosen = choose(ids, word_ids, rng, small.special_ids, 0.15, whole_word=True)
     inputs, labels = hide(ids, chosen, rng, len(small), small.mask_id, small.special_ids, keep=keep)
     visible = (labels != IGNORE) & (inputs != small.mask_id)
+    found[name] = (inputs == labels)[visible].mean()
     print(f"{name:>23}{(inputs == labels)[visible].mean():>30.2f}")
 for name, function in (("mask_tokens", mask_tokens), ("a coin for each piece", any_piece_chooses)):
     labels = function(ids, word_ids, rng, **settings, p=0.15)[1]
-    print(f"{name:<22} share of tokens that are chosen: {(labels != IGNORE)[word_ids >= 0].mean():.2f}")
+    found[name] = (labels != IGNORE)[word_ids >= 0].mean()
+    print(f"{name:<22} share of tokens that are chosen: {found[name]:.2f}")
+assert found["80 / 20 /  0"] < 0.05 and found["80 /  0 / 20"] == 1 and abs(found["80 / 10 / 10"] - 0.5) < 0.05
+assert found["a coin for each piece"] > 2 * found["mask_tokens"]
 
 # %% [markdown]
-# What to see: if nothing stays, a visible word that is asked for is wrong, and the model learns to answer
-# anything else. If nothing is random, it is right, and copying is the best answer. At 10 and 10 it is right
-# half of the time: the model must weigh what it reads against context and picture. With a coin for each piece
-# more than twice as much is hidden: a word of $n$ pieces escapes only with $n$ lucky coins. The law that
-# counts rates (`the_rates_are_p_and_80_10_10`) finds this, and the recipe in which nothing stays.
+# What to see: the share of visible tokens that are the right answer where something is asked. If no chosen
+# token stays as it is, a visible token is nearly always a wrong answer, and a model learns to answer any
+# other word. If no token is random, a visible token is always the right answer, and copying it is best. At 10
+# and 10 it is right half of the time, so the model must weigh what it reads against context and picture. With
+# a coin for each piece more than twice as much is hidden, because a word of $n$ pieces stays visible only if
+# none of $n$ coins chooses it. The law that counts rates (`the_rates_are_p_and_80_10_10`) finds this, and the
+# recipe in which nothing stays.
 #
 # **Exercise 1** · `mask_tokens` · difficulty 3 of 3 · 45 minutes. Open `chapters/exercises/mlm.py`, replace
 # `raise Todo`, and run the next cell.
@@ -200,6 +217,7 @@ K, rows = asked.sum(), np.flatnonzero(asked)
 P = np.exp(S) / np.exp(S).sum(1, keepdims=True)
 loss = -np.log(P[rows, targets[rows]]).mean()
 print("S =\n", S, "\n\nP =\n", P, f"\n\nL = {loss:.4f}; guessing would cost log 3 = {np.log(3):.4f}")
+assert P[0].argmax() == targets[0] and P[2].argmax() == 2 != targets[2]
 
 # %% [markdown]
 # Token 0 is nearly sure of its word 0. Token 2 prefers word 2 to its true word 1. As in chapter 01,
@@ -220,6 +238,7 @@ G = P - np.eye(3)[np.where(asked, targets, 0)]
 G = np.where(asked[:, None], G / K, 0)
 dH, dE, db = G @ E, G.T @ H, G.sum(0)
 print("G =\n", G, "\n\ndH =\n", dH, "\n\ndE =\n", dE, "\n\ndb =", db, f"  sum {abs(db.sum()):.1f}")
+assert (np.abs(dE).max(1) > 0).all() and abs(db.sum()) < 1e-12
 
 # %% [markdown]
 # Read $dE$: *every* word of the vocabulary moves at every question, the true one towards the state, the
@@ -235,6 +254,7 @@ for which, (name, mine, other) in enumerate((("dH", dH, h), ("dE", dE, e), ("db"
     slopes = central_differences(lambda *a: mlm_loss_np(*a, targets)[0], (H, E, b), which)
     apart = np.abs(mine - slopes).max(), np.abs(mine - other.grad.numpy()).max()
     print(f"{name}: slopes to 1e-8: {apart[0] < 1e-8}, autograd to 1e-12: {apart[1] < 1e-12}")
+    assert apart[0] < 1e-8 and apart[1] < 1e-12
 
 # %% [markdown]
 # ## A trap: nothing is hidden
@@ -260,6 +280,7 @@ for answer in (weighted_mean, torch_mean, mlm_loss):
     value = answer(h, e, bias, torch.full((3,), IGNORE))
     (gradient,) = torch.autograd.grad(value, e)
     print(f"{answer.__name__:<16}{value.item():>6.1f}{gradient.abs().max().item():>24.1f}")
+    assert value.isnan() == (answer is not mlm_loss) and gradient.isnan().any() == (answer is weighted_mean)
 
 # %% [markdown]
 # What to see: the weighted mean sends NaN into every weight; one such batch ends a training. PyTorch's own
@@ -298,6 +319,7 @@ for (above, below), (name, scene), p in zip(axes.T, pictures.items(), found, str
     above.imshow(scene.image)
     above.set(title=name, xticks=[], yticks=[])
     best = p.topk(3)
+    assert tokenizer.tokens[best.indices[0]] in scene.caption.split()  # one of the two things in the picture
     below.barh([tokenizer.tokens[i] for i in best.indices], best.values, color="tab:blue")
     below.set(xlim=(0, 1), xlabel="probability")
     below.invert_yaxis()
@@ -305,8 +327,8 @@ fig.suptitle(text, fontsize=11)
 plt.show()
 
 # %% [markdown]
-# What to see: the same text, two answers; the model names what it sees. One caption is an anecdote, so here
-# are 256 new pictures, of pairs that training showed. (Chapter 08 tests pairs that it never showed.) The
+# What to see: the same text has two answers, and the model names what it sees. One caption is an anecdote, so
+# here are 256 new pictures, of pairs that training showed. (Chapter 08 tests pairs that it never showed.) The
 # floor is the entropy from above, each noun and the relation phrase under one [MASK].
 
 # %%
@@ -319,12 +341,14 @@ for (kind, asked), floor in zip(texts.items(), (columns[2]["noun"], np.log(4)), 
     blanks, truth = [text for text, _ in asked], torch.tensor([token for _, (token,) in asked])
     own, other = (log_probabilities(blanks, s) for s in (scenes, scenes[1:] + scenes[:1]))
     print(f"{kind:<10}{floor:>20.2f}{F.nll_loss(own, truth):>14.2f}{F.nll_loss(other, truth):>14.2f}")
+    assert F.nll_loss(own, truth) < floor / 2 and F.nll_loss(other, truth) > 2 * floor
 
 # %% [markdown]
-# What to see: with its picture the model pays far less than any reader of text alone could. The difference is
-# what it has learned to see, in nats a word, and a lower bound on what the picture tells about the word. With
-# the wrong picture it pays far more than the floor: it believes the picture. So watch the distance from the
-# floor and not the loss itself: a model that stays there reads, and does not look.
+# What to see: with its picture the model pays far less than any reader of text alone could. The difference,
+# in nats a word, is what it has learned to see. Up to the chance of the 256 draws it is a lower bound on what
+# the picture tells about the word. With the wrong picture the model pays far more than the floor, because it
+# believes the picture. So what counts is the distance from the floor and not the loss itself. A model whose
+# loss stays at the floor uses the text and not the picture.
 #
 # ## The price of the vocabulary
 #
@@ -372,13 +396,16 @@ def once(function):
 
 
 print(f"M = {M}, V = {V}, D = {D}, hidden: {(truth != IGNORE).sum()}")
+held = []
 for name, function in (("all rows", torch_mean), ("mlm_loss", mlm_loss), ("mlm_loss_fused", mlm_loss_fused)):
     seconds = min(repeat(lambda function=function: once(function), number=1, repeat=3))
+    held.append((seconds, sum(kept.values())))
     print(f"{name:<15} {1000 * seconds:4.0f} ms, best of three   kept {sum(kept.values()) / 2**20:5.1f} MB")
+assert held[0][0] > 2 * held[1][0] and held[0][1] > 4 * held[1][1] > 8 * held[2][1]
 
 # %% [markdown]
-# What to see: the large step is from the first line to the second; the third keeps least. At ViLT's size
-# panels mean megabytes for gigabytes, as the table above shows.
+# What to see: the large step is from the first line to the second, and the third keeps least. At ViLT's size
+# a panel has 30 MB where all hidden rows have 2,861 MB, as the table above shows.
 #
 # ## What we left out
 #

@@ -52,6 +52,7 @@ ax.imshow(scenes[0].image)
 ax.set(xticks=[], yticks=[], title="the picture")
 plt.show()
 print(f"A: {swapped(scenes[0])}\nB: {scenes[0].caption}")
+assert sorted(swapped(scenes[0]).split()) == sorted(scenes[0].caption.split())
 
 # %% [markdown]
 # What to see: counting words does not help; A and B have the same. One has to find both objects, compare
@@ -64,8 +65,8 @@ print(f"A: {swapped(scenes[0])}\nB: {scenes[0].caption}")
 #
 # $$L = \frac1B \sum_b \Big[\log\big(e^{z_{b0}} + e^{z_{b1}}\big) - z_{b y_b}\Big].$$
 #
-# Taken into the logarithm, $z_{b y_b}$ leaves only the difference $d_b = z_{b1} - z_{b0}$: a true pair costs
-# $\log(1 + e^{-d_b})$, a wrong one $\log(1 + e^{d_b})$. This $d_b$ is the **log odds** of a match, and
+# Subtracting $z_{b y_b}$ inside the logarithm leaves only the difference $d_b = z_{b1} - z_{b0}$: a true pair
+# costs $\log(1 + e^{-d_b})$, a wrong one $\log(1 + e^{d_b})$. This $d_b$ is the **log odds** of a match, and
 # $\sigma(d) = 1/(1 + e^{-d})$ its probability. Three pairs:
 
 # %%
@@ -74,7 +75,8 @@ y = np.array([1, 0, 0])
 d = z[:, 1] - z[:, 0]
 cost = np.log1p(np.exp(np.where(y == 1, -d, d)))
 print("log odds", d, "  probability of a match", 1 / (1 + np.exp(-d)), "\ncost    ", cost)
-print(f"L = {cost.mean():.4f}; one who says 'perhaps' always pays log 2 = {np.log(2):.4f}")
+print(f"L = {cost.mean():.4f}; even odds for every pair would cost log 2 = {np.log(2):.4f}")
+assert cost.argmax() == 2
 
 # %% [markdown]
 # The third pair is wrong and is taken for true: it costs the most. With $P$ the softmax of each row, chapter
@@ -96,6 +98,8 @@ apart = np.abs(dz - slopes).max(), np.abs(dz - t.grad.numpy()).max()
 print("dz =\n", dz, f"\nslopes to 1e-8: {apart[0] < 1e-8}, autograd to 1e-12: {apart[1] < 1e-12}")
 for name, loss in (("itm_loss", itm_loss), ("two sigmoids", two_sigmoids)):
     print(f"{name:<13}{loss(t, label):.4f}, with 5 more in both columns {loss(t + 5, label):.4f}")
+    assert torch.isclose(loss(t, label), loss(t + 5, label)) == (loss is itm_loss)
+assert apart[0] < 1e-8 and apart[1] < 1e-12 and np.allclose(dz.sum(1), 0)
 
 # %% [markdown]
 # What to see: adding 5 to both logits of a row changes no probability, and must not change the loss. The law
@@ -124,6 +128,7 @@ check("itm_loss_np", "itm_loss")
 
 # %%
 rng = np.random.default_rng(3)
+print(*(f"caption {i}: {scene.caption}" for i, scene in enumerate(scenes[:5])), sep="\n")
 fig, axes = plt.subplots(2, 5, figsize=(6, 2.9), constrained_layout=True)
 for line, function, name in zip(axes, (derangement, in_place), ("fresh gather", "in place"), strict=True):
     line[0].set_ylabel(name)
@@ -133,19 +138,26 @@ for line, function, name in zip(axes, (derangement, in_place), ("fresh gather", 
         ax.set_title(f"caption {i}: {'its OWN' if i == j else f'picture {j}'}", fontsize=8)
 plt.show()
 print(f"{'own picture under label 0':<28}{'n = 4':>8}{'n = 8':>8}{'n = 64':>8}{'derangements of 4':>22}")
+counts = {}
 for function in (derangement, permutation, in_place, shift, one_cycle):
     own = [np.mean([(function(n, rng) == np.arange(n)).mean() for _ in range(8000 // n)]) for n in (4, 8, 64)]
     drawn = {tuple(function(4, rng)) for _ in range(500)}
     legal = sum(sorted(p) == [0, 1, 2, 3] and all(np.array(p) != np.arange(4)) for p in drawn)
     print(f"{function.__name__:<28}{own[0]:>8.3f}{own[1]:>8.3f}{own[2]:>8.3f}{f'{legal} of 9':>22}")
+    counts[function.__name__] = np.array(own), legal
+n = np.array([4, 8, 64])
+assert all((counts[name][0] == 0).all() for name in ("derangement", "shift", "one_cycle"))
+assert (np.abs(counts["permutation"][0] * n - 1) < 0.3).all()  # about one place on average
+assert (np.abs(counts["in_place"][0] * n - 0.75) < 0.3).all()
+assert [counts[name][1] for name in ("derangement", "shift", "one_cycle")] == [9, 3, 6]
 
 # %% [markdown]
-# What to see: in the lower row caption 4 was given back its own picture, which occurs three times there, and
-# pictures 0 and 1 not at all: the first is always lost. The table counts: a permutation leaves one in $n$,
-# the loop almost as many. It has a third fault that no index shows: the hidden words of chapter 06 are asked
-# for in front of the same array, and now see the wrong pictures. The last two lines draw no own picture, but
-# few of the possible assignments: a shift knows three of nine, and a single cycle (Sattolo's shuffle) never
-# exchanges two.
+# What to see: in the lower row caption 4 was given back its own picture, which occurs three times there.
+# Pictures 0 and 1 do not occur at all, and the first is always lost. The table counts. A permutation leaves
+# one in $n$, the loop about three quarters of that. It has a third fault that no index shows: the hidden
+# words of chapter 06 are asked for in front of the same array, and now see the wrong pictures. The last two
+# lines draw no own picture, but few of the possible assignments: a shift knows three of nine, and a single
+# cycle (Sattolo's shuffle) never exchanges two.
 #
 # **Exercise 3** · `derangement` · difficulty 1 of 3 · 10 minutes. Open `chapters/exercises/itm.py`.
 
@@ -161,10 +173,10 @@ check("derangement")
 # $$P(j \mid i) = \frac{e^{s_{ij}}}{\sum_{k \text{ legal}} e^{s_{ik}}}, \qquad
 #   j \text{ legal: } j \ne i \text{ and another picture than that of } i.$$
 #
-# ALBEF and X-VLM take $s$ from the vectors of their contrastive half (chapters 12 and 19), scaled. It is
-# drawn and not maximised: the hardest of all is often a mislabelled pair, and would come back in every epoch.
-# Here $s_{ij}$ is twice the number of nouns that caption $i$ and picture $j$ share. Captions 0 and 1 belong
-# to one picture, so they carry one id.
+# ALBEF and X-VLM take $s$ from the vectors of their contrastive half (chapters 12 and 19), scaled. The
+# negative is drawn and not maximised, because the hardest of all is often a mislabelled pair, and would come
+# back in every epoch. Here $s_{ij}$ is twice the number of nouns that caption $i$ and picture $j$ share.
+# Captions 0 and 1 belong to one picture, so they carry one id.
 
 
 # %%
@@ -180,6 +192,7 @@ P = np.exp(S) * (ids[:, None] != ids)
 P /= P.sum(1, keepdims=True)
 drawn = np.stack([hard_negatives(S, rng, ids) for _ in range(3000)])  # (draws, B)
 share = np.stack([(drawn == j).mean(0) for j in range(6)], 1)
+assert share.diagonal().max() == share[0, 1] == share[1, 0] == 0 and np.abs(share - P).max() < 0.05
 fig, axes = plt.subplots(1, 3, figsize=(8, 2.5), constrained_layout=True)
 for ax, (name, array) in zip(axes, {"S": S, "P(j | i)": P, "3000 draws": share}.items(), strict=True):
     image = ax.imshow(array, cmap="viridis", vmin=0)
@@ -188,8 +201,8 @@ for ax, (name, array) in zip(axes, {"S": S, "P(j | i)": P, "3000 draws": share}.
 plt.show()
 
 # %% [markdown]
-# What to see: the diagonal of $S$ is bright, and it is exactly what must not be drawn; nor may captions 0 and
-# 1 draw each other's column. The rest of a row is shared out by likeness, and the draws follow.
+# What to see: the diagonal of $S$ is bright, and it must not be drawn. Nor may captions 0 and 1 draw each
+# other's column. The rest of a row is shared out by likeness, and the draws follow.
 #
 # The library draws without a softmax. Let $g_1, g_2, …$ be independent numbers with $P(g < x) = e^{-e^{-x}}$
 # (Gumbel noise) and $Z = \sum_k e^{s_k}$. That $s_j + g_j$ lies at $x$ and all others below it has the
@@ -200,8 +213,8 @@ plt.show()
 #
 # So: add noise, put $-\infty$ in the illegal columns, take the maximum. Nothing is exponentiated, so nothing
 # underflows. Compare the order that many programs have: softmax first, a small constant against $0/0$, then
-# the diagonal set to zero. At the scale of a trained model (here 100) the softmax has spent itself on the
-# diagonal, and what is left to draw from is the constant.
+# the diagonal set to zero. At the scale of a trained model (here 100) all probabilities off the diagonal are
+# far below the constant that was added, so the constant decides what is drawn.
 
 # %%
 cosines = np.array([[1.0, 0.6, 0.1, 0.0], [0.6, 1.0, 0.1, 0.0], [0.1, 0.0, 1.0, 0.6], [0.1, 0.0, 0.6, 1.0]])
@@ -210,6 +223,8 @@ for function in (hard_negatives, masked_after_the_softmax):
     print(
         f"{function.__name__:<26} shares of columns 0 to 3 in row 0:", np.bincount(first, minlength=4) / 600
     )
+    column = np.bincount(first, minlength=4)[1] / 600
+    assert column == 1 if function is hard_negatives else abs(column - 1 / 3) < 0.1
 
 # %% [markdown]
 # What to see: column 1 is ahead by $50$ in the exponent and should be drawn every time. With the constant all
@@ -260,6 +275,10 @@ for name, captions in false.items():
         good, bad = score(true), score(captions)
         accuracy = np.concatenate([good > 0, bad <= 0]).mean()
         print(f"{name:<24}{score.__name__:<8}{accuracy:>10.2f}{(good > bad).mean():>26.2f}")
+        if name == "nouns exchanged":
+            assert (accuracy, (good > bad).mean()) == (0.5, 0) if score is bag else accuracy > 0.85
+        else:
+            assert accuracy > 0.9
 fig, ax = plt.subplots(figsize=(5.5, 2.5), constrained_layout=True)
 ax.hist(good - bad, bins=30, label="ViLT")
 ax.axvline(0, color="tab:red", label="bag of words, always")
@@ -271,14 +290,15 @@ plt.show()
 # What to see: on captions of other pictures the bag is hard to beat, so that measure says little about order.
 # With the nouns exchanged the bag stands at exactly one half and never has the true caption strictly ahead.
 # (A program that counts ties as hits would report a perfect score.) ViLT tells most of them, though it is
-# small and these pairs of nouns are new to it. But exchanged captions were among its wrong pairs in training:
-# what no wrong pair ever shows, matching need not learn. Models that compare one vector with one vector are
-# not bags by construction, yet many behave much like them when they are tested so (ARO).
+# small and these pairs of nouns are new to it. But exchanged captions were among its wrong pairs in training,
+# and a difference that no wrong pair shows need not be learned. Models that compare one vector with one
+# vector are not bags by construction, yet many behave much like them when they are tested so (ARO).
 #
 # ## What reading together costs
 #
 # The log odds are no product of two vectors. Every entry of the $B \times B$ matrix of chapter 01 takes a
-# pass through the whole transformer, $B^2$ passes where a dual encoder has $2B$ and one product.
+# pass through the whole transformer, $B^2$ passes. A **dual encoder**, with one network for pictures and one
+# for texts that each give a vector (chapter 12), has $2B$ passes and one product.
 
 # %% tags=["measured"]
 from timeit import repeat
@@ -288,6 +308,7 @@ together = min(repeat(lambda: vilt(true), number=1, repeat=3)) / len(true)
 apart = min(repeat(lambda: x @ x.T, number=1, repeat=3))
 print(f"together: {1000 * together:.2f} ms a pair, {1e6 * together / 60:.0f} minutes for all of 1000 × 1000")
 print(f"apart: one product of 1000 × 96 vectors, {1000 * apart:.1f} ms for as many scores")
+assert 1e6 * together > 1000 * apart
 
 # %% [markdown]
 # What to see: minutes against milliseconds, and this is a small model. So matching gets few pairs: ViLT
@@ -325,6 +346,7 @@ for k in range(3):
         if cost > 0:
             G[i, j] += 1
             G[k, k] -= 1
+assert (S[0, 2] - S[0, 0]).round(9) == 0.2 and R[0, 2].round(9) == 0.4
 print("S =\n", S, "\n\nR =\n", R, "\n\nC =\n", C, "\n\nG of the maxima =\n", G)
 a, b = (torch.tensor(array, requires_grad=True) for array in (X, Y))
 hinge(a, b, margin).backward()
@@ -350,24 +372,27 @@ losses = {
 fig, axes = plt.subplots(1, 3, figsize=(8, 2.6), constrained_layout=True)
 for ax, (name, loss) in zip(axes, losses.items(), strict=True):
     (g,) = torch.autograd.grad(loss, S, retain_graph=True)
+    pulled = g.diagonal() < 0
+    assert pulled.all() if name.startswith("InfoNCE") else (~pulled).nonzero().flatten().tolist() == [3, 4]
     image = ax.imshow(g / g.abs().max(), cmap="coolwarm", vmin=-1, vmax=1)
     ax.set(title=name, xlabel="caption j", ylabel="picture i")
 fig.colorbar(image, ax=axes, label="dL/dS, largest = 1")
 plt.show()
 for name, who in (("four pairs that fit", np.arange(4)), ("two of them the same", np.array([0, 1, 2, 2]))):
     print(f"{name:<22} cost {hinge_np(np.eye(4)[who], np.eye(4)[who])[0]:.1f}")
+assert np.isclose(hinge_np(np.eye(4)[who], np.eye(4)[who])[0], 4 * 0.2)
 
 # %% [markdown]
-# What to see: blue lies on the diagonal in all three. The sum pushes every violator with the same force, so
-# that many easy ones outvote a hard one; the maximum pushes one a row and one a column. InfoNCE's force
-# follows its softmaxes. Pairs 3 and 4 lead by the margin: the hinges no longer pull them, a softmax always
-# does.
+# What to see: blue lies on the diagonal in all three. The sum pushes every pair that violates the margin with
+# the same force, so that many easy ones outweigh a hard one. The maximum pushes one a row and one a column.
+# InfoNCE's force follows its softmaxes. Pairs 3 and 4 lead by the margin: the hinges no longer pull them, a
+# softmax always does.
 #
-# The hardest negative is also the likeliest to be none. If two pictures of a batch show the same, each costs
-# the other the whole margin, however good the vectors are: the last line, four margins of 0.2. And from
-# random weights the hardest of many is hard for no reason: training by maxima alone can collapse. The
-# library's own run counts every hinge at first, and only then the hardest. Both rungs hold a few arrays like
-# $S$, $B^2$ numbers each.
+# The hardest negative is also the likeliest to be a mislabelled positive. If two pictures of a batch show the
+# same, each costs the other the whole margin, however good the vectors are: the last line has four margins of
+# 0.2. And with random weights the hardest of many negatives is hard by chance: training by maxima alone can
+# collapse. The library's own run counts every hinge at first, and only then the hardest. Both rungs hold a
+# few arrays like $S$, $B^2$ numbers each.
 #
 # **Exercise 5** · `hinge_np` · difficulty 2 of 3 · 35 minutes. **Exercise 6** · `hinge` · difficulty 1 of 3 ·
 # 15 minutes. Open `chapters/exercises/hinge.py`. A pair is not its own negative: mind the diagonal.

@@ -94,10 +94,55 @@ for what, log10 in (
 # $$-\nabla \log Z = -\frac1Z \sum_v \nabla e^{-E(v)} = \sum_v p(v)\, \nabla E(v), \qquad
 #   \nabla \log p(u) = -\nabla E(u) + \sum_v p(v)\, \nabla E(v).$$
 #
-# In words: lower the energy of what was seen, raise the energy of what the model itself believes in. Leaving
-# out the second part is no way out: without it the best $E$ is $-\infty$ everywhere. One may replace the sum
-# by samples of the model, but they have to be drawn anew after every step, and drawing from $e^{-E}/Z$ is
-# about as hard as $Z$.
+# In words: lower the energy of what was seen, raise the energy of what the model itself believes in. The
+# second part cannot be left out: without it the best $E$ is $-\infty$ everywhere. But it is a mean over the
+# model's own distribution, and a mean can be estimated from samples. Such samples need no $Z$. The
+# **Metropolis algorithm** walks: from the present thing $u$ it proposes another, $v$, and goes there with the
+# probability $\min(1, e^{E(u) - E(v)})$, where only a difference of energies occurs. In the long run it
+# stands on each thing as often as $e^{-E}/Z$ says. **Langevin's method** walks among vectors of numbers by
+# the gradient of $E$, which has no $Z$ in it either; its error falls with its step. Here is Metropolis's walk
+# on the eight drawings. A proposal is any of them, or only a neighbour on a ring. Last, on the ring, the
+# likely drawings stand on two islands with a wall of energy between them.
+
+# %%
+islands = np.array([0.0, 1.0, 14.0, 14.0, 0.5, 1.5, 14.0, 14.0])
+
+
+def metropolis(E, neighbours, steps, seed):
+    """The share of the steps at which the walk stood on each of the eight things; it begins on thing 0."""
+    draw, u, visits = np.random.default_rng(seed), 0, np.zeros(8)
+    jumps = draw.choice([-1, 1], steps) if neighbours else draw.integers(1, 8, steps)
+    for jump, coin in zip(jumps, draw.random(steps), strict=True):
+        v = (u + jump) % 8
+        if coin < np.exp(E[u] - E[v]):
+            u = v
+        visits[u] += 1
+    return visits / steps
+
+
+for name, E, neighbours in (
+    ("any other thing", energy, False),
+    ("a neighbour", energy, True),
+    ("a neighbour, islands", islands, True),
+):
+    p = np.exp(-E) / np.exp(-E).sum()
+    wrong = [np.abs(metropolis(E, neighbours, 20_000, seed) - p).max() for seed in range(3)]
+    print(f"proposal: {name:<21} largest error of a probability in three walks {np.array(wrong)}")
+    assert max(wrong) < 0.05 if E is energy else min(wrong) > 0.2
+
+# %% [markdown]
+# What to see: without knowing $Z$, the walk finds all probabilities to a few hundredths. Between the islands
+# it fails. To get from one to the other it has to step on things of probability near $e^{-14}$, and in 20,000
+# steps it did not. This is the true obstacle. Samples are easy to begin with and hard to
+# **mix**: the walk must visit every region that matters, and in many dimensions it may not do so in any time
+# that one has.
+#
+# Training needs samples after every step, as the energies have changed, but they need not be drawn from the
+# beginning. *Contrastive divergence* (Hinton 2002) takes a few steps of the walk that start at the data.
+# *Persistent* contrastive divergence (Tieleman 2008) goes on where the walk of the last update stood. *Score
+# matching* (Hyvärinen 2005) avoids samples: it fits the gradient of $\log p$ in $u$, which is $-\nabla_u E$
+# and has no $Z$ in it, and *denoising* score matching (Vincent 2011) fits it at data to which noise was
+# added. This chapter takes another road.
 #
 # ## Another question: data or noise?
 #
@@ -163,6 +208,7 @@ labels = torch.tensor([1.0] * 3 + [0.0] * 6, dtype=torch.float64)
 torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum").div(3).backward()
 hand = (dh_data, dh_noise, -dh_data, -dh_noise)
 worst = max(np.abs(t.grad.numpy() - g).max() for t, g in zip(tensors, hand, strict=True))
+assert np.abs(dh_noise - slopes).max() < 1e-8 and worst < 1e-12
 print(f"\nwithin 1e-8 of the slopes:                   {np.abs(dh_noise - slopes).max() < 1e-8}")
 print(f"all four within 1e-12 of autograd's:         {worst < 1e-12}")
 
@@ -233,13 +279,18 @@ right.axhline(1, color="black", linewidth=0.8)
 right.set(xlabel="step", ylabel="sum of exp(score)")
 left.legend(fontsize=8)
 plt.show()
+far = {name: f - np.log(p_data) for name, f in learned.items()}
+assert np.abs(far["nce"]).max() < 0.3 and abs(np.exp(learned["nce"]).sum() - 1) < 0.1
+assert np.abs(far["log K forgotten"] + np.log(K)).max() < 0.3
+assert np.abs(far["log q left out"] + np.log(q)).max() < 0.3
+assert (learned["log q left out"].argsort() != p_data.argsort()).any()  # another order
 
 # %% [markdown]
-# What to see: the circles lie on the line, up to what 2,000 draws can tell, and their sum goes to one without
-# anyone asking for it. Without $\log K$ the same shape lies lower by $\log K$: a constant, invisible in any
-# ranking, fatal where the number is used as a probability. Without $\log q$ the scores are $\log p - \log q$,
-# and here even the order is wrong. (Negative sampling, known from word vectors, leaves out $\log K$ as well:
-# it learns the ratio up to a constant, which may be what one wants.)
+# What to see: the circles lie on the line, up to what 2,000 draws can tell, and their sum goes to one
+# although nothing in the loss asks for it. Without $\log K$ the same shape lies lower by $\log K$. A constant
+# changes no ranking, but the number is no probability. Without $\log q$ the scores are $\log p - \log q$, and
+# here even the order is wrong. (Negative sampling, known from word vectors, leaves out $\log K$ as well: it
+# learns the ratio up to a constant, which may be what one wants.)
 #
 # A law that needs no training catches both. If the scores *are* the noise density, $f = \log q$, nothing can
 # be told apart: every log-odds is $-\log K$ and the loss is the cost of guessing with odds 1 to $K$,
@@ -249,7 +300,9 @@ plt.show()
 # %%
 odds = np.log1p(K) + K * np.log1p(1 / K)
 for name, loss in losses.items():
-    print(f"{name:<16} {loss(log_q[data], log_q[noise], log_q[data], log_q[noise]):.4f}; law {odds:.4f}")
+    value = loss(log_q[data], log_q[noise], log_q[data], log_q[noise]).item()
+    print(f"{name:<16} {value:.4f}; law {odds:.4f}")
+    assert np.isclose(value, odds) == (name == "nce")
 
 # %% [markdown]
 # ## What K is good for
@@ -280,6 +333,7 @@ rare = np.exp(energy / 2) / np.exp(energy / 2).sum()  # shows most what the data
 noises = {"bag 2": q, "rare": rare, "bag 1": p_data}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3), constrained_layout=True)
 print("scatter of the estimate of log Z for K =", Ks)
+scatter = {}
 for (name, noise_p), colour in zip(noises.items(), ("C0", "C1", "C2"), strict=True):
     found, theory = [], []
     for K in Ks:
@@ -295,30 +349,39 @@ for (name, noise_p), colour in zip(noises.items(), ("C0", "C1", "C2"), strict=Tr
         theory.append(np.sqrt(max(0, 1 / a - 1 - 1 / K) / B))
         found.append(np.sqrt(((c - log_Z) ** 2).mean()))
     print(f"{name:<8} measured", np.array(found), "theory", np.array(theory))
+    scatter[name] = np.array(found)
+    assert np.allclose(found, theory, rtol=0.25, atol=1e-6)
     if name != "bag 1":
         left.loglog(Ks, found, "o", color=colour, label=f"noise: {name}")
         left.loglog(Ks, theory, color=colour)
 left.set(xlabel="K, noise per sample of data", ylabel="scatter of c", title="points: 400 runs, lines: theory")
 left.legend(fontsize=8)
-for u in range(8):
-    weight = Ks * q[u] / (p_data[u] + Ks * q[u])
-    right.semilogx(Ks, weight, color=plt.cm.viridis(p_data[u] / p_data.max()))
-right.set(xlabel="K", ylabel="weight w(u)", title="yellow = frequent drawing")
+order = np.argsort(p_data / q)[::-1]
+weights = Ks * q[:, None] / (p_data[:, None] + Ks * q[:, None])  # (8, Ks)
+for rank, u in enumerate(order):
+    label = f"{things[u].noun}, p/q = {p_data[u] / q[u]:.1f}"
+    right.semilogx(Ks, weights[u], color=plt.cm.viridis(1 - rank / 7), label=label)
+right.set(xlabel="K", ylabel="weight w(u)")
+right.legend(fontsize=6)
 plt.show()
+ratio = scatter["bag 2"][2:-1] / scatter["bag 2"][3:]
+assert ((ratio > 1.5) & (ratio < 2.6)).all() and (scatter["rare"] > scatter["bag 2"]).all()
+assert scatter["bag 1"].max() < 1e-6 and (np.diff(weights[order], axis=0) >= 0).all()
 
 # %% [markdown]
 # What to see: on the left, once $K$ is not small, four times the noise about halves the scatter, and noise
 # that favours what the data have least is worse at every $K$. In the last printed line the noise is the
-# data's own distribution, and the scatter is zero: then all log-odds are one and the same number, and setting
-# it right needs no luck in the draws. So for $c$ alone no noise is better than that, while noise from far
-# away is told apart at a glance and teaches little. On the right, with $p = p_{\text{data}}$, the last
-# weights to become one are those of drawings that are frequent in the data and not in the noise.
+# data's own distribution, and the scatter is zero. There all log-odds are one and the same number, which
+# depends on $c$ and not on what was drawn, so every draw gives the same best $c$. For $c$ alone no noise is
+# better than that, while noise that is easily told from the data teaches little. On the right, with $p =
+# p_{\text{data}}$, the curves lie in the order of $p/q$. The last weights to become one are those of drawings
+# that are frequent in the data and not in the noise.
 #
 # ## A trap: certainty
 #
-# A classifier that is sure and wrong should pay for it in full. Two common ways to write softplus spoil that:
-# $\log(1 + e^{h})$ taken literally overflows, and probabilities clipped before the logarithm cap the cost and
-# end the gradient. Both pass every test in which $h$ is small.
+# A classifier that is sure and wrong should pay for it in full. Two common ways to write softplus fail here.
+# $\log(1 + e^{h})$ as it is written overflows. Probabilities that are clipped before the logarithm limit the
+# cost, and beyond the limit the gradient is 0. Both pass every test in which $h$ is small.
 
 # %%
 far = np.array([0.0]), np.array([[1000.0]]), np.array([0.0]), np.array([[0.0]])  # noise with score 1000
@@ -329,6 +392,8 @@ cost = bugs.clipped_probabilities(*clipped)
 cost.backward()
 print(f"clipped  {cost.item():.2f}, gradient {abs(clipped[1].grad.item()):.2f}")
 print(f"nce_np   {nce.nce_np(*far)[0]:.2f}, gradient {nce.nce_np(*far)[1][1].item():.2f}")
+assert clipped[1].grad.item() == 0 and cost.item() < 100 < nce.nce_np(*far)[0]
+assert np.isclose(nce.nce_np(*far)[1][1].item(), 1)
 
 # %% [markdown]
 # ## The rungs, and what they cost
@@ -389,7 +454,8 @@ print(f"torch / fused: {best['torch'] / best['fused']:.1f}")
 # * Choosing one of $K + 1$ samples instead of answering $K + 1$ questions. Then $\log K$ and the unknown
 #   constant cancel: InfoNCE, chapter 12. Keeping the questions gives the sigmoid loss, chapter 13, where a
 #   learned bias takes the place of $-\log K$.
-# * Noise that the data's support does not share, noise that learns, and samplers for the model itself.
+# * Noise that the data's support does not share, and noise that learns.
+# * Training with samples of the model, and by score matching: named above, not tried.
 # * How precise NCE is for more than one parameter. The theorem quoted has the general form; the best noise is
 #   then, in general, not the data's own distribution.
 #
@@ -397,4 +463,6 @@ print(f"torch / fused: {best['torch'] / best['fused']:.1f}")
 #
 # Noise-contrastive estimation: Gutmann and Hyvärinen 2010, for $K = 1$, and 2012, for any $K$ and with the
 # variance (theorem 3). The limit $K \to \infty$ and a language model trained this way: Mnih and Teh 2012. The
-# best noise: Chehab, Gramfort and Hyvärinen 2022.
+# best noise: Chehab, Gramfort and Hyvärinen 2022. The walk: Metropolis et al. 1953. Other ways around $Z$:
+# Hinton 2002 (contrastive divergence); Tieleman 2008 (persistent chains); Hyvärinen 2005 (score matching);
+# Vincent 2011 (denoising score matching).

@@ -8,6 +8,8 @@ import os
 import sys
 
 from chapters import desk
+from minivlp.training.screen import any_terminal
+from tests.limit import leave
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 after one sentence on stderr."""
+    any_terminal()
     args = parser().parse_args(arguments)
     if args.job is None:
         parser().print_help()
@@ -75,4 +78,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave(main()))

@@ -15,6 +15,7 @@ from tests.course import (
     functions,
     is_stub,
     next_exercise,
+    read,
     shown,
     state,
     table,
@@ -28,7 +29,10 @@ STATES = {"todo": "to do", "right": "right", "wrong": "wrong", "unchecked": "wri
 def verdicts() -> dict[str, list[str]]:
     """What earlier runs of pytest found, {name: [fingerprint, passed or failed]}."""
     path = ROOT / ".pytest_cache" / "v" / "course" / "verdicts"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):  # none yet, or a file that a full disk has cut: all is to be checked again
+        return {}
 
 
 def list_(args: argparse.Namespace) -> None:
@@ -62,7 +66,12 @@ def next_(args: argparse.Namespace) -> None:
 
 def hint_(args: argparse.Namespace) -> None:
     one = find(args.name)
-    print(f"{one.name}, hint {args.level} of 3: {one.hints[args.level - 1]}")
+    hint = one.hints[args.level - 1]
+    print(
+        f"{one.name}, hint {args.level} of 3: {hint}"
+        if args.level < 3
+        else f"{one.name}, hint 3 of 3:\n\n{hint}"
+    )
     if args.level < 3:
         print(f"more: python -m chapters hint {one.name} {args.level + 1}")
 
@@ -76,7 +85,7 @@ def solution_(args: argparse.Namespace) -> None:
             f"{rule}: `python -m chapters hint {one.name}` helps, --spoil shows the library's code"
         )
     if not fault(one) and not untouched(one):
-        source = one.path.read_text(encoding="utf-8")
+        source = read(one.path)
         print(f"--- yours, {one.where}\n{segment(source, functions(source)[one.name])}")
     source, node = library_function(one)
     print(f"--- the library's, minivlp/{one.concept}.py:{node.lineno}\n{segment(source, node)}", end="")
@@ -100,16 +109,16 @@ def reset_(args: argparse.Namespace) -> None:
         _refresh()
         return
     one = find(args.name)
-    source = one.path.read_text(encoding="utf-8") if one.path.exists() else None
-    if source is not None:
+    there = one.path.exists()
+    if there:
         aside = one.path.parent / ".attempts" / f"{one.name}.{datetime.now():%Y-%m-%dT%H-%M-%S-%f}.py"
         aside.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(source, encoding="utf-8")
+        aside.write_bytes(one.path.read_bytes())
         print(f"kept {shown(one.path)} as {shown(aside)}")
     try:
-        fresh = stub_file(one.concept) if source is None else _with_stub(source, one)
+        fresh = _with_stub(read(one.path), one) if there else stub_file(one.concept)
     except SyntaxError as error:
-        print(f"line {error.lineno} is no Python: all stubs of this file are restored")
+        print(f"line {error.lineno or 1} cannot be read: all stubs of this file are restored")
         fresh = stub_file(one.concept)
     _write(one, fresh)
     print(f"restored {one.where} {one.name}")
@@ -128,8 +137,12 @@ def _refresh() -> None:
     for concept in dict.fromkeys(one.concept for one in exercises()):
         ours = exercises(concept)
         path = ours[0].path
-        source = path.read_text(encoding="utf-8") if path.exists() else ""
-        found = functions(source)
+        try:
+            source = read(path) if path.exists() else ""
+            found = functions(source)
+        except (OSError, SyntaxError):
+            print(f"left as it is: {fault(ours[0])}")
+            continue
         if all(is_stub(node) for node in found.values()):
             fresh = stub_file(concept)
         else:

@@ -19,9 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from minivlp import __main__ as minivlp_cli
 from minivlp.recipes import recipe_class
 from minivlp.training.run import run_folder
-from tests.attempts import load
 from tests.course import Exercise, exercises, find
 from tests.notebook import obeys
+from tests.watched import load
 
 ITEMS = 64  # of the evaluation after the run
 NAME = "attempt"  # results go to runs/attempt-<model>-<number>
@@ -89,6 +89,8 @@ def _replace(one: Exercise, calls: Counter) -> list[tuple[Any, str, Callable]]:
     ladder = vars(sys.modules[f"minivlp.{one.concept}"])["RUNGS"].get(one.family, {})
     library = [function for rung, function in ladder.items() if rung != "np"]
     library += [vars(sys.modules[f"minivlp.{one.concept}"])[one.name]]
+    cores = vars(sys.modules[f"minivlp.{one.concept}"]).get("CORES", {})
+    library += [cores[one.family]] if one.family in cores else []  # what the models call
     attempt = load(one)
     usable = by_hand(attempt) if one.rung == "np" else attempt
 

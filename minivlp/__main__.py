@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlp.recipes import FLAGS, MODELS, TASKS, recipe_name
-from minivlp.training.screen import Screen
+from minivlp.training.screen import Screen, any_terminal
 
 PRESETS = ("cpu", "gpu", "captions")  # of all recipes together
 NUMBERS = ("steps", "batch", "lr", "seed")  # flags that stand in place of a preset's numbers
@@ -29,17 +29,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"minivlp: {message} (all flags: {self.prog} --help)\n")
 
 
-def integer_from(least: int, multiple: int = 1):
-    """The argparse type of whole numbers from `least` on, multiples of `multiple`."""
+def integer_from(least: int, most: int = 10**9, multiple: int = 1):
+    """The argparse type of whole numbers from `least` to `most`, multiples of `multiple`."""
 
     def number(text: str) -> int:
-        value = int(text) if text.removeprefix("-").isdecimal() else least - 1
-        if value < least or value % multiple:
+        value = int(text[:30]) if text.removeprefix("-").isdecimal() else least - 1
+        if not least <= value <= most or value % multiple:
             what = "whole number" if multiple == 1 else f"multiple of {multiple}"
-            raise argparse.ArgumentTypeError(f"must be a {what} from {least} on, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a {what} from {least} to {most}, got {text[:40]!r}")
         return value
 
     return number
+
+
+def given(text: str) -> str:
+    """The argparse type of texts that are not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
+    return text
 
 
 def positive(text: str) -> float:
@@ -70,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
             devices = ["auto", "cpu", "cuda", "mps"]
             sub.add_argument("--device", default="auto", choices=devices, help="auto: cuda if there is one")
         sub.add_argument(
-            "--threads", type=integer_from(1), help="CPU threads (default: all cores, at most 4)"
+            "--threads", type=integer_from(1, 256), help="CPU threads (default: all cores, at most 4)"
         )
         return sub
 
@@ -82,16 +89,20 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--without", choices=["boxes", "regions"], help="what xvlm is to do without")
     train.add_argument("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
     train.add_argument("--task", choices=TASKS, help="fine-tune a trained run on this task")
-    train.add_argument("--start", metavar="RUN", help=f"where --task starts: {RUN}")
+    train.add_argument("--start", type=given, metavar="RUN", help=f"where --task starts: {RUN}")
     train.add_argument(
-        "--captions", metavar="DIR", help="own data: a folder with captions.jsonl, or a COCO JSON file"
+        "--captions",
+        type=given,
+        metavar="DIR",
+        help="own data: a folder with captions.jsonl, or a COCO JSON file",
     )
-    train.add_argument("--images", metavar="DIR", help="the image folder of a COCO JSON file")
+    train.add_argument("--images", type=given, metavar="DIR", help="the image folder of a COCO JSON file")
     train.add_argument(
         "--on-error", choices=["skip", "stop"], help="for a bad line or picture (default: skip, and tell)"
     )
     train.add_argument(
         "--name",
+        type=given,
         help="results go to runs/NAME (default: the task or model; an absolute path is taken as it is)",
     )
     train.add_argument(
@@ -100,17 +111,26 @@ def parser() -> argparse.ArgumentParser:
         help="go on with the run of this name, with the settings it began with",
     )
     train.add_argument("--steps", type=integer_from(1), help="in place of the preset's")
-    train.add_argument("--batch", type=integer_from(2), help="rows a step, in place of the preset's")
+    train.add_argument("--batch", type=integer_from(2, 10**6), help="rows a step, in place of the preset's")
     train.add_argument("--lr", type=positive, help="in place of the preset's")
-    train.add_argument("--seed", type=integer_from(0), help="of weights and data, in place of the preset's")
+    train.add_argument(
+        "--seed", type=integer_from(0, 2**32 - 1), help="of weights and data, in place of the preset's"
+    )
 
     evaluation = command("eval", "Measure a trained model on a folder of sheets.", "eval --run runs/vilt")
-    evaluation.add_argument("--data", metavar="DIR", help="a folder with meta.json (default: data_tiny)")
-    evaluation.add_argument("--out", metavar="FILE", help="also write the results as JSON")
-    evaluation.add_argument("--seed", type=integer_from(0), default=1, help="of the test scenes (default: 1)")
+    evaluation.add_argument(
+        "--data", type=given, metavar="DIR", help="a folder with meta.json (default: data_tiny)"
+    )
+    evaluation.add_argument("--out", type=given, metavar="FILE", help="also write the results as JSON")
+    evaluation.add_argument(
+        "--seed", type=integer_from(0, 2**32 - 1), default=1, help="of the test scenes (default: 1)"
+    )
     for sub in (train, evaluation):
         sub.add_argument(
-            "--items", type=integer_from(4, 2), default=2000, help="test items a measure (default: 2000)"
+            "--items",
+            type=integer_from(4, 10**6, 2),
+            default=1500,
+            help="test items a measure (default: 1500)",
         )
 
     demo = command(
@@ -122,11 +142,13 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--model", default="vilt", choices=MODELS, help="whose run or shipped model, without --run"
     )
-    demo.add_argument("--out", metavar="DIR", default=".", help="where demo.png and demo_alignment.png go")
+    demo.add_argument(
+        "--out", type=given, metavar="DIR", default=".", help="where demo.png and demo_alignment.png go"
+    )
 
     figures = command("figures", "Draw the pictures of a run again.", "figures --run runs/vilt")
     for sub in (evaluation, demo, figures):
-        sub.add_argument("--run", help=RUN)
+        sub.add_argument("--run", type=given, help=RUN)
 
     bench = command(
         "bench",
@@ -146,7 +168,9 @@ def parser() -> argparse.ArgumentParser:
     claims = command("claims", "Test the papers' claims again in miniature.", "claims --quick", device=False)
     claims.add_argument("--quick", action="store_true", help="minutes; more claims cannot be told")
     claims.add_argument("--only", metavar="NAME", nargs="+", help="some of the claims (default: all)")
-    claims.add_argument("--out", metavar="DIR", default="runs/claims", help="default: runs/claims")
+    claims.add_argument(
+        "--out", type=given, metavar="DIR", default="runs/claims", help="default: runs/claims"
+    )
     return top
 
 
@@ -291,6 +315,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 after one sentence on stderr, 130 after Ctrl-C."""
+    any_terminal()
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     if args.job is None:

@@ -18,6 +18,9 @@ Rungs:
     attention_fused   a walk over tiles of S with a running softmax, and another in the backward pass: S and P
                       are never whole; kept are the arguments, O and a logsumexp a query, L × d numbers a head
 
+The blocks of the models call `attend`, which is `attention` without a look at its arguments, because a model
+checks its inputs once for all of its blocks.
+
 Sources: Vaswani et al. 2017 (Attention is all you need), eq. 1. The row sum G ∘ O in place of dP ∘ P is from
 Dao et al. 2022 (FlashAttention), appendix B.2.
 Left out: dropout on P (0 in ViLT's blocks), additive biases, heads that share keys: no model here has them.
@@ -48,13 +51,22 @@ def _check_shapes(q, k, v, mask) -> tuple[int, ...]:
     return full
 
 
+def _allowed(q, k, mask, causal: bool):
+    """Which (query, key) pairs are allowed, or None when all are."""
+    if not causal:
+        return mask
+    square = (q.shape[2], k.shape[2])
+    if isinstance(q, Tensor):
+        past = torch.ones(square, dtype=torch.bool, device=q.device).tril()  # True where key ≤ query
+    else:
+        past = np.tri(*square, dtype=bool)
+    return past if mask is None else mask & past
+
+
 def _check(q, k, v, mask, causal: bool):
     """Refuse bad input; return which (query, key) pairs are allowed, or None when all are."""
-    full = _check_shapes(q, k, v, mask)
-    if causal:
-        past = np.tri(*full[2:], dtype=bool)  # (Lq, Lk): True where key ≤ query
-        past = torch.from_numpy(past).to(q.device) if isinstance(q, Tensor) else past
-        mask = past if mask is None else mask & past
+    _check_shapes(q, k, v, mask)
+    mask = _allowed(q, k, mask, causal)
     if mask is not None:
         require.mask("mask", mask, whole_rows=True)
     return mask
@@ -95,11 +107,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     mask is bool, True = may look, and broadcasts to (B, H, Lq, Lk): a key padding mask (B, Lk) comes as
     `mask[:, None, None]`. Raises ValueError on bad shapes, dtypes, NaN, and when a query may see no key.
     """
-    allowed = _check(q, k, v, mask, causal)
+    _check(q, k, v, mask, causal)
+    return attend(q, k, v, mask, causal)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """`attention`, unchecked: what the blocks of the models call."""
+    allowed = _allowed(q, k, mask, causal)
     # Scaling q costs Lq · d products a head, scaling the scores Lq · Lk.
     S = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
     if allowed is not None:
-        S = S.masked_fill(~allowed, -math.inf)
+        S.masked_fill_(~allowed, -math.inf)
     return S.softmax(-1) @ v  # (B, H, Lq, d)
 
 
@@ -188,3 +206,4 @@ class _Fused(torch.autograd.Function):
 
 
 RUNGS = {"attention": {"np": attention_np, "torch": attention, "fused": attention_fused}}
+CORES = {"attention": attend}  # what the models call

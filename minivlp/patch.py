@@ -32,11 +32,20 @@ def _check(images, weight, bias) -> int:
     return sizes["p"]
 
 
-def _check_grid(height: int, width: int, p: int) -> None:
+def check_pixels(pixels: Tensor, p: int) -> tuple[int, int, int]:
+    """Refuse what is not `pixels (B, 3, H, W)` of whole patches, without NaN; return B, H and W.
+
+    A model calls this once, and its PatchEmbed then looks at nothing.
+    """
+    B, H, W = (require.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "BHW")
+    require.floats(pixels=pixels)
+    _check_grid(H, W, p, "pixels")
+    return B, H, W
+
+
+def _check_grid(height: int, width: int, p: int, name: str = "images") -> None:
     if p < 1 or height % p or width % p or height < p or width < p:
-        require.fail(
-            "images", f"must have height and width that are multiples of p={p}", f"{height} × {width}"
-        )
+        require.fail(name, f"must have height and width that are multiples of p={p}", f"{height} × {width}")
 
 
 def patches_a_side(image_size: int, patch: int) -> int:
@@ -52,8 +61,13 @@ def to_patches(images, p: int):
     Takes NumPy arrays and torch tensors. Raises ValueError when H or W is not a multiple of p.
     """
     sizes = require.shapes(images=(images, "B C H W"))
-    B, C, H, W = (sizes[k] for k in "BCHW")
-    _check_grid(H, W, p)
+    _check_grid(sizes["H"], sizes["W"], p)
+    return _cut(images, p)
+
+
+def _cut(images, p: int):
+    """`to_patches`, unchecked."""
+    B, C, H, W = images.shape
     blocks = images.reshape(B, C, H // p, p, W // p, p)  # (B, C, rows, p, columns, p)
     order = (0, 2, 4, 1, 3, 5)  # grid axes first, then the content of a patch
     blocks = blocks.permute(order) if isinstance(blocks, Tensor) else blocks.transpose(order)
@@ -101,8 +115,14 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Raises ValueError on bad shapes, dtypes or NaN, and when H or W is not a multiple of p.
     """
-    p = _check(images, weight, bias)
-    return to_patches(images, p) @ weight.reshape(len(weight), -1).T + bias  # (B, N, D)
+    _check(images, weight, bias)
+    return embed(images, weight, bias)
+
+
+def embed(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`patch_embed`, unchecked, and with a bias or without: what the models call."""
+    out = _cut(images, weight.shape[-1]) @ weight.flatten(1).T  # (B, N, D)
+    return out if bias is None else out + bias
 
 
 def patch_embed_fused(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -126,8 +146,8 @@ class PatchEmbed(torch.nn.Module):
         torch.nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
-        return patch_embed(images, self.weight, bias)
+        return embed(images, self.weight, self.bias)
 
 
 RUNGS = {"patch_embed": {"np": patch_embed_np, "torch": patch_embed, "fused": patch_embed_fused}}
+CORES = {"patch_embed": embed}  # what the models call

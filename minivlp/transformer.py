@@ -25,9 +25,9 @@ from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, linear
 
-from minivlp.attention import attention
+from minivlp.attention import attend
 from minivlp.core import require
 
 
@@ -74,7 +74,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
 class Block(nn.Module):
     """One pre-norm block over tokens (B, L, dim); `heads` must divide dim.
 
-    The norms are torch.nn.LayerNorm: the numbers of `layer_norm` above, in one kernel instead of six.
+    The norms are torch.nn.LayerNorm: the numbers of `layer_norm` above, in one kernel instead of six. Blocks
+    check nothing: a model looks at its inputs once, before the first of them.
     """
 
     def __init__(self, dim: int, heads: int, hidden: int, eps: float = 1e-6, activation: Callable = gelu):
@@ -90,17 +91,29 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.apply(normal_init)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x (B, L, D) → (B, L, D); mask (True = may look) broadcasts to (B, heads, L, L)."""
-        return self.transform(self.attend(x, mask, causal))
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, first: int | None = None
+    ) -> Tensor:
+        """x (B, L, D) → (B, L, D); mask (True = may look) broadcasts to (B, heads, L, L).
 
-    def attend(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        With `first`, all tokens are looked at, but only the first so many are computed: (B, first, D).
+        """
+        return self.transform(self.attend(x, mask, causal, first))
+
+    def attend(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, first: int | None = None
+    ) -> Tensor:
         """The first half: tokens look at one another."""
-        B, L, D = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, d) each
-        mixed = attention(q, k, v, mask, causal).transpose(1, 2).reshape(B, L, D)
-        return x + self.proj(mixed)
+        z = self.norm1(x)
+        if first is None:
+            q, k, v = self.qkv(z).chunk(3, -1)
+        else:
+            sizes = [x.shape[-1], 2 * x.shape[-1]]
+            (Wq, Wkv), (bq, bkv) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
+            x, q = x[:, :first], linear(z[:, :first], Wq, bq)
+            k, v = linear(z, Wkv, bkv).chunk(2, -1)
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
+        return x + self.proj(join_heads(attend(q, k, v, mask, causal)))
 
     def transform(self, x: Tensor) -> Tensor:
         """The second half: the MLP, each token by itself."""
@@ -117,11 +130,65 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, eps, activation) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x (B, L, D) → (B, L, D); mask (True = may look) broadcasts to (B, heads, L, L)."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, first: int | None = None
+    ) -> Tensor:
+        """x (B, L, D) → (B, L, D), or (B, first, D): the last block computes no token that is not wanted.
+
+        mask (True = may look) broadcasts to (B, heads, L, L).
+        """
         for block in self.blocks:
-            x = block(x, mask, causal)
+            x = block(x, mask, causal, first if block is self.blocks[-1] else None)
         return self.norm(x)
+
+
+class CrossBlock(Block):
+    """A pre-norm block whose tokens look at one another, then at tokens of another kind, before the MLP."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, eps: float = 1e-6, activation: Callable = gelu):
+        super().__init__(dim, heads, hidden, eps, activation)
+        self.norm_cross = nn.LayerNorm(dim, eps)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj_cross = nn.Linear(dim, dim)
+        self.apply(normal_init)
+
+    def forward(self, x: Tensor, others: Tensor, mask: Tensor | None, others_mask: Tensor | None) -> Tensor:
+        """x (B, L, D), others (B, K, D) → (B, L, D); masks (True = may be seen) broadcast to (…, L or K)."""
+        x = self.attend(x, mask)
+        q = split_heads(self.q(self.norm_cross(x)), self.heads)  # (B, heads, L, d)
+        k, v = (split_heads(z, self.heads) for z in self.kv(others).chunk(2, -1))  # (B, heads, K, d)
+        return self.transform(x + self.proj_cross(join_heads(attend(q, k, v, others_mask))))
+
+
+class CrossEncoder(nn.Module):
+    """`layers` CrossBlocks and the final LayerNorm. The other tokens come normed from an Encoder."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, layers: int, eps: float = 1e-6):
+        super().__init__()
+        self.blocks = nn.ModuleList(CrossBlock(dim, heads, hidden, eps) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, eps)
+
+    def forward(self, x: Tensor, others: Tensor, mask: Tensor | None, others_mask: Tensor | None) -> Tensor:
+        """Shapes and masks as in `CrossBlock`."""
+        for block in self.blocks:
+            x = block(x, others, mask, others_mask)
+        return self.norm(x)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Tokens (B, L, D) as `attention` takes them, (B, heads, L, D / heads): a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """The inverse: (B, heads, L, d) → (B, L, heads · d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def key_mask(mask: Tensor) -> Tensor | None:
+    """Real tokens (B, L) as the mask of `attention`; None, which is faster, where all are real."""
+    return None if bool(mask.all()) else mask[:, None, None]
 
 
 def normal_init(module: nn.Module) -> None:

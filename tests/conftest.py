@@ -6,7 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import profiles  # noqa: F401, registers them
+from tests import (
+    limit,
+    profiles,  # noqa: F401, registers them
+)
 from tests.course import course_map, exercises, fault, fingerprint, untouched
 
 VERDICTS = "course/verdicts"  # in pytest's cache: {exercise: [fingerprint, passed or failed]}
@@ -21,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("MPLBACKEND", "Agg")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    limit.SCREEN = os.dup(2)  # before pytest takes what is written there
     profile = "bugs" if config.getoption("--bugs") else os.environ.get("MINIVLP_PROFILE", "learner")
     settings.load_profile(profile)
 
@@ -57,9 +61,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session):
-    """The last lines of a run with attempts in it: the map of the course."""
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int):
+    """Remember the verdicts; the last lines of a run with all attempts in it are the map of the course."""
     result = yield
+    session.config.exit_code = int(exitstatus)
     config, terminal = session.config, session.config.pluginmanager.get_plugin("terminalreporter")
     if not OUTCOMES or terminal is None:
         return result
@@ -70,6 +75,13 @@ def pytest_sessionfinish(session: pytest.Session):
             known[one.name] = [fingerprint(one), OUTCOMES[one.name]]
     if cache:
         cache.set(VERDICTS, known)
-    for line in ["", *course_map(known)]:
-        terminal.write_line(line)
+    if len(OUTCOMES) == len(exercises()):
+        for line in ["", *course_map(known)]:
+            terminal.write_line(line)
     return result
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Threads that exercises have left running are not waited for."""
+    limit.leave(getattr(config, "exit_code", 0))

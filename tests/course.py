@@ -2,17 +2,18 @@
 
 An exercise is one public function of the library that the learner writes again. The table is
 chapters/exercises.toml; the learner's file is chapters/exercises/<concept>.py, or lies in the folder that
-MINIVLP_EXERCISES names. Files are read by path and parsed, not imported, so that one syntax error stops
-nothing else.
+MINIVLP_EXERCISES names. Files are read by path and parsed, not imported, so that a file that is no Python
+stops nothing else, whatever its bytes are.
 """
 
 import ast
 import hashlib
 import os
 import tomllib
+import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ class Exercise:
     def where(self) -> str:
         """The file to open, as seen from the root, with the line of the function."""
         try:
-            node = functions(self.path.read_text(encoding="utf-8")).get(self.name)
+            node = functions(read(self.path)).get(self.name)
         except (OSError, SyntaxError):
             node = None
         return shown(self.path) + (f":{node.lineno}" if node else "")
@@ -86,9 +87,42 @@ def find(name: str) -> Exercise:
     return known[name]
 
 
+def read(path: Path) -> str:
+    """The text of a Python file: UTF-8, a byte order mark and kinds of line ends read over.
+
+    Raises OSError, and SyntaxError with the line of a byte that no such file has.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        told, place = f"byte 0x{data[error.start]:02X} is no UTF-8; save the file as UTF-8", error.start
+    else:
+        if "\0" not in text:
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+        told, place = "it holds a NUL byte", data.index(0)
+    raise SyntaxError(told, (str(path), data.count(b"\n", 0, place) + 1, None, None))
+
+
+@lru_cache(64)
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a text. Raises SyntaxError for all that Python would not run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an invalid escape is told when the file is run
+            tree = ast.parse(source)
+            compile(source, "exercise", "exec")  # finds a return outside of a function, too
+        ast.dump(tree)
+    except (RecursionError, MemoryError):
+        raise SyntaxError("it is nested too deeply", ("exercise", 1, None, None)) from None
+    except ValueError as error:
+        raise SyntaxError(str(error), ("exercise", 1, None, None)) from None
+    return tree
+
+
 def functions(source: str) -> dict[str, ast.FunctionDef]:
     """The functions at the top of a file. Raises SyntaxError."""
-    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    return {node.name: node for node in parsed(source).body if isinstance(node, ast.FunctionDef)}
 
 
 def is_stub(node: ast.FunctionDef) -> bool:
@@ -102,22 +136,24 @@ def fault(one: Exercise) -> str | None:
     """Why there is nothing to run: no file, no such function, a line that is no Python. None if there is."""
     reset = f"`python -m chapters reset {one.name}` restores it"
     try:
-        present = functions(one.path.read_text(encoding="utf-8"))
-    except OSError:
+        present = functions(read(one.path))
+    except FileNotFoundError:
         return f"{shown(one.path)} is missing; {reset}"
+    except OSError as error:
+        return f"{shown(one.path)} cannot be read: {error.strerror}"
     except SyntaxError as error:
-        return f"{shown(one.path)}:{error.lineno} cannot be read: {error.msg}"
+        return f"{shown(one.path)}:{error.lineno or 1} cannot be read: {error.msg}"
     return None if one.name in present else f"{shown(one.path)} has no {one.name}; was it renamed? {reset}"
 
 
 def untouched(one: Exercise) -> bool:
     """Is it still the stub?"""
-    return fault(one) is None and is_stub(functions(one.path.read_text(encoding="utf-8"))[one.name])
+    return fault(one) is None and is_stub(functions(read(one.path))[one.name])
 
 
 def fingerprint(one: Exercise) -> str:
     """A hash of the function and of all in its file that it uses: the laws' verdict holds while it does."""
-    top = ast.parse(one.path.read_text(encoding="utf-8")).body
+    top = parsed(read(one.path)).body
     named = {node.name: node for node in top if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     used, queue = [node for node in top if node not in named.values()], [one.name]
     while queue:

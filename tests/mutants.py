@@ -6,6 +6,13 @@
     transpose   a.T, a.mT, a.swapaxes(−1, −2) → a
     off by one  an index, a bound or a count n → n + 1; < ↔ ≤, > ↔ ≥
 
+and finer ones, which leave most answers right:
+
+    detach      one operand of a torch rung stands still in the backward pass
+    floor       max(a, c), a.clamp_min(c) → a; eps and MIN_NORM → 0; rows divided by their bare lengths
+    ties        argmax → the last of equal ones; max with an index → amax, which shares
+    gradient    one gradient of a right value is doubled, negated, 0, rounded, cut off, 0 for rows of zeros …
+
 A mutant of an exercise changes one place of the function, or of a private helper that it uses. Refusals are
 left alone, since laws ask with good input only.
 """
@@ -13,10 +20,16 @@ left alone, since laws ask with good input only.
 import ast
 import copy
 import hashlib
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
+
+from tests.attempts import is_float, solution
 from tests.course import Exercise, exercises
 from tests.stubs import library_source
 
@@ -52,12 +65,16 @@ class Mutant:
 
 
 def mutants(one: Exercise) -> list[Mutant]:
-    """At most EACH mutants of one exercise, the same in every run."""
+    """At most EACH mutants of each sort of one exercise, the same in every run."""
+    return [*_of_the_source(one, _Change), *_of_the_source(one, _Finer), *_of_the_gradients(one)]
+
+
+def _of_the_source(one: Exercise, kind: type["_Change"]) -> list[Mutant]:
     module = ast.parse(library_source(one.concept))
     places = reached(module, one)
     changes, number = [], 0
     while True:
-        changed = _changed(module, places, number)
+        changed = _changed(module, places, kind(number, one))
         if changed is None:
             break
         changes.append(changed)
@@ -86,10 +103,9 @@ def reached(module: ast.Module, one: Exercise) -> list[str]:
     return found
 
 
-def _changed(module: ast.Module, places: list[str], number: int) -> tuple[str, ast.Module] | None:
-    """The module with change `number` made, or None when there are fewer."""
+def _changed(module: ast.Module, places: list[str], change: "_Change") -> tuple[str, ast.Module] | None:
+    """The module with one change made, or None when there are fewer."""
     tree = copy.deepcopy(module)
-    change = _Change(number)
     for node in tree.body:
         if getattr(node, "name", None) in places:
             change.owner = node.name
@@ -100,6 +116,7 @@ def _changed(module: ast.Module, places: list[str], number: int) -> tuple[str, a
 def _compiled(tree: ast.Module, one: Exercise) -> Callable:
     module = types.ModuleType(f"mutant_of_{one.concept}")
     exec(compile(tree, f"<mutant of {one.name}>", "exec"), module.__dict__)
+    module.__dict__.update(IN_PLACE)
     module.__dict__.update({name: small for name, small in SMALL.items() if name in module.__dict__})
     return getattr(module, one.name)
 
@@ -107,8 +124,8 @@ def _compiled(tree: ast.Module, one: Exercise) -> Callable:
 class _Change(ast.NodeTransformer):
     """Makes change `number` of those that it meets, in the order of the file."""
 
-    def __init__(self, number: int):
-        self.left, self.made, self.owner = number, "", ""
+    def __init__(self, number: int, one: Exercise):
+        self.left, self.made, self.owner, self.one = number, "", "", one
 
     def _offer(self, node: ast.expr, others: Iterator[ast.expr] | list[ast.expr]) -> ast.expr:
         for other in others:
@@ -192,6 +209,229 @@ class _Change(ast.NodeTransformer):
         elif _number(node.slice) is not None:
             node.slice = self._more(node.slice)
         return node
+
+
+class _Finer(_Change):
+    """Detach, floor and ties, in place of the changes above."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.assigned = {
+            n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        self.moving = _moving(node) if self.one.rung in ("torch", "fused") else set()
+        return super().visit_FunctionDef(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        for side in ("left", "right"):
+            operand = getattr(node, side)
+            still = []
+            if isinstance(operand, ast.Name) and operand.id in self.moving:
+                still = [ast.Call(ast.Attribute(operand, "detach", ast.Load()), [], [])]
+            if isinstance(operand, ast.Name) and operand.id == "eps" and isinstance(node.op, ast.Add):
+                still = [ast.Constant(0.0)]
+            setattr(node, side, self._offer(operand, still, node))
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if not isinstance(node.ctx, ast.Load) or node.id in self.assigned:
+            return node
+        others = {"MIN_NORM": ast.Constant(0.0)}
+        if node.id in IN_PLACE_OF:
+            others[node.id] = ast.Name(IN_PLACE_OF[node.id], ast.Load())
+        return self._offer(node, [others[node.id]] if node.id in others else [])
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute):
+            what, whose = node.func.attr, node.func.value
+            if what == "clamp_min":
+                return self._offer(node, [whose])
+            if what == "argmax":
+                return self._offer(
+                    node, [ast.Call(ast.Name("last_argmax", ast.Load()), [whose, *node.args], [])]
+                )
+            if what == "maximum" and len(node.args) == 2:
+                return self._offer(node, [node.args[0]])
+        if isinstance(node.func, ast.Name) and node.func.id == "max" and len(node.args) == 2:
+            return self._offer(node, [arg for arg in node.args if not isinstance(arg, ast.Constant)][:1])
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        inner = node.value
+        if node.attr == "values" and isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute):
+            shared = ast.Call(ast.Attribute(inner.func.value, "amax", ast.Load()), inner.args, inner.keywords)
+            return self._offer(node, [shared])
+        return node
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        return self.generic_visit(node)
+
+    visit_Compare = visit_Subscript = visit_UnaryOp
+
+    def _offer(self, node: ast.expr, others: list[ast.expr], told: ast.expr | None = None) -> ast.expr:
+        for other in others:
+            if self.left == 0 and not self.made:
+                self.made = f"{self.owner}: {ast.unparse(node)} → {ast.unparse(other)}"
+                self.made += f" in {ast.unparse(told)}" if told else ""
+                return other
+            self.left -= 1
+        return node
+
+
+def _moving(node: ast.FunctionDef) -> set[str]:
+    """Names of the function that stand for tensors with a gradient: arguments, and what is made of them."""
+    found = {
+        a.arg
+        for a in node.args.args
+        if a.annotation is not None and ast.unparse(a.annotation).startswith(("Tensor", "float | Tensor"))
+        if "mask" not in a.arg and a.arg not in ("a", "b", "targets", "labels")
+    }
+    for one in ast.walk(node):
+        if isinstance(one, ast.Assign) and isinstance(one.value, ast.BinOp):
+            used = {n.id for n in ast.walk(one.value) if isinstance(n, ast.Name)}
+            if used & found:
+                found |= {t.id for t in one.targets if isinstance(t, ast.Name)}
+    return found
+
+
+def last_argmax(x: Any, axis: int = -1) -> Any:
+    """The last of equal maxima."""
+    last = x.shape[axis] - 1
+    return last - (
+        x.flip(axis).argmax(axis) if isinstance(x, torch.Tensor) else np.flip(x, axis).argmax(axis)
+    )
+
+
+def bare_unit(x: torch.Tensor) -> torch.Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def bare_unit_np(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    length = np.sqrt((x * x).sum(-1, keepdims=True))
+    return x / length, length
+
+
+def bare_cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return bare_unit(x) @ bare_unit(y).mT
+
+
+def bare_cosines(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    per_x, per_y = (1 / z.norm(dim=-1, keepdim=True) for z in (x, y))
+    return (x @ y.mT).mul_(per_x).mul_(per_y.mT), per_x, per_y
+
+
+def projecting(unit: np.ndarray, length: np.ndarray, grad: np.ndarray) -> np.ndarray:
+    """Short rows are projected as if their divisor moved."""
+    return (grad - unit * (unit * grad).sum(-1, keepdims=True)) / length
+
+
+IN_PLACE = {
+    f.__name__: f for f in (last_argmax, bare_unit, bare_unit_np, bare_cosine, bare_cosines, projecting)
+}
+IN_PLACE_OF = {
+    "unit": "bare_unit",
+    "unit_np": "bare_unit_np",
+    "cosine": "bare_cosine",
+    "cosines": "bare_cosines",
+    "unit_grad_np": "projecting",
+}
+
+
+def _of_the_gradients(one: Exercise) -> list[Mutant]:
+    """The library's function, its value untouched, with one of its gradients changed."""
+    solver = one.family == "ipot" or one.name == "sinkhorn_np"  # they return a plan and no gradient
+    if one.rung == "plain" or solver:
+        return []
+    names = [n for n in inspect.signature(solution(one)).parameters if n not in SETTINGS]
+    found = []
+    for which, name in enumerate(names):
+        for told, change in GRADIENTS.items():
+            if told == ZEROS and name not in TOKENS:
+                continue
+            turned = _turned_np if one.rung == "np" else _turned
+            found.append(Mutant(one, f"d{name} {told}", turned(one, which, change)))
+    return sorted(found, key=lambda m: hashlib.sha256(m.change.encode()).digest())[:EACH]
+
+
+SETTINGS = {"grad", "mask", "causal", "eps", "iters", "beta", "a", "b", "row_mask", "col_mask", "word_mask"}
+SETTINGS |= {
+    "patch_mask",
+    "x_mask",
+    "y_mask",
+    "image_mask",
+    "text_mask",
+    "margin",
+    "hardest",
+    "targets",
+    "labels",
+}
+
+
+ZEROS = "0 for rows of zeros"
+TOKENS = {"images", "texts", "x", "y", "words", "patches", "hidden"}  # arrays whose rows may be zeros
+
+
+def _rows_of_zeros(g: Any, x: Any) -> Any:
+    still = (x == 0).all(-1)
+    return g * ~still[..., None]
+
+
+def _mean(g: Any, x: Any) -> Any:
+    return g * 0 + g.mean() if g.ndim else 2 * g
+
+
+GRADIENTS: dict[str, Callable] = {
+    "twice": lambda g, x: 2 * g,
+    "negated": lambda g, x: -g,
+    "0": lambda g, x: 0 * g,
+    "cut off at half its largest": lambda g, x: g.clip(-abs(g).max() / 2, abs(g).max() / 2),
+    "turned to its mean": _mean,
+    "without its last row": lambda g, x: g * _all_but_the_last(g) if g.ndim else 0 * g,
+    "off by 1e-4 of itself": lambda g, x: g * (1 + 1e-4),
+    ZEROS: _rows_of_zeros,
+}
+
+
+def _all_but_the_last(g: Any) -> Any:
+    kept = np.ones(g.shape)
+    kept[-1:] = 0
+    return torch.from_numpy(kept).to(g.dtype) if isinstance(g, torch.Tensor) else kept
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, change):
+        ctx.save_for_backward(x)
+        ctx.change = change
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (x,) = ctx.saved_tensors
+        return ctx.change(upstream, x), None
+
+
+def _turned(one: Exercise, which: int, change: Callable) -> Callable:
+    def function(*args: Any, **settings: Any) -> Any:
+        args = [
+            _Turn.apply(a, change) if i == which and isinstance(a, torch.Tensor) and a.requires_grad else a
+            for i, a in enumerate(args)
+        ]
+        return solution(one)(*args, **settings)
+
+    return function
+
+
+def _turned_np(one: Exercise, which: int, change: Callable) -> Callable:
+    def function(*args: Any, **settings: Any) -> Any:
+        value, grads = solution(one)(*args, **settings)
+        x = [np.asarray(a) for a in args if is_float(a)][which]
+        changed = change(np.asarray(grads[which]), x)
+        return value, tuple(changed if i == which else g for i, g in enumerate(grads))
+
+    return function
 
 
 def _number(node: ast.expr | None) -> int | None:

@@ -11,9 +11,12 @@ import numpy as np
 from hypothesis import settings
 
 from tests import profiles  # noqa: F401, registers them
-from tests.attempts import Broken, Call, broken, fault_at_import, is_float, load, quiet, solution
+from tests.attempts import Broken, broken, fault_at_import
 from tests.course import Exercise, Todo, fault, find, untouched
 from tests.laws import LAWS, Law, Subject, load_bugs
+from tests.limit import Clock, TooLong
+from tests.mistakes import given
+from tests.watched import Call, file_of, is_float, load, quiet, solution
 
 
 def check(*names: str) -> None:
@@ -50,37 +53,36 @@ def obeys(one: Exercise) -> bool:
     """Does the learner's function obey all its laws? Prints nothing."""
     if fault(one) or untouched(one) or fault_at_import(one):
         return False
-    return all(found is None for _, found in _verdicts(one))
+    return all(found is None for _, found in _verdicts(one, load(one)))
 
 
 def _report(one: Exercise) -> None:
-    drawn = False
-    for law, found in _verdicts(one):
+    drawn, function = False, load(one)
+    for law, found in _verdicts(one, function):
         if found is None:
             print(f"{one.name}  ok      {law.name}")
         elif found == "unfinished":
             print(f"{one.name}: not finished, it raised Todo")
         else:
             print("\n".join([f"{one.name}  broken  {law.name}", *found.lines()[1:]]))
-            drawn = drawn or _draw(one, load(one), found)
+            drawn = drawn or _draw(one, function, found)
 
 
 def _verdicts(
-    one: Exercise, function: Callable | None = None, diagnose: bool = True
+    one: Exercise, function: Callable, diagnose: bool = True
 ) -> Iterator[tuple[Law, Broken | str | None]]:
-    """Each law with what was found, under the learner's profile; a function that raises Todo ends it.
-
-    None is the learner's own function.
-    """
+    """Each law with what was found, under the learner's profile, as far as Todo or an endless loop."""
     before = settings.get_current_profile_name()
     settings.load_profile("learner")  # before the laws are read, which copy it
     try:
         load_bugs(one.concept)
         for law in LAWS[one.family].values():
             try:
-                yield law, broken(function or load(one), one, law, diagnose)
+                found = broken(function, one, law, diagnose)
             except Todo:
-                yield law, "unfinished"
+                found = "unfinished"
+            yield law, found
+            if found == "unfinished" or (found and found.kind == "slow"):
                 return
     finally:
         settings.load_profile(before)
@@ -92,7 +94,7 @@ def _draw(one: Exercise, function: Any, found: Broken) -> bool:
     Two random draws are not: both may be right.
     """
     call = found.call
-    if call is None or any(isinstance(a, np.random.Generator) for a in (*call.args, *call.settings.values())):
+    if call is None or found.kind == "slow" or any(isinstance(a, np.random.Generator) for a in given(call)):
         return False
     target, attempt = (_answer(call, Subject(f, one.rung)) for f in (solution(one), function))
     if target is None or attempt is None:
@@ -130,11 +132,11 @@ def _answer(call: Call | None, subject: Subject) -> list[np.ndarray] | None:
     if call is None:
         return None
     try:
-        with quiet():
+        with quiet(), Clock(file_of(subject.function)).running():
             answer = call.ask(subject)
         parts: Sequence = answer if isinstance(answer, tuple) else (answer,)
         arrays = [np.asarray(part, dtype=float) for part in parts]
-    except Exception:  # the attempt may raise, words are no numbers
+    except (Exception, TooLong):  # the attempt may raise, words are no numbers
         return None
     return arrays if all(np.isfinite(z).all() for z in arrays) else None
 

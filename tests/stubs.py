@@ -23,7 +23,7 @@ def library_source(concept: str) -> str:
 def segment(source: str, node: ast.FunctionDef, last: int | None = None) -> str:
     """The lines of a function with its decorators, up to line `last` (None = its end)."""
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    return "\n".join(source.splitlines()[first - 1 : last or node.end_lineno]) + "\n"
+    return "\n".join(source.split("\n")[first - 1 : last or node.end_lineno]) + "\n"
 
 
 def library_function(one: Exercise) -> tuple[str, ast.FunctionDef]:

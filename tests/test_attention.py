@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivlp import attention
+from tests.held import enough, holds_tiles_only, same_in_float32, tiles
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 
@@ -69,6 +70,68 @@ def gradients_are_the_slopes(f, case, seed):
     for which, gradient in enumerate(f.grads(*arguments, grad=upstream, **settings)):
         slope = central_differences(lambda *a: f(*a, **settings), arguments, which, grad=upstream)
         close(gradient, slope, rtol=1e-6, atol=1e-7)
+
+
+def slow_gradients(q, k, v, G, mask=None, causal=False):
+    """One query at a time; a weight's slope is P (dP − Σ P dP), written as Σ P_j P_l (dP_j − dP_l)."""
+    B, H, Lq, d = q.shape
+    allowed = np.broadcast_to(True if mask is None else mask, (B, H, Lq, k.shape[2]))
+    dq, dk, dv = (np.zeros_like(z) for z in (q, k, v))
+    for b, h, i in np.ndindex(B, H, Lq):
+        keys = np.array([j for j in range(k.shape[2]) if allowed[b, h, i, j] and not (causal and j > i)])
+        scores = k[b, h, keys] @ q[b, h, i] / d**0.5
+        P = np.exp(scores - np.logaddexp.reduce(scores))
+        dP = v[b, h, keys] @ G[b, h, i]
+        dS = (P[:, None] * P * (dP[:, None] - dP)).sum(1) / d**0.5
+        dq[b, h, i] += dS @ k[b, h, keys]
+        dk[b, h, keys] += dS[:, None] * q[b, h, i]
+        dv[b, h, keys] += P[:, None] * G[b, h, i]
+    return dq, dk, dv
+
+
+@law("attention", hint="P is a softmax however large the scores are: clip nothing, not in the backward pass.")
+@given(case=cases(scale=30.0), seed=st.integers(0, 99), alike=st.booleans())
+def gradients_hold_at_every_score(f, case, seed, alike):
+    (q, k, v), settings = case
+    k = np.broadcast_to(k[:, :, :1], k.shape).copy() if alike else k  # equal keys share equally
+    upstream = np.random.default_rng(seed).standard_normal(q.shape)
+    wanted = slow_gradients(q, k, v, upstream, **settings)
+    near = 1e-11 * (1 + np.abs(q).max()) * (1 + np.abs(k).max()) * (1 + np.abs(q).max() + np.abs(k).max())
+    for gradient, slopes in zip(f.grads(q, k, v, grad=upstream, **settings), wanted, strict=True):
+        close(gradient, slopes, rtol=1e-7, atol=near)
+
+
+@law("attention", hint="float32 comes in, float32 goes out; −∞ is in every dtype, −1e300 is not.")
+@given(case=cases())
+def float32_is_enough(f, case):
+    same_in_float32(f, *case, near=1e-5)
+
+
+def long_sequence(L=800, d=4):
+    """One head over several tiles each way, the last ones not full."""
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal((1, 1, L, d)) for _ in "qkv")
+
+
+@law(
+    "attention", hint="Walk to the end: the last tile of queries and of keys may be smaller than the others."
+)
+def many_tiles_give_one_answer(f):
+    q, k, v = case = long_sequence()
+    S = q[0, 0] @ k[0, 0].T / 2
+    S[~np.tri(len(S), dtype=bool)] = -np.inf
+    P = np.exp(S - np.logaddexp.reduce(S, 1, keepdims=True))
+    with tiles():
+        out, (_, _, dv) = f(*case, causal=True), f.grads(*case, causal=True)
+    close(out[0, 0], P @ v[0, 0], rtol=1e-8, atol=1e-10)
+    close(dv[0, 0], np.repeat(P.sum(0)[:, None], v.shape[-1], 1), rtol=1e-8, atol=1e-10)
+
+
+@law("attention", hint="Keep the output and one logsumexp a query; make S tile by tile, in backward anew.")
+def no_more_than_tiles_is_held(f):
+    q, *_ = case = long_sequence()
+    for causal in (False, True):
+        holds_tiles_only(f, case, {"causal": causal}, q.shape[2] ** 2, "S", enough(*case, tokens=q.shape[2]))
 
 
 test_laws = obeys(attention)
@@ -139,3 +202,29 @@ def test_scores_of_ten_thousand_in_single_precision(f):
     assert torch.equal(out[0, 0, 0], v[0, 0, 0])
     out.sum().backward()
     assert torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 5), (5, 3)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [None, (2, 1, 1), (2, 3, 1), (2, 3, 5)])
+def test_the_core_of_the_models(lengths, causal, shape):
+    """`attend` is `attention` without a look at its arguments, and equals torch's own under both masks."""
+    generator, (Lq, Lk) = torch.Generator().manual_seed(0), lengths
+    inputs = [torch.randn(2, 3, n, 4, generator=generator, requires_grad=True) for n in (Lq, Lk, Lk)]
+    mask = torch.ones(1, Lk, dtype=torch.bool)
+    if shape:
+        mask = torch.rand(*shape[:2], min(shape[2], Lq), Lk, generator=generator) < 0.5
+        mask[..., 0] = True
+    before, past = mask.clone(), torch.ones(Lq, Lk, dtype=torch.bool).tril()
+    theirs = {"attn_mask": (mask & past if causal else mask).expand(2, 3, Lq, Lk)}
+    upstream, found = torch.randn(2, 3, Lq, 4, generator=generator), []
+    for out in (
+        torch.nn.functional.scaled_dot_product_attention(*inputs, **theirs),
+        attention.attend(*inputs, mask if shape else None, causal),
+    ):
+        found.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(mask, before)
+    assert torch.equal(attention.attention(*inputs, mask, causal), found[1][0])
+    assert attention.attend(inputs[0] * torch.nan, *inputs[1:]).isnan().all()  # nobody looked

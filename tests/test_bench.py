@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from minivlp.bench.problems import bare_products
 from minivlp.bench.report import GOALS, goals, report
 from minivlp.bench.task import measure as measure_here
 from minivlp.ipot import wpa
+from minivlp.models.published.vilt import to_hugging_face
 
 MB = 1 << 20
 
@@ -128,7 +130,10 @@ SOLVERS = {  # and how near they come
 }
 
 
-@pytest.mark.parametrize("name, variant", [(n, v) for n in CASES for v in ("fused", *CASES[n].peers)])
+LOSSES = [name for name in CASES if name != "vilt"]  # a model has tests of its own, below
+
+
+@pytest.mark.parametrize("name, variant", [(n, v) for n in LOSSES for v in ("fused", *CASES[n].peers)])
 def test_all_variants_of_a_case_compute_the_same_loss(name, variant):
     """Other solvers of transport, with ε fixed from the start, come near; all the rest are equal."""
     present, absent = CASES[name].variants()
@@ -154,6 +159,59 @@ def test_the_published_alignment_is_ours_in_value_and_gradient():
         found.append([value, *torch.autograd.grad(value, (words, patches), upstream)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_hugging_face_takes_the_same_step():
+    """One set of weights: equal losses, and equal gradients of every weight, under the other's name."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    case, peer, found = CASES["vilt"], "transformers ViltModel", {}
+    ours = case.problem(**case.sizes["tiny"][0])
+    # In float64: the norm of near-zero texts blows rounding up.
+    exact = (
+        a.double() if isinstance(a, torch.nn.Module) or a.is_floating_point() else a for a in ours.arguments
+    )
+    ours = replace(ours, arguments=tuple(exact))
+    theirs = case.posed(peer, ours)
+    for variant, problem in (("torch", ours), (peer, theirs)):
+        model = problem.arguments[0]
+        value = case.loss(variant)(*problem.arguments)
+        names = [name for name, _ in model.named_parameters()]
+        gradients = torch.autograd.grad(value, problem.wanted)
+        found[variant] = value, dict(zip(names, gradients, strict=True))
+    torch.testing.assert_close(found[peer][0], found["torch"][0], rtol=0, atol=1e-9)
+    expected = {
+        name.removeprefix("vilt."): gradient
+        for name, gradient in to_hugging_face(found["torch"][1]).items()
+        if name.startswith("vilt.")
+    }
+    measured = {name.removeprefix("body."): g for name, g in found[peer][1].items() if "body." in name}
+    assert measured.keys() == expected.keys() and len(found[peer][1]) > len(measured) > 20
+    for name, gradient in expected.items():
+        torch.testing.assert_close(measured[name], gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_the_weights_of_a_model_are_held_once():
+    """What Hugging Face's model is built from is our memory, so that a measurement sees its step alone."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    case = CASES["vilt"]
+    ours = case.problem(**case.sizes["tiny"][0])
+    theirs = case.posed("transformers ViltModel", ours)
+    held = {p.untyped_storage().data_ptr() for p in ours.wanted}
+    assert {p.untyped_storage().data_ptr() for p in theirs.wanted} <= held
+    ours.step(case.loss("torch"))
+    assert all(p.grad is None for p in ours.wanted)  # a step leaves no gradient behind
+
+
+def test_a_model_has_a_table_of_its_own():
+    peer = "transformers ViltModel"
+    timed = {BARE: [1.0], "torch": [1.5], peer: [2.0], "torch_memory": [MB], f"{peer}_memory": [2 * MB]}
+    text = report(results(entry("vilt", {"B": 64, "L": 12}, **timed)))
+    assert f"| vilt | B 64, L 12 | 1.50 | 1.0 | {peer} | 0.75 | 0.50 |" in text
+    assert text.index("## Models beside their peers") < text.index("| vilt |")
+    assert [(g["measure"], g["met"]) for g in goals(results(entry("vilt", {"B": 64}, **timed)))] == [
+        ("time", True),
+        ("memory", True),
+    ]
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minivlp import boxes
+from tests.held import same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 
@@ -78,6 +79,57 @@ def gradients_are_the_slopes(f, case, seed):
         close(gradient, central_differences(f, case, which, grad=upstream), rtol=1e-5, atol=1e-6)
 
 
+@law(
+    "giou", hint="Cut off each extent of every area at 0: a box with swapped corners has no area of its own."
+)
+@given(case=whole_boxes(smallest=-3))
+def swapped_corners_enclose_nothing(f, case):
+    a, b = case
+    close(f(a, b), [giou_by_counting(*pair) for pair in zip(a, b, strict=True)])
+
+
+@law("giou", hint="An extent that is cut off at 0 has no slope, one beside it has.")
+@given(case=loose_boxes(), seed=st.integers(0, 99))
+def gradients_of_swapped_corners_are_the_slopes(f, case, seed):
+    rng = np.random.default_rng(seed)
+    case = tuple(z.copy() for z in case)
+    for z in case:
+        for axis in (0, 1):
+            swapped = rng.random(z.shape[:-1]) < 0.5
+            z[..., [axis, axis + 2]] = np.where(
+                swapped[..., None], z[..., [axis + 2, axis]], z[..., [axis, axis + 2]]
+            )
+    for which, gradient in enumerate(f.grads(*case)):
+        close(gradient, central_differences(f, case, which), rtol=1e-5, atol=1e-6)
+
+
+@law("giou", hint="A shared edge is the corner of one box or of the other, and is moved once, not twice.")
+@given(case=whole_boxes(), seed=st.integers(0, 9999))
+def a_shared_edge_counts_once(f, case, seed):
+    a, b = (np.round(z, 0) for z in case)
+    shared = np.random.default_rng(seed).random(a.shape) < 0.5
+    b = np.where(shared, a, b)
+    assume((b[..., 2:] > b[..., :2]).all())
+    assume((a[:, :2] != b[:, 2:]).all() and (b[:, :2] != a[:, 2:]).all())  # touching is another kink
+    da, db = f.grads(a, b)
+    for edge in range(4):  # moved in both boxes together, where they share it, there is no kink
+        moved = np.zeros(4)
+        moved[edge] = 1e-6
+        slope = (f(a + moved, b + moved) - f(a - moved, b - moved)) / 2e-6
+        both = a[:, edge] == b[:, edge]
+        close((da + db)[:, edge][both], slope[both], rtol=1e-5, atol=1e-6)
+    # Nothing changes when both boxes move together.
+    for axis in (0, 1):
+        total = (da + db)[:, axis] + (da + db)[:, axis + 2]
+        close(total, total * 0, atol=1e-9)
+
+
+@law("giou", hint="float32 comes in, float32 goes out.")
+@given(case=loose_boxes())
+def float32_is_enough(f, case):
+    same_in_float32(f, case, near=1e-4)
+
+
 @st.composite
 def fractions(draw, smallest=1):
     """pred and target (n, 4), centre and size in [0, 1], from whole boxes."""
@@ -127,6 +179,30 @@ def gradients_are_the_slopes_of_the_loss(f, case):
     case = tuple(boxes.xyxy_to_cxcywh(z[0] / largest) for z in case)
     for which, gradient in enumerate(f.grads(*case)):
         close(gradient, central_differences(f, case, which, step=1e-6), rtol=1e-4, atol=1e-5)
+
+
+@law("box_loss", hint="Where a number is right already its difference has no slope: sign(0) = 0.")
+@given(case=loose_boxes(), seed=st.integers(0, 99))
+def equal_numbers_have_no_difference(f, case, seed):
+    largest = max(z.max() for z in case)
+    pred, target = (boxes.xyxy_to_cxcywh(z[0] / largest) for z in case)
+    rng, rows = np.random.default_rng(seed), np.arange(len(pred))
+    for axis in (0, 1):  # the centre or the size is right, not both: then no corners meet
+        right = axis + 2 * rng.integers(0, 2, len(pred))
+        pred[rows, right] = target[rows, right]
+    low, high = (np.concatenate([z[:, :2] + s * z[:, 2:] / 2 for z in (pred, target)], 1) for s in (-1, 1))
+    ends = np.sort(np.concatenate([low, high], 1)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1, 2, 4), -1)
+    assume(np.diff(ends).min() > 1e-3)
+    for which, gradient in enumerate(f.grads(pred, target)):
+        slope = central_differences(f, (pred, target), which, step=1e-6)  # |±step| is the same on both sides
+        close(gradient, slope, rtol=1e-4, atol=1e-5)
+
+
+@law("box_loss", hint="float32 comes in, float32 goes out.")
+@given(case=loose_boxes())
+def float32_is_enough_for_the_loss(f, case):
+    largest = max(z.max() for z in case)
+    same_in_float32(f, tuple(boxes.xyxy_to_cxcywh(z[0] / largest) for z in case), near=1e-4)
 
 
 test_laws = obeys(boxes)

@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minivlp import chamfer
+from tests.held import enough, holds_tiles_only, same_in_float32, tiles
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 from tests.test_sinkhorn import SMALL, cosine_cost, exact_cost, masks
@@ -74,6 +75,81 @@ def the_first_of_equal_partners_wins(f, copies, D, seed):
     # copy.
     close(dy, np.vstack([one_dy * (0.5 + 0.5 / copies), np.repeat(one_dy * 0.5 / copies, copies - 1, 0)]))
     close(dx, np.vstack([one_dx * (0.5 + 0.5 / copies), np.repeat(one_dx * 0.5 / copies, copies - 1, 0)]))
+
+
+@law(
+    "chamfer", hint="Divide by max(length, 1e-5): x / ‖x‖ of a padded row of zeros is NaN in every gradient."
+)
+@given(case=token_sets(), seed=st.integers(0, 99), short=st.sampled_from([0.0, 1e-9]))
+def padded_zero_rows_spoil_nothing(f, case, seed, short):
+    x, y, x_mask, y_mask = case
+    x, y = x * np.where(x_mask, 1, short)[..., None], y * np.where(y_mask, 1, short)[..., None]
+    upstream = np.random.default_rng(seed).standard_normal(len(x))
+    dx, dy = f.grads(x, y, x_mask=x_mask, y_mask=y_mask, grad=upstream)
+    for b in range(len(x)):
+        alone = f.grads(x[b][x_mask[b]][None], y[b][y_mask[b]][None], grad=upstream[b : b + 1])
+        for gradient, real, one in zip((dx[b], dy[b]), (x_mask[b], y_mask[b]), alone, strict=True):
+            assert np.isfinite(gradient).all(), (
+                "a row of zeros, masked or not, makes a gradient infinite or NaN"
+            )
+            close(gradient[real], one[0])
+            close(gradient[~real], gradient[~real] * 0)
+
+
+@law(
+    "chamfer", hint="A real row shorter than 1e-5 is divided by 1e-5: its cosine is small, its slope is not."
+)
+@given(M=sizes(4), D=sizes(4, 2), seed=st.integers(0, 99), short=st.sampled_from([0.0, 1e-7]))
+def real_short_rows_have_a_slope(f, M, D, seed, short):
+    rng = np.random.default_rng(seed)
+    x, y = np.sort(rng.standard_normal((M, D)), 0), rng.standard_normal((1, D))
+    x[0] *= short
+    q = y[0] / np.linalg.norm(y)
+    cosines = np.append(x[:1] / 1e-5, x[1:] / np.linalg.norm(x[1:], axis=1, keepdims=True), 0) @ q
+    assume(M == 1 or abs(np.diff(np.sort(cosines)[-2:])[0]) > 1e-3)
+    weight = 0.5 / M + 0.5 * (cosines.argmax() == 0)
+    close(f(x, y), (cosines.mean() + cosines.max()) / 2)
+    close(f.grads(x, y)[0][0], weight * q / 1e-5)
+
+
+@law("chamfer", hint="float32 comes in, float32 goes out.")
+@given(case=token_sets())
+def float32_is_enough(f, case):
+    x, y, x_mask, y_mask = case
+    S = 1 - cosine_cost(x, y)
+    gaps = [
+        np.diff(np.sort(S[b], axis), axis=axis).min(initial=1.0) for b in range(len(S)) for axis in (0, 1)
+    ]
+    assume(min(gaps) > 1e-3)
+    same_in_float32(f, (x, y), {"x_mask": x_mask, "y_mask": y_mask}, near=1e-5)
+
+
+def large_sets(M=800, D=4):
+    """One pair of sets over several tiles each way, the last ones not full, with padding at the end."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((1, M, D)), rng.standard_normal((1, M, D)), np.arange(M)[None] < M - 50
+
+
+@law("chamfer", hint="A partner's index counts from the first token, and the last tiles may be smaller.")
+def many_tiles_give_one_answer(f):
+    x, y, real = large_sets()
+    S = np.where(real[0][:, None], 1 - cosine_cost(x[0], y[0]), -np.inf)
+    with tiles():
+        value, (_, dy) = f(x, y, x_mask=real), f.grads(x, y, x_mask=real)
+    forward, backward = S[real[0]].max(1), S.max(0)
+    close(value[0], (forward.mean() + backward.mean()) / 2)
+    length = np.linalg.norm(y[0], axis=1, keepdims=True)
+    p, q = x[0] / np.linalg.norm(x[0], axis=1, keepdims=True), y[0] / length
+    pull = 0.5 / len(q) * p[S.argmax(0)]
+    np.add.at(pull, S[real[0]].argmax(1), 0.5 / real.sum() * p[real[0]])
+    close(dy[0], (pull - q * (q * pull).sum(1, keepdims=True)) / length, rtol=1e-7, atol=1e-10)
+
+
+@law("chamfer", hint="Keep each token's best value and partner, and make S tile by tile.")
+def no_more_than_tiles_is_held(f):
+    x, y, real = large_sets()
+    most = enough(x, y, tokens=2 * x.shape[1])
+    holds_tiles_only(f, (x, y), {"x_mask": real}, x.shape[1] ** 2, "S", most)
 
 
 test_laws = obeys(chamfer)

@@ -511,7 +511,7 @@ def test_every_claim_names_what_its_experiments_measure():
         ("claims --only magic", "--only must name some of split, patches, "),
         ("claims --only", "argument --only: expected at least one argument"),
         ("claims --quik", "unrecognized arguments: --quik"),
-        ("claims --threads 0", "--threads: must be a whole number from 1 on, got '0'"),
+        ("claims --threads 0", "--threads: must be a whole number from 1 to 256, got '0'"),
         ("claims --only chunks --out README.md", "cannot be written"),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minivlp import infonce
-from minivlp.__main__ import MODELS
+from minivlp.recipes import MODELS
 from tests import check, course, stubs
 from tests.attempts import broken, fault_at_import, load
 from tests.course import ROOT, exercises, find, functions, table, untouched
@@ -136,7 +136,7 @@ def test_what_is_not_written_is_skipped_with_its_path_or_fails_when_strict(desk)
 @pytest.mark.parametrize(
     "name, body, message",
     [
-        ("infonce", "x + y", "your function returned None: is the return missing?"),
+        ("infonce", "images + texts", "your function returned None: is the return missing?"),
         ("infonce", "return 0.5", "your function returned float, expected a tensor"),
         ("infonce_np", "return 0.5, (images, texts)", "your function returned 2 gradients, expected 3"),
         (
@@ -298,10 +298,10 @@ def test_a_verdict_holds_until_the_function_or_what_it_uses_changes(desk):
 
 @pytest.mark.slow
 def test_pytest_ends_with_the_map(desk):
-    """A run in a process of its own: two attempts, one right; the map is the last thing that it says."""
+    """A whole run in a process of its own: two attempts, one right; the map is the last that it says."""
     write("nce_np", "return 0.0, (score_data, score_noise, logp_data, logp_noise)")
     write("itm_loss", "return torch.nn.functional.cross_entropy(logits, labels.long())")
-    command = [sys.executable, "-m", "pytest", "tests/test_nce.py", "tests/test_itm.py", "-k", "attempt"]
+    command = [sys.executable, "-m", "pytest", "-k", "test_laws and attempt"]
     home = os.environ | {"MINIVLP_EXERCISES": str(desk)}
     done = subprocess.run(
         [*command, "-o", f"cache_dir={desk}/cache"], cwd=ROOT, env=home, capture_output=True

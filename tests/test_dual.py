@@ -9,7 +9,7 @@ from minivlp.filip import filip, late_interaction
 from minivlp.hinge import hinge
 from minivlp.infonce import infonce
 from minivlp.models.dual import Dual, DualConfig, load_clip, load_siglip
-from minivlp.models.dual_towers import MapPool
+from minivlp.models.parts import MapPool
 from minivlp.sigmoid import sigmoid_loss
 
 TINY = {

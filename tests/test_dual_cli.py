@@ -125,7 +125,7 @@ def test_the_demo_needs_a_word_it_knows(query, got, command, tmp_path, capsys):
 
 def test_the_models_own_run_comes_before_the_shipped_one(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(base, "packaged", {"weights": tmp_path}.get)
+    monkeypatch.setattr(base, "WEIGHTS", tmp_path)
     code = command("demo", "dog", "--model", "clip")
     refused(capsys, code, "make one by python -m minivlp train --model clip")
     ship(load_trained(trained("clip")), tmp_path / "clip_tiny.safetensors", {})

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from minivlp.recipes.dual_train import DualTrain, new_dual
 
 from minivlp.data import TRAINING_ARTISTS, EmojiVL, trained_concepts
 from minivlp.data.drawings import Portraits
 from minivlp.data.names import PROMPTS, name_tokenizer, named
 from minivlp.evaluation import dual as ev
 from minivlp.evaluation.match import Matcher
+from minivlp.recipes import recipe_class
+from minivlp.recipes.dual import Clip, DualSettings
 from tests.tiny import DUAL_SIZES, few
 
 EMOJIVL = few()
@@ -88,7 +89,7 @@ def test_the_floor_finds_the_nearest_drawing():
 
 @pytest.mark.parametrize("objective", ["clip", "siglip", "filip"])
 def test_a_real_model_gives_numbers_for_json_and_a_report_of_all(objective):
-    model = new_dual(objective, DualTrain(**DUAL_SIZES), TOKENIZER).eval()
+    model = recipe_class(objective)(DualSettings(**DUAL_SIZES), tokens=TOKENIZER.tokens).model.eval()
     calls = []
     matcher = Matcher(model, TOKENIZER, objective == "filip")
     results = run(matcher, progress=lambda done, total: calls.append((done, total)))
@@ -117,6 +118,6 @@ def test_data_without_an_unseen_artist():
 
 def test_chinese_names_have_no_scenes():
     tokenizer = name_tokenizer(KNOWN, "zh")
-    matcher = Matcher(new_dual("clip", DualTrain(**DUAL_SIZES), tokenizer).eval(), tokenizer)
+    matcher = Matcher(Clip(DualSettings(**DUAL_SIZES), tokens=tokenizer.tokens).model.eval(), tokenizer)
     results = run(matcher, language="zh")
     assert "scenes_r1" not in results["unseen"] and "classification_r1" in results["unseen"]

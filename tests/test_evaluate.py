@@ -18,7 +18,7 @@ from minivlp.evaluation import vilt as ev
 from minivlp.evaluation.interval import interval
 from minivlp.models.vilt import Vilt, ViltConfig
 from minivlp.text import WordPiece
-from tests.test_tasks import EMOJIVL, holds
+from tests.test_probes import EMOJIVL, holds
 
 NOUNS = EMOJIVL.nouns(CPU_NOUNS)
 SIZES = dict(dim=16, layers=1, heads=2, hidden=32, patch=8, image_size=48, max_text_len=20)

@@ -12,6 +12,7 @@ from minivlp import filip
 from minivlp.chamfer import chamfer
 from minivlp.infonce import infonce_np
 from minivlp.sinkhorn import unit_np
+from tests.held import same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 from tests.test_sinkhorn import masks
@@ -147,6 +148,95 @@ def loss_gradients_are_the_slopes(f, case):
     for which, gradient in enumerate(f.grads(x, y, scale, **settings)):
         slope = central_differences(lambda *a: f(*a, **settings), (x, y, scale), which)
         close(gradient, slope, rtol=1e-5, atol=1e-6)
+
+
+def zeros_at_padding(x, x_mask, short=0.0):
+    return x * np.where(x_mask, 1, short)[..., None]
+
+
+@law("late_interaction", hint="Divide by max(length, 1e-5): x / ‖x‖ of a padded row of zeros is NaN.")
+@given(case=token_sets(), seed=st.integers(0, 99))
+def padded_zero_rows_spoil_nothing(f, case, seed):
+    x, y, x_mask, y_mask = case
+    assume(sure_of_the_best(*case))
+    upstream = np.random.default_rng(seed).standard_normal((len(x), len(y)))
+    settings = {"x_mask": x_mask, "y_mask": y_mask, "grad": upstream}
+    wanted = f.grads(x, y, **settings)
+    found = f.grads(zeros_at_padding(x, x_mask), zeros_at_padding(y, y_mask), **settings)
+    for gradient, other, real in zip(found, wanted, (x_mask, y_mask), strict=True):
+        assert np.isfinite(gradient).all(), "a row of zeros, masked or not, makes a gradient infinite or NaN"
+        close(gradient, other * real[..., None])
+
+
+@law("late_interaction", hint="A real row shorter than 1e-5 is divided by 1e-5: its slope is q / (M · 1e-5).")
+@given(M=sizes(4), D=sizes(4, 2), seed=st.integers(0, 99), short=st.sampled_from([0.0, 1e-7]))
+def real_short_rows_have_a_slope(f, M, D, seed, short):
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((1, M, D)), rng.standard_normal((1, 1, D))
+    x[0, 0] *= short
+    q = y[0, 0] / np.linalg.norm(y)
+    rest = x[0, 1:] / np.linalg.norm(x[0, 1:], axis=1, keepdims=True) @ q
+    close(f(x, y), [[(x[0, 0] @ q / 1e-5 + rest.sum()) / M]])
+    close(f.grads(x, y)[0][0, 0], q / 1e-5 / M)
+
+
+@law("late_interaction", hint="float32 comes in, float32 goes out.")
+@given(case=token_sets())
+def float32_is_enough(f, case):
+    assume(sure_of_the_best(*case))
+    same_in_float32(f, case[:2], {"x_mask": case[2], "y_mask": case[3]}, near=1e-5)
+
+
+@law("filip", hint="Divide by max(length, 1e-5): x / ‖x‖ of a padded row of zeros is NaN in every gradient.")
+@given(case=pairs())
+def padded_zero_rows_spoil_no_loss(f, case):
+    x, y, scale, x_mask, y_mask = case
+    assume(sure_of_the_best(x, y, x_mask, y_mask))
+    masks = {"image_mask": x_mask, "text_mask": y_mask}
+    wanted = f.grads(x, y, scale, **masks)
+    found = f.grads(zeros_at_padding(x, x_mask), zeros_at_padding(y, y_mask), scale, **masks)
+    for gradient, other, real in zip(found, wanted, (x_mask[..., None], y_mask[..., None], 1), strict=True):
+        assert np.isfinite(gradient).all(), "a row of zeros, masked or not, makes a gradient infinite or NaN"
+        close(gradient, other * real, atol=1e-10)
+
+
+@law("filip", hint="P is a softmax however large the scale is: clip nothing, and a sure mistake pulls fully.")
+@given(B=sizes(4, 2), D=sizes(5, 2), scale=st.sampled_from([30.0, 100.0, 1e4]), kind=st.sampled_from("srwa"))
+def gradients_hold_at_every_scale(f, B, D, scale, kind):
+    rng = np.random.default_rng(B)
+    x = rng.standard_normal((B, 1, D))
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    y = {"s": x, "r": np.roll(x, 1, 0), "w": -x, "a": x * 0 + x[0]}[kind].copy()
+    S = scale * x[:, 0] @ y[:, 0].T  # with one token a side the loss is InfoNCE
+    G = sum(np.exp(S - np.logaddexp.reduce(S, a, keepdims=True)) for a in (0, 1)) - 2 * np.eye(B)
+    G /= 2 * B
+    close(f.grads(x, y, scale)[2], (G * S).sum() / scale, rtol=1e-6, atol=1e-9)
+    dx = scale * G @ y[:, 0]
+    dx -= x[:, 0] * (x[:, 0] * dx).sum(1, keepdims=True)
+    close(f.grads(x, y, scale)[0][:, 0], dx, rtol=1e-6, atol=1e-10 * scale * scale)
+
+
+@law("filip", hint="Of equal maxima the first takes the whole gradient.")
+@given(copies=sizes(4, 2), D=sizes(4, 2), seed=st.integers(0, 99))
+def the_first_of_equal_partners_learns(f, copies, D, seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((2, 1, D)), rng.standard_normal((2, 1, D))
+    _, one, _ = f.grads(x, y, 3.0)
+    _, dy, _ = f.grads(x, np.repeat(y, copies, 1), 3.0)
+    # The image token looks at the first copy alone; the copies look at the image token, in equal parts.
+    close(dy[:, 1:], np.repeat(dy[:, 1:2], copies - 1, 1))
+    close(dy.sum(1, keepdims=True), one)
+    half = f.grads(x, np.repeat(y, copies, 1), 3.0, text_mask=np.arange(copies)[None].repeat(2, 0) < 1)[1]
+    close(half[:, :1], one)
+    assert not np.allclose(dy[:, 0], dy[:, 1]) or np.abs(one).max() < 1e-9, "the copies share the gradient"
+
+
+@law("filip", hint="float32 comes in, float32 goes out.")
+@given(case=pairs())
+def float32_is_enough_for_the_loss(f, case):
+    x, y, scale, x_mask, y_mask = case
+    assume(sure_of_the_best(x, y, x_mask, y_mask))
+    same_in_float32(f, (x, y, scale), {"image_mask": x_mask, "text_mask": y_mask}, near=1e-4)
 
 
 test_laws = obeys(filip)

@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minivlp import hinge
+from tests.held import same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.peers import unit_rows
 from tests.strategies import arrays, pairs, sizes
@@ -57,9 +58,18 @@ def equals_the_slow_loop(f, case):
 
 
 @law("hinge", hint="G has +1 where a cost counts and −1 on the diagonal for each; dx = G y, dy = Gᵀ x.")
-@given(B=sizes(), D=sizes(5, 2), data=st.data(), hardest=st.booleans())
-def gradients_are_the_slopes(f, B, D, data, hardest):
+@given(
+    B=sizes(),
+    D=sizes(5, 2),
+    data=st.data(),
+    hardest=st.booleans(),
+    zeros=st.sampled_from([False, False, True]),
+)
+def gradients_are_the_slopes(f, B, D, data, hardest, zeros):
+    B = 2 if zeros else B  # with more texts one that is 0 makes a column of ties
     x, y = data.draw(arrays(B, D)), data.draw(arrays(B, D))
+    if zeros:
+        y[0] = 0
     S = x @ y.T
     costs = [0.2 + S - S.diagonal()[:, None], (0.2 + S - S.diagonal()).T]
     for cost in costs:  # near a kink or a tie a step of the difference could cross it
@@ -84,6 +94,42 @@ def the_first_of_equal_negatives_wins(f, B, row):
     chosen = np.array([B - 1, 1, *[0] * (B - 2)])
     for gradient in f.grads(x, x, margin=0.2, hardest=True):
         close(gradient, (chosen - 1)[:, None] * x)
+
+
+@law("hinge", hint="A cost of exactly 0 does not count: only what is inside the margin has a gradient.")
+@given(B=sizes(5, 2), hardest=st.booleans(), seed=st.integers(0, 99))
+def a_cost_of_zero_has_no_gradient(f, B, hardest, seed):
+    x = np.eye(B)[np.random.default_rng(seed).permutation(B)]
+    y = x.copy()  # the own score is 1, all others 0: with a margin of 1 every cost is exactly 0
+    assert f(x, y, margin=1.0, hardest=hardest) == 0, "1 + 0 − 1 is no cost"
+    for gradient in f.grads(x, y, margin=1.0, hardest=hardest):
+        assert not gradient.any(), "a cost of exactly 0 has a gradient"
+
+
+@law("hinge", hint="Every cost counts by itself, equal ones too: G has a whole number at each entry.")
+@given(B=sizes(5, 3), scale=st.sampled_from([1.0, 1e4]), hardest=st.booleans())
+def equal_and_large_costs_count_once_each(f, B, scale, hardest):
+    x, y = scale * np.eye(B), -np.eye(B) - 1  # all negatives alike, all pairs behind them by `scale`
+    dx, dy = f.grads(x, y, margin=0.2, hardest=hardest)
+    if hardest:
+        G = np.zeros((B, B))
+        for i in range(B):
+            other = 1 if i == 0 else 0
+            G[i, other] += 1
+            G[other, i] += 1
+        G -= 2 * np.eye(B)
+    else:
+        G = 2 * (1 - np.eye(B)) - 2 * (B - 1) * np.eye(B)
+    close(dx, G @ y)
+    close(dy, G.T @ x)
+
+
+@law("hinge", hint="float32 comes in, float32 goes out.")
+@given(B=sizes(5, 2), hardest=st.booleans())
+def float32_is_enough(f, B, hardest):
+    rng = np.random.default_rng(B)
+    case = rng.integers(-4, 5, (2, B, 3)) / 8  # exact in both, so that no tie is broken by rounding
+    same_in_float32(f, tuple(case), {"margin": 0.25, "hardest": hardest})
 
 
 test_laws = obeys(hinge)

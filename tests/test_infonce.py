@@ -12,15 +12,35 @@ from hypothesis import strategies as st
 
 from minivlp import infonce
 from tests import ranks
+from tests.held import enough, holds_tiles_only, right_pairs, same_in_float32, tiles
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.peers import open_clip_loss, unit_rows
-from tests.strategies import pairs
+from tests.strategies import arrays, pairs, sizes
 
 
 @st.composite
 def cases(draw, scales=(0.3, 1.0, 14.3, 100.0), lengths=(1.0, 10.0)):
     """x (B, D), y (B, D), scale."""
     return *draw(pairs(*lengths)), draw(st.sampled_from(scales))
+
+
+def slow_slopes(S):
+    """G = dL/dS (B, B), each softmax by logarithms, 1 − P of a right pair as the sum of the others."""
+    B = len(S)
+    rows, columns = (np.logaddexp.reduce(S, axis, keepdims=True) for axis in (1, 0))
+    G = np.exp(S - rows) + np.exp(S - columns)
+    np.fill_diagonal(G, 0)
+    P_row, P_column = (np.where(np.eye(B), 0, np.exp(S - z)) for z in (rows, columns))
+    return (G - np.diag(P_row.sum(1) + P_column.sum(0))) / (2 * B)
+
+
+@law(
+    "infonce",
+    hint="The diagonal of S crosses a tile at the offset row start − column start, if it meets it at all.",
+)
+def right_pairs_lie_on_the_diagonal_of_the_whole(f):
+    if f.rung == "fused":
+        right_pairs(f, (2.0,), lambda x: slow_slopes(2 * x))
 
 
 @law("infonce", hint="Equal scores leave a choice of one in B: half of log B for each of the two directions.")
@@ -122,6 +142,57 @@ def scale_and_images_share_one_slope(f, case):
 def gradients_are_the_slopes(f, case):
     for which, gradient in enumerate(f.grads(*case)):
         close(gradient, central_differences(f, case, which), rtol=1e-6, atol=1e-7)
+
+
+@st.composite
+def hard_cases(draw):
+    """Scores up to ± 10,000: unit or long rows, the right text far ahead, far behind, or neither; zeros."""
+    B, D, length = draw(sizes(5, 2)), draw(sizes(5, 2)), draw(st.sampled_from([1.0, 10.0]))
+    x = draw(arrays(B, D))
+    x = length * x / np.linalg.norm(x, axis=1, keepdims=True)
+    others = draw(arrays(B, D, scale=length))
+    y = draw(st.sampled_from([x, -x, np.roll(x, 1, 0), others, x * 0])).copy()
+    return x, y, draw(st.sampled_from([1.0, 14.3, 100.0]))
+
+
+@law("infonce", hint="P is a softmax however large the scores are: shift, but clip nothing and add nothing.")
+@given(case=hard_cases())
+def gradients_hold_at_every_score(f, case):
+    x, y, scale = case
+    G = slow_slopes(scale * x @ y.T)
+    wanted = scale * G @ y, scale * G.T @ x, (G * (x @ y.T)).sum()
+    near = 1e-11 * scale * np.abs(x).max() * (1 + np.abs(x).max() ** 2)  # rounding of the scores
+    for gradient, slopes in zip(f.grads(*case), wanted, strict=True):
+        close(gradient, slopes, rtol=1e-6, atol=near)
+
+
+@law("infonce", hint="float32 comes in, float32 goes out: make what you add in the dtype of the images.")
+@given(case=hard_cases())
+def float32_is_enough(f, case):
+    same_in_float32(f, case, near=1e-4 * case[2] * np.abs(case[0]).max() ** 2)
+
+
+def large_batch(B=800, D=4):
+    """Several tiles each way, the last ones not full."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((B, D)), rng.standard_normal((B, D)), 2.0
+
+
+@law("infonce", hint="Walk to the end: the last row of tiles and the last column of tiles may be smaller.")
+def many_tiles_give_one_answer(f):
+    x, y, scale = case = large_batch()
+    S = scale * x @ y.T
+    with tiles():
+        value, grads = f(*case), f.grads(*case)
+    total = np.logaddexp.reduce(S, 1) + np.logaddexp.reduce(S, 0) - 2 * S.diagonal()
+    close(value, total.mean() / 2)
+    close(grads[0], scale * slow_slopes(S) @ y, rtol=1e-6, atol=1e-9)
+
+
+@law("infonce", hint="Make S tile by tile, each over the one before, and the gradients beside the loss.")
+def no_more_than_tiles_is_held(f):
+    x, y, scale = large_batch()
+    holds_tiles_only(f, (x, y, scale), {}, len(x) ** 2, "S", enough(x, y))
 
 
 test_laws = obeys(infonce)

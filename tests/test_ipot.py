@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivlp import ipot
+from tests.held import enough, keeps_no_matrix, same_in_float32, tiles
 from tests.laws import LAWS, Subject, central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 from tests.test_sinkhorn import SMALL, cosine_cost, exact_cost, masks
@@ -75,6 +76,23 @@ def equals_the_plain_recurrence(f, data, shape, beta, iters):
     close(f(cost, beta=beta, iters=iters, row_mask=rows, col_mask=columns), wanted)
 
 
+@law("ipot", hint="The plan is detached: it is solved without a graph.")
+@given(M=sizes(), N=sizes(), iters=sizes(4))
+def the_plan_has_no_graph(f, M, N, iters):
+    if f.rung != "np":
+        cost = torch.from_numpy(np.random.default_rng(M).random((M, N))).requires_grad_()
+        assert not f.function(cost, iters=iters).requires_grad, (
+            "the plan is part of a graph: solve under no_grad"
+        )
+
+
+@law("ipot", hint="float32 comes in, float32 goes out.")
+@given(M=sizes(), N=sizes(), iters=sizes(4))
+def float32_is_enough(f, M, N, iters):
+    cost = np.random.default_rng(M).random((M, N))
+    same_in_float32(f, (cost,), {"iters": iters}, near=1e-5, gradients=False)
+
+
 @st.composite
 def pairs(draw):
     """words (B, L, D), patches (B, N, D) and their masks, real tokens at any position."""
@@ -128,6 +146,50 @@ def gradients_hold_the_plan_fixed(f, case, seed):
     for which, gradient in enumerate(f.grads(words, patches, grad=upstream, **settings)):
         slope = central_differences(with_that_plan, (words, patches), which, grad=upstream)
         close(gradient, slope, rtol=1e-5, atol=1e-6)
+
+
+@law("wpa", hint="Divide by max(length, 1e-5): x / ‖x‖ of a padded row of zeros is NaN in every gradient.")
+@given(case=pairs(), seed=st.integers(0, 99))
+def padded_zero_rows_spoil_nothing(f, case, seed):
+    words, patches, word_mask, patch_mask = case
+    settings = {"word_mask": word_mask, "patch_mask": patch_mask, "iters": 5}
+    settings["grad"] = np.random.default_rng(seed).standard_normal(len(words))
+    wanted = f.grads(words, patches, **settings)
+    found = f.grads(words * word_mask[..., None], patches * patch_mask[..., None], **settings)
+    for gradient, other, real in zip(found, wanted, (word_mask, patch_mask), strict=True):
+        assert np.isfinite(gradient).all(), "a row of zeros, masked or not, makes a gradient infinite or NaN"
+        close(gradient, other * real[..., None])
+
+
+@law("wpa", hint="A real row shorter than 1e-5 is divided by 1e-5: its slope is −T q / 1e-5.")
+@given(case=pairs(), short=st.sampled_from([0.0, 1e-7]))
+def real_short_rows_have_a_slope(f, case, short):
+    words, patches, word_mask, patch_mask = case
+    words[:, 0] *= short
+    settings = {"word_mask": word_mask, "patch_mask": patch_mask, "iters": 5}
+    value, (dwords, _) = f(words, patches, **settings), f.grads(words, patches, **settings)
+    for b, C, T in by_pair(*case, 5):
+        close(value[b], (T * C).sum())
+        if word_mask[b, 0]:
+            q = patches[b][patch_mask[b]]
+            q = q / np.maximum(np.linalg.norm(q, axis=1, keepdims=True), 1e-5)
+            close(dwords[b, 0], -T[0] @ q / 1e-5, rtol=1e-8, atol=1e-8)
+
+
+@law("wpa", hint="float32 comes in, float32 goes out.")
+@given(case=pairs())
+def float32_is_enough_for_the_alignment(f, case):
+    settings = {"word_mask": case[2], "patch_mask": case[3], "iters": 5}
+    same_in_float32(f, case[:2], settings, near=1e-5)
+
+
+@law("wpa", hint="Keep the potentials, one a token, and make the plan again in the backward pass.")
+def no_plan_is_kept(f):
+    rng = np.random.default_rng(0)
+    words, patches = rng.standard_normal((2, 60, 4)), rng.standard_normal((2, 90, 4))
+    most = enough(words, patches, tokens=2 * (60 + 90))
+    with tiles():
+        keeps_no_matrix(f, (words, patches), {"iters": 5}, 2 * 60 * 90, "the plans", most)
 
 
 @st.composite

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from minivlp import itm
 from minivlp.itm import derangement, hard_negatives, itm_loss, itm_loss_np
+from tests.held import same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 
@@ -105,6 +106,29 @@ def drawn_by_the_softmax_of_the_row(f, seed):
         assert chi_square(counts, wanted) < 35, told
 
 
+@law("hard_negatives", hint="Every row needs noise of its own: one vector for all makes rows draw alike.")
+@settings(max_examples=5)
+@given(seed=seeds)
+def rows_draw_independently(f, seed):
+    rng, B, draws = np.random.default_rng(seed), 12, 400
+    found = np.array([f(np.zeros((B, B)), rng) for _ in range(draws)])  # (draws, B)
+    # Rows i and j may both draw any of the other B − 2 columns: (B − 2) / (B − 1)² is how often they agree.
+    wanted = (B - 2) / (B - 1) ** 2
+    for apart in (1, 2):
+        agree = (found[:, apart:] == found[:, :-apart]).mean()
+        margin = 5 * np.sqrt(wanted / agree_of(found, apart))
+        told = f"rows {apart} apart draw the same column {agree:.3f} of the time, expected {wanted:.3f}"
+        assert abs(agree - wanted) < margin, told
+    again = (found[1:] == found[:-1]).mean()
+    margin = 5 * np.sqrt(1 / (B - 1) / found[1:].size)
+    assert abs(again - 1 / (B - 1)) < margin, f"a row draws its last column again {again:.3f} of the time"
+
+
+def agree_of(found, apart):
+    """How many independent comparisons there are, at least."""
+    return found[:, apart:].size / 2
+
+
 @law("hard_negatives", hint="Draw from the generator that is passed in, and from nothing else.")
 @given(seed=seeds)
 def the_generator_decides_the_columns(f, seed):
@@ -150,6 +174,25 @@ def large_logits_do_not_overflow(f, case, shift):
     logits, labels = case
     close(f(logits + shift, labels), f(*case), rtol=1e-8, atol=1e-8)
     close(f.grads(logits + shift, labels)[0], f.grads(*case)[0], rtol=1e-8, atol=1e-8)
+
+
+@law("itm_loss", hint="(softmax − one-hot) / B at any logits: where an answer is sure and wrong it is 1/B.")
+@given(case=cases(), gap=st.sampled_from([-1e4, -300.0, -30.0, 0.0, 30.0, 300.0, 1e4]))
+def gradients_hold_at_every_logit(f, case, gap):
+    logits, labels = case
+    logits = logits + gap * np.eye(2)[labels]  # the right column ahead, or behind
+    rows = np.arange(len(labels))
+    wrong = logits[rows, 1 - labels] - logits[rows, labels]
+    close(f(logits, labels), np.logaddexp(0, wrong).mean())
+    p = np.exp(-np.logaddexp(0, -wrong)) / len(labels)  # the probability of the wrong answer
+    wanted = p[:, None] * (1 - 2 * np.eye(2)[labels])
+    close(f.grads(logits, labels)[0], wanted, rtol=1e-8, atol=1e-12)
+
+
+@law("itm_loss", hint="float32 comes in, float32 goes out.")
+@given(case=cases(), length=st.sampled_from([1.0, 100.0]))
+def float32_is_enough(f, case, length):
+    same_in_float32(f, (length * case[0], case[1]))
 
 
 test_laws = obeys(itm)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from minivlp.recipes.dual_train import DualTrain, new_dual
 
 from minivlp.data.names import PROMPTS, name_tokenizer, named
 from minivlp.evaluation.match import Matcher, ranks, similarities
+from minivlp.recipes import recipe_class
+from minivlp.recipes.dual import DualSettings
 from tests.tiny import DUAL_SIZES, few
 
 CONCEPTS = [c for c in few().concepts if c.artists][:12]
@@ -16,7 +17,7 @@ PIXELS = torch.rand(5, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 
 
 
 def matcher(objective: str) -> Matcher:
-    model = new_dual(objective, DualTrain(**DUAL_SIZES), TOKENIZER).eval()
+    model = recipe_class(objective)(DualSettings(**DUAL_SIZES), tokens=TOKENIZER.tokens).model.eval()
     return Matcher(model, TOKENIZER, objective == "filip")
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from minivlp import mlm
 from minivlp.mlm import IGNORE, mask_tokens, mlm_loss, mlm_loss_np
+from tests.held import enough, holds_tiles_only, same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 
@@ -120,6 +121,28 @@ def coins_are_independent(f, seed):
         near((chosen[:, :-2] & chosen[:, 2:]).mean(), 0.09, ids.size / 8, "two neighbouring words")
 
 
+@law("mask_tokens", hint="A fate is one more draw for each chosen token, not for its word, row or batch.")
+@settings(max_examples=5)
+@given(seed=seeds, whole_word=st.booleans())
+def fates_are_independent(f, seed, whole_word):
+    ids, word_ids = many()
+    inputs, labels = masked(f, (ids, word_ids), seed, p=0.5, whole_word=whole_word)
+    chosen, hidden = labels != -100, inputs == MASK
+
+    def agree(one, other, what):
+        """Of two chosen tokens the one is hidden (80 %) whatever becomes of the other."""
+        both = chosen[one] & chosen[other]
+        near((hidden[one] & hidden[other])[both].mean(), 0.64, both.sum() / 2, what)
+
+    everywhere = slice(None)
+    first, second = (everywhere, slice(0, None, 2)), (everywhere, slice(1, None, 2))
+    agree(first, second, "both chosen pieces of a word replaced by [MASK]")
+    agree(slice(None, -1), slice(1, None), "the same place of two rows replaced by [MASK]")
+    agree((everywhere, slice(None, -2)), (everywhere, slice(2, None)), "two neighbours replaced by [MASK]")
+    swapped = inputs[chosen & ~hidden & (inputs != ids)]
+    near((swapped[1:] == swapped[:-1]).mean(), 1 / 7, len(swapped) / 2, "two random ids in a row alike")
+
+
 @law("mask_tokens", hint="Draw from the generator that is passed in, and from nothing else.")
 @given(seed=seeds)
 def the_generator_decides(f, seed):
@@ -179,6 +202,72 @@ def large_logits_do_not_overflow(f, case, shift):
     close(f(*far), f(*case), rtol=1e-8, atol=1e-8)
     for gradient, wanted in zip(f.grads(*far), f.grads(*case), strict=True):
         close(gradient, wanted, rtol=1e-8, atol=1e-8)
+
+
+@st.composite
+def hard_cases(draw):
+    """Logits up to ± 10,000: the true word far ahead, far behind, or one of many alike."""
+    hidden, embedding, bias, targets = draw(cases())
+    length = draw(st.sampled_from([1.0, 30.0, 1e4]))
+    kind = draw(st.sampled_from(["any", "sure", "wrong", "alike"]))
+    if kind in ("sure", "wrong"):
+        bias = bias * 0
+        true = targets[targets != IGNORE][0]
+        bias[true] = length if kind == "sure" else -length
+    elif kind == "alike":
+        hidden = hidden * 0
+    return hidden * (length if kind == "any" else 1), embedding, bias, targets
+
+
+@law(
+    "mlm_loss", hint="(softmax − one-hot) / K at any logits: clip nothing, and where a word is sure it is ~0."
+)
+@given(case=hard_cases())
+def gradients_hold_at_every_logit(f, case):
+    hidden, embedding, bias, targets = case
+    masked = targets != IGNORE
+    logits = hidden[masked] @ embedding.T + bias
+    G = np.exp(logits - np.logaddexp.reduce(logits, 1, keepdims=True))
+    G = (G - np.eye(len(bias))[targets[masked]]) / masked.sum()
+    dhidden = np.zeros_like(hidden)
+    dhidden[masked] = G @ embedding
+    near = 1e-12 * (1 + np.abs(logits).max()) * (1 + np.abs(hidden).max())
+    wanted = dhidden, G.T @ hidden[masked], G.sum(0)
+    for gradient, slopes in zip(f.grads(*case), wanted, strict=True):
+        close(gradient, slopes, rtol=1e-6, atol=near)
+
+
+@law("mlm_loss", hint="float32 comes in, float32 goes out.")
+@given(case=hard_cases())
+def float32_is_enough(f, case):
+    same_in_float32(f, case, near=1e-5 * (1 + np.abs(case[0]).max() ** 2))
+
+
+def large_batch(M=3200, V=150, D=4):
+    """Several panels of masked rows, the last one not full, and some rows that predict nothing."""
+    rng = np.random.default_rng(0)
+    targets = np.where(np.arange(M) % 16, rng.integers(0, V, M), IGNORE)  # 3,000 masked
+    return rng.standard_normal((M, D)), rng.standard_normal((V, D)), rng.standard_normal(V), targets
+
+
+@law("mlm_loss", hint="Walk to the end: the last panel of masked rows may be smaller than the others.")
+def many_panels_give_one_answer(f):
+    hidden, embedding, bias, targets = case = large_batch()
+    masked = targets != IGNORE
+    logits, right = hidden[masked] @ embedding.T + bias, targets[masked]
+    log_p = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
+    close(f(*case), -log_p[np.arange(len(right)), right].mean())
+    G = (np.exp(log_p) - np.eye(len(bias))[right]) / len(right)
+    for gradient, slopes in zip(f.grads(*case)[1:], (G.T @ hidden[masked], G.sum(0)), strict=True):
+        close(gradient, slopes, rtol=1e-7, atol=1e-10)
+
+
+@law("mlm_loss", hint="Make the logits of a panel of rows, and its gradients before the next panel.")
+def no_more_than_panels_is_held(f):
+    hidden, _, bias, targets = case = large_batch()
+    masked, V = (targets != IGNORE).sum(), len(bias)
+    most = enough(*case[:3], tokens=len(hidden))
+    holds_tiles_only(f, case, {}, int(masked * V), "the logits", most, 256 * V)
 
 
 test_laws = obeys(mlm)

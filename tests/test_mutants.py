@@ -1,5 +1,10 @@
-"""`pytest --bugs`: no constant, identity, changed input or NaN passes; small changes are caught."""
+"""`pytest --bugs`: no constant, identity, changed input or NaN passes; small changes are caught.
 
+And every promise of a docstring has a known mistake that breaks it.
+"""
+
+import inspect
+import re
 import signal
 import tomllib
 from collections.abc import Callable
@@ -13,7 +18,7 @@ import torch
 
 from tests.attempts import broken, solution
 from tests.course import Exercise, exercises
-from tests.laws import LAWS, load_bugs
+from tests.laws import BUGS, LAWS, caught, load_bugs
 from tests.mutants import mutants
 
 SURVIVORS = tomllib.loads((Path(__file__).parent / "survivors.toml").read_text(encoding="utf-8"))
@@ -143,14 +148,76 @@ def test_small_changes_are_caught(one: Exercise, pytestconfig: pytest.Config) ->
     assert not set(listed) - alive, f"caught or gone, so not to be listed: {sorted(set(listed) - alive)}"
 
 
-def test_of_all_changes_95_percent_are_caught() -> None:
+def test_of_all_changes_98_percent_are_caught() -> None:
     if len(TRIED) < len(exercises()):
         pytest.skip("not all exercises were tried")
     tried, alive = (sum(column) for column in zip(*TRIED.values(), strict=True))
-    assert tried - alive >= 0.95 * tried, f"{alive} of {tried} small changes survive"
+    assert tried - alive >= 0.98 * tried, f"{alive} of {tried} small changes survive"
 
 
 def test_every_survivor_has_a_reason() -> None:
     for name, listed in SURVIVORS.items():
         assert name in {one.name for one in exercises()}, f"{name} is no exercise"
         assert all(len(reason) > 20 for reason in listed.values()), f"{name}: a survivor without a reason"
+
+
+# Sentences that say each, every, independently, differentiable, at most, never, exact, uniform or stays, and
+# the known mistakes that break them. A sentence is found by a part of it; "" marks one that promises nothing
+# of the answer: a matter of form, of speed or of another function.
+PROMISES: dict[str, dict[str, str]] = {
+    "to_patches": {
+        "row-major over the grid, each in (C, p, p)": "cut_column_by_column cut_with_channels_last"
+    },
+    "learn_vocab": {"at most `alphabet`": "first_of_the_alphabet", "every machine learns the same": ""},
+    "mask_tokens": {
+        "the index in its row of each token's word": "",
+        "Each word is chosen with probability `p`, independently": "rows_alike any_piece_chooses",
+        "each piece is chosen by itself": "always_whole",
+        "Each chosen token then becomes": "all_masked none_kept one_replacement one_coin_for_both "
+        "one_fate_for_all_rows one_fate_for_a_row sorted_replacements",
+        "are never chosen": "specials_masked unknown_masked",
+        "`ids` stays as it was": "in_place",
+    },
+    "mlm_loss_np": {"all zero when every target is": "mean_over_nothing detached_zero"},
+    "derangement": {
+        "moves every element": "permutation repaired",
+        "Uniform permutations are drawn": "shift one_cycle roll",
+    },
+    "hard_negatives": {
+        "For each row a wrong column": "diagonal_left_in ids_ignored hardest uniform columns_for_rows",
+        "Rows draw independently": "one_noise_for_all_rows one_uniform_for_all_rows without_replacement",
+    },
+    "hinge_np": {"one negative counts in each row and column": "always_the_sum hardest_of_the_batch"},
+    "hinge": {"one negative counts in each row and column": "always_the_sum hardest_of_the_batch"},
+    "nce_fused": {"differentiable once": "", "for every operation": ""},
+    "sinkhorn_np": {
+        "with exact row sums": "columns_last unscaled_potentials",
+        "each summing to one": "",
+        "uniform over the real tokens": "masked_afterwards",
+    },
+    "sinkhorn": {"Differentiable through every iteration": "under_no_grad rows_detached columns_detached"},
+    "sinkhorn_cost_fused": {"differentiable once": ""},
+    "ipot_np": {"uniform over the real tokens": "share_of_padding", "Row sums are exact": "columns_last"},
+    "wpa_fused": {"differentiable once": "", "It never makes unit copies": ""},
+    "attention_fused": {"differentiable once": ""},
+    "mlm_loss_fused": {"each with its gradients": "plain made_twice panels_kept"},
+    "chamfer_fused": {"all that is kept is each token's best partner": "plain partners_in_the_whole"},
+}
+WORDS = r"\b(each|every|independently|differentiable|at most|never|exact|uniform|stays)\b"
+
+
+@ALL
+def test_every_promise_of_a_docstring_has_a_mistake_that_breaks_it(one: Exercise) -> None:
+    load_bugs(one.concept)
+    text = (inspect.getdoc(solution(one)) or "").replace("\n", " ")
+    sentences = [s for s in re.split(r"(?<=[.:;])\s+", text) if re.search(WORDS, s, re.IGNORECASE)]
+    known = PROMISES.get(one.name, {})
+    for sentence in sentences:
+        assert any(part in sentence for part in known), (
+            f"{one.name} promises, and nothing breaks it: {sentence}"
+        )
+    for part, mistakes in known.items():
+        assert any(part in sentence for sentence in sentences), f"{one.name} no longer promises {part!r}"
+        for name in mistakes.split():
+            wrong = BUGS[one.family][name]
+            assert caught(LAWS[one.family][wrong.caught_by], wrong), f"{name} is not caught"

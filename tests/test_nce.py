@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivlp import nce
+from tests.held import enough, keeps_no_matrix, same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.peers import softplus
 from tests.strategies import arrays, sizes
@@ -97,6 +98,36 @@ def the_true_density_is_stationary(f, world):
 def gradients_are_the_slopes(f, case):
     for which, gradient in enumerate(f.grads(*case)):
         close(gradient, central_differences(f, case, which), rtol=1e-6, atol=1e-7)
+
+
+@law("nce", hint="σ(t) = exp(−softplus(−t)): where the answer is sure and wrong the slope is 1, not 0.")
+@given(case=cases(lengths=(1.0, 30.0, 1e4)))
+def gradients_hold_at_every_score(f, case):
+    B, K = case[1].shape
+    h_data, h_noise = (s - p - math.log(K) for s, p in ((case[0], case[2]), (case[1], case[3])))
+    wanted = [-np.exp(-np.logaddexp(0, h_data)) / B, np.exp(-np.logaddexp(0, -h_noise)) / B]
+    for gradient, slopes in zip(f.grads(*case), [*wanted, *(-w for w in wanted)], strict=True):
+        close(gradient, slopes, rtol=1e-8, atol=1e-12)
+
+
+@law("nce", hint="float32 comes in, float32 goes out.")
+@given(case=cases(lengths=(1.0, 100.0)))
+def float32_is_enough(f, case):
+    same_in_float32(f, case)
+
+
+SLOPES = {"exp", "sigmoid", "log_sigmoid_backward", "sigmoid_backward", "softplus_backward", "log1p", "tanh"}
+SLOPES |= {"log_sigmoid_forward", "log_sigmoid", "softplus", "logaddexp", "exp2", "expm1", "where"}
+
+
+@law("nce", hint="The slope of a score is known with the score: make it in forward, let backward multiply.")
+def the_slopes_are_made_beside_the_loss(f):
+    rng = np.random.default_rng(0)
+    args = tuple(rng.standard_normal(shape) for shape in ((64,), (64, 64), (64,), (64, 64)))
+    found = keeps_no_matrix(f, args, {}, 64 * 64, "the scores", enough(*args) // 2)
+    if found:
+        late = sorted(found.backward_calls & SLOPES)
+        assert not late, f"the backward pass calls {late[0]}: the slopes were known in the forward pass"
 
 
 test_laws = obeys(nce)

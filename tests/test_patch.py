@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivlp import patch
+from tests.held import held, keeps_no_matrix, same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 
@@ -70,6 +71,22 @@ def takes_tensors_too(f, case):
     close(patches, f(images, p))
 
 
+@law("patch_embed", hint="float32 comes in, float32 goes out.")
+@given(case=cases())
+def float32_is_enough(f, case):
+    same_in_float32(f, case, near=1e-5)
+
+
+@law("patch_embed", hint="Read the pixels where they lie: a window that slides by p copies no patch.")
+def no_patch_is_copied(f):
+    rng = np.random.default_rng(0)
+    images, weight, bias = case = tuple(rng.standard_normal(n) for n in ((2, 3, 64, 64), (4, 3, 8, 8), (4,)))
+    most = 2 * (weight.size + bias.size)
+    if keeps_no_matrix(f, case, {}, images.size, "the pixels", most):
+        made = held(f.function, *case).forward
+        assert made < images.size // 4, f"makes an array of {made:,} numbers; the pixels are {images.size:,}"
+
+
 test_laws = obeys(patch)
 
 x, w, b = np.ones((1, 3, 4, 6)), np.ones((5, 3, 2, 2)), np.ones(5)
@@ -117,3 +134,31 @@ def test_backward_twice_and_a_frozen_weight():
     out = patch.patch_embed(images, weight, torch.zeros(5)).square().sum()
     first, second = (torch.autograd.grad(out, images, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_module_is_patch_embed(bias):
+    """Its core checks nothing, and gives the same numbers."""
+    torch.manual_seed(0)
+    module, images = patch.PatchEmbed(5, 4, channels=2, bias=bias), torch.randn(3, 2, 8, 12)
+    b = torch.randn(5)
+    if bias:
+        module.bias.data = b
+    expected = patch.patch_embed(images, module.weight, b if bias else torch.zeros(5))
+    torch.testing.assert_close(module(images), expected)
+
+
+@pytest.mark.parametrize(
+    "pixels, message",
+    [
+        (torch.zeros(2, 4, 8, 8), r"pixels must have shape \(B, 3, H, W\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=int), "pixels must have a floating dtype"),
+        (torch.full((2, 3, 8, 8), torch.nan), "pixels must not contain NaN"),
+        (torch.zeros(2, 3, 8, 6), "pixels must have height and width that are multiples of p=4, got 8 × 6"),
+        (torch.zeros(2, 3, 0, 8), "pixels must have height and width"),
+    ],
+)
+def test_pixels_are_checked_once_for_all_of_a_model(pixels, message):
+    assert patch.check_pixels(torch.zeros(2, 3, 8, 12), 4) == (2, 8, 12)
+    with pytest.raises(ValueError, match=message):
+        patch.check_pixels(pixels, 4)

@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from minivlp.data import CPU_NOUNS
+from minivlp.data import questions as q
 from minivlp.models.vilt import Vilt, ViltConfig
-from minivlp.recipes import questions as q
+from minivlp.recipes.nlvr2 import Nlvr2Recipe
+from minivlp.recipes.tasks import TaskRecipe
+from minivlp.recipes.vilt import ViltSettings
+from minivlp.recipes.vqa import VqaRecipe
 from minivlp.text import WordPiece
-from tests.test_tasks import EMOJIVL, holds, stands
+from tests.test_probes import EMOJIVL, holds, stands
 
 NOUNS = EMOJIVL.nouns(CPU_NOUNS[:12])
 ANSWERS = q.answers(NOUNS)
@@ -39,6 +43,17 @@ def model(tokenizer) -> Vilt:
     return Vilt(
         ViltConfig(len(tokenizer), **sizes, num_answers=len(ANSWERS), nlvr2=True, image_types=2)
     ).eval()
+
+
+@pytest.fixture
+def recipe(tokenizer):
+    """`recipe(VqaRecipe, blind="text")` → the recipe of these nouns, with a small vocabulary."""
+
+    def make(kind: type[TaskRecipe], blind: str | None = None, longest: int = 20) -> TaskRecipe:
+        settings = ViltSettings(nouns=CPU_NOUNS[:12], max_text_len=longest)
+        return kind(settings, {"blind": blind}, tokenizer.tokens)
+
+    return make
 
 
 def picture(scene) -> bytes:
@@ -121,34 +136,41 @@ def test_items_depend_on_the_seed_alone():
         assert [item.text for item in first] != [item.text for item in other]
 
 
-def test_batches(asked, stated, tokenizer):
-    inputs, targets = q.vqa_batch(asked[:6], tokenizer, ANSWERS)
-    assert inputs["pixels"].shape == (6, 3, 48, 48) and targets.shape == (6, len(ANSWERS))
-    assert [ANSWERS[k] for k in targets.argmax(1)] == [item.answer for item in asked[:6]]
-    assert (targets.sum(1) == 1).all()
-    (left, right), truths = q.nlvr2_batch(stated[:6], tokenizer)
-    assert truths.tolist() == [int(item.truth) for item in stated[:6]]
-    assert (left["ids"] == right["ids"]).all() and right["image_type"] == 2
-    assert not torch.equal(left["pixels"], right["pixels"])
+def test_batches(asked, stated, recipe):
+    batch = recipe(VqaRecipe).collate(asked[:6])
+    assert batch.pixels.shape == (6, 3, 48, 48) and batch.targets.shape == (6, len(ANSWERS))
+    assert [ANSWERS[k] for k in batch.targets.argmax(1)] == [item.answer for item in asked[:6]]
+    assert (batch.targets.sum(1) == 1).all()
+    batch = recipe(Nlvr2Recipe).collate(stated[:6])
+    assert batch.targets.tolist() == [int(item.truth) for item in stated[:6]]
+    assert batch.shown.tolist() == [list(map(int, item.shown)) for item in stated[:6]]
+    assert batch.pixels.shape == (6, 2, 3, 48, 48)
+    assert not torch.equal(batch.pixels[:, 0], batch.pixels[:, 1])
 
 
-@pytest.mark.parametrize("make", [q.vqa_batch, q.nlvr2_batch])
-def test_blind_batches_hold_one_half(make, asked, stated, tokenizer):
-    items, more = (asked, (ANSWERS,)) if make is q.vqa_batch else (stated, ())
+def test_the_second_picture_is_read_as_the_second(model, stated, recipe):
+    task, batch = recipe(Nlvr2Recipe), recipe(Nlvr2Recipe).collate(stated[:6])
+    for k, pooled in enumerate(task.pooled(model, batch)):
+        alone = model.encode(batch.ids, batch.text_mask, batch.pixels[:, k], image_type=k + 1)
+        assert torch.equal(pooled, alone["pooled"])
+
+
+@pytest.mark.parametrize("kind", [VqaRecipe, Nlvr2Recipe])
+def test_blind_batches_hold_one_half(kind, asked, stated, recipe):
+    items = asked[:5] if kind is VqaRecipe else stated[:5]
+    full = recipe(kind).collate(items)
     for blind in ("image", "text"):
-        inputs, targets = make(items[:5], tokenizer, *more, blind=blind)
-        full, truth = make(items[:5], tokenizer, *more)
-        for got, all_of_it in zip(*((x,) if isinstance(x, dict) else x for x in (inputs, full)), strict=True):
-            if blind == "image":
-                assert not got["pixels"].any() and torch.equal(got["ids"], all_of_it["ids"])
-            else:
-                assert got["ids"].shape[1] == 2 and torch.equal(got["pixels"], all_of_it["pixels"])
-        assert torch.equal(targets, truth)
+        got = recipe(kind, blind).collate(items)
+        if blind == "image":
+            assert not got.pixels.any() and torch.equal(got.ids, full.ids)
+        else:
+            assert got.ids.shape[1] == 2 and torch.equal(got.pixels, full.pixels)
+        assert torch.equal(got.targets, full.targets)
 
 
 @pytest.mark.parametrize("blind", ["image", "text"])
-def test_a_blind_model_is_at_one_half_on_statements(blind, model, stated, tokenizer):
-    found = q.nlvr2_accuracy(model, tokenizer, stated, blind)
+def test_a_blind_model_is_at_one_half_on_statements(blind, model, stated, recipe):
+    found = recipe(Nlvr2Recipe, blind).accuracy(model, stated)
     assert {kind: one["value"] for kind, one in found.items()} == dict.fromkeys(found, 0.5)
 
 
@@ -176,10 +198,10 @@ class Seeing(nn.Module):
         return torch.stack([~truth, truth], 1).float()
 
 
-def test_a_model_that_sees_is_always_right(asked, stated, tokenizer):
+def test_a_model_that_sees_is_always_right(asked, stated, tokenizer, recipe):
     table = {(item.text, picture(item.scene)): ANSWERS.index(item.answer) for item in asked}
     model = Seeing(tokenizer, [item.scene for item in asked], lambda text, s: table[text, picture(s)])
-    found = q.vqa_accuracy(model, tokenizer, asked, ANSWERS)
+    found = recipe(VqaRecipe).accuracy(model, asked)
     assert {kind: one["value"] for kind, one in found.items()} == dict.fromkeys(found, 1.0)
     assert found["all"]["items"] == 320 and found["where"]["items"] == 160
 
@@ -188,11 +210,11 @@ def test_a_model_that_sees_is_always_right(asked, stated, tokenizer):
         return [int(holds(caption, scene)), int(suffix.startswith("one"))]
 
     model = Seeing(tokenizer, [scene for item in stated for scene in item.scenes], shows)
-    found = q.nlvr2_accuracy(model, tokenizer, stated)
+    found = recipe(Nlvr2Recipe).accuracy(model, stated)
     assert {kind: one["value"] for kind, one in found.items()} == dict.fromkeys(found, 1.0)
 
 
-def test_a_model_that_cannot_see_reaches_its_chance_on_questions(asked, tokenizer):
+def test_a_model_that_cannot_see_reaches_its_chance_on_questions(asked):
     """The best that one who knows the picture, or the text, but not the other, can do."""
     by_picture, by_text = defaultdict(Counter), defaultdict(Counter)
     for item in asked:
@@ -204,25 +226,35 @@ def test_a_model_that_cannot_see_reaches_its_chance_on_questions(asked, tokenize
     assert sum(item.answer == "nothing" for item in where) == len(where) / 2
 
 
-def test_a_real_model_trains_on_the_batches(model, asked, stated, tokenizer):
-    inputs, targets = q.vqa_batch(asked[:4], tokenizer, ANSWERS, longest=20)
-    assert q.vqa_logits(model, inputs).shape == targets.shape
-    logits = q.nlvr2_logits(model, q.nlvr2_batch(stated[:4], tokenizer, longest=20)[0])
+def test_a_real_model_trains_on_the_batches(model, asked, stated, recipe):
+    vqa, nlvr2 = recipe(VqaRecipe), recipe(Nlvr2Recipe)
+    batch = vqa.collate(asked[:4])
+    assert vqa.logits(model, batch).shape == batch.targets.shape
+    logits = nlvr2.logits(model, nlvr2.collate(stated[:4]))
     assert logits.shape == (4, 2) and logits.requires_grad
-    assert q.vqa_accuracy(model, tokenizer, asked, ANSWERS)["all"]["items"] == 320
+    assert vqa.accuracy(model, asked)["all"]["items"] == 320
+
+
+def test_answers_are_those_of_the_nouns(recipe):
+    assert recipe(VqaRecipe).answers == ANSWERS and recipe(VqaRecipe).heads() == {"num_answers": len(ANSWERS)}
+
+
+def fewer_answers(vqa: VqaRecipe) -> VqaRecipe:
+    vqa.answers = ANSWERS[1:]
+    return vqa
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda a, t: q.questions(EMOJIVL, NOUNS, 48, 24), "n must be a positive multiple of 16"),
-        (lambda a, t: q.statements(EMOJIVL, NOUNS, 48, 0), "n must be a positive multiple of 16"),
-        (lambda a, t: q.statements(EMOJIVL, NOUNS[:2], 48, 16, pairs="all"), "about other objects"),
-        (lambda a, t: q.vqa_batch(a, t, ANSWERS[1:]), "answers must hold the answer"),
-        (lambda a, t: q.vqa_batch(a, t, ANSWERS, "both"), "blind must be"),
-        (lambda a, t: q.vqa_batch(a, t, ANSWERS, longest=4), "texts must fit the model's 4 tokens"),
+        (lambda a, r: q.questions(EMOJIVL, NOUNS, 48, 24), "n must be a positive multiple of 16"),
+        (lambda a, r: q.statements(EMOJIVL, NOUNS, 48, 0), "n must be a positive multiple of 16"),
+        (lambda a, r: q.statements(EMOJIVL, NOUNS[:2], 48, 16, pairs="all"), "about other objects"),
+        (lambda a, r: fewer_answers(r(VqaRecipe)).collate(a), "answers must hold the answer"),
+        (lambda a, r: r(VqaRecipe, "both").collate(a), "blind must be"),
+        (lambda a, r: r(VqaRecipe, longest=4).collate(a), "texts must fit the model's 4 tokens"),
     ],
 )
-def test_refusals(call, message, asked, tokenizer):
+def test_refusals(call, message, asked, recipe):
     with pytest.raises(ValueError, match=message):
-        call(asked, tokenizer)
+        call(asked, recipe)

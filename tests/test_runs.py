@@ -5,10 +5,14 @@ import json
 import os
 import pickle
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 
+from minivlp.core import files as core_files
+from minivlp.core.files import packaged
+from minivlp.recipes.base import load_trained
 from minivlp.training import run as runs
 from minivlp.training.run import Run, load_checkpoint, need_writable, read_json, run_folder, tensor_bytes
 
@@ -171,17 +175,31 @@ def test_a_checkpoint_cut_short_is_refused(run):
 
 
 def test_names(tmp_path):
-    assert run_folder("vilt") == runs.HOME / "runs" / "vilt" and run_folder(str(tmp_path)) == tmp_path
+    assert run_folder("vilt") == Path("runs/vilt") and run_folder(str(tmp_path)) == tmp_path
     for name in ("", "  ", "../up", "a/../../up"):
         with pytest.raises(ValueError, match="--name must be a name or an absolute path"):
             run_folder(name)
 
 
-def test_existing_paths_are_found_here_first(tmp_path, monkeypatch):
+def test_a_run_of_the_current_folder_comes_before_the_shipped_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert runs.existing("data_tiny") == runs.HOME / "data_tiny"
-    (tmp_path / "data_tiny").mkdir()
-    assert runs.existing("data_tiny").resolve() == (tmp_path / "data_tiny").resolve()
+    assert load_trained().folder == packaged("weights")
+    Run.begin(run_folder("vilt"), SETTINGS).save(STATE)
+    assert (tmp_path / "runs" / "vilt" / "checkpoint.pt").is_file()
+    with pytest.raises(ValueError, match="runs/vilt does not hold a trained model of this version"):
+        load_trained()
+
+
+def test_what_is_packaged_is_found_from_any_folder(tmp_path, monkeypatch):
+    """In an installation inside the package, in a clone beside it."""
+    monkeypatch.chdir(tmp_path)
+    assert (packaged("data") / "meta.json").is_file()
+    assert (packaged("weights") / "vilt_tiny.safetensors").is_file()
+    monkeypatch.setattr(core_files, "__file__", str(tmp_path / "minivlp" / "core" / "files.py"))
+    assert packaged("data") == tmp_path / "data_tiny"
+    for name in ("data", "weights"):
+        (tmp_path / "minivlp" / f"packaged_{name}").mkdir(parents=True)
+        assert packaged(name) == tmp_path / "minivlp" / f"packaged_{name}"
 
 
 def test_json_that_is_no_object_is_refused(tmp_path):

@@ -12,15 +12,31 @@ from hypothesis import strategies as st
 
 from minivlp import sigmoid
 from tests import ranks
+from tests.held import enough, holds_tiles_only, right_pairs, same_in_float32, tiles
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.peers import open_clip_loss, softplus, unit_rows
-from tests.strategies import pairs
+from tests.strategies import arrays, pairs, sizes
 
 
 @st.composite
 def cases(draw, scales=(0.3, 1.0, 10.0, 100.0), lengths=(1.0, 10.0)):
     """x (B, D), y (B, D), scale, bias."""
     return *draw(pairs(*lengths)), draw(st.sampled_from(scales)), draw(st.sampled_from((-10.0, -1.0, 0.5)))
+
+
+def slow_slopes(S):
+    """G = dL/dS (B, B) = −z σ(−z S) / B; σ(t) by logarithms, so that a small one keeps its digits."""
+    z = 2 * np.eye(len(S)) - 1
+    return -z * np.exp(-np.logaddexp(0, z * S)) / len(S)
+
+
+@law(
+    "sigmoid_loss",
+    hint="The diagonal of S crosses a tile at the offset row start − column start, if it meets it at all.",
+)
+def right_pairs_lie_on_the_diagonal_of_the_whole(f):
+    if f.rung == "fused":
+        right_pairs(f, (2.0, -1.0), lambda x: slow_slopes(2 * x - 1))
 
 
 @law(
@@ -97,6 +113,58 @@ def scale_and_images_share_one_slope(f, case):
 def gradients_are_the_slopes(f, case):
     for which, gradient in enumerate(f.grads(*case)):
         close(gradient, central_differences(f, case, which), rtol=1e-6, atol=1e-7)
+
+
+@st.composite
+def hard_cases(draw):
+    """Scores up to ± 10,000: unit or long rows, all sure and right, sure and wrong, or neither; zeros."""
+    B, D, length = draw(sizes(5)), draw(sizes(5)), draw(st.sampled_from([1.0, 10.0]))
+    x = draw(arrays(B, D))
+    x = length * x / np.linalg.norm(x, axis=1, keepdims=True)
+    y = draw(st.sampled_from([x, -x, draw(arrays(B, D, scale=length)), x * 0])).copy()
+    return x, y, draw(st.sampled_from([1.0, 10.0, 100.0])), draw(st.sampled_from([-10.0, 0.5, 100.0]))
+
+
+@law(
+    "sigmoid_loss",
+    hint="σ(t) = exp(−softplus(−t)) keeps the digits of a small σ: clip no score and no probability.",
+)
+@given(case=hard_cases())
+def gradients_hold_at_every_score(f, case):
+    x, y, scale, bias = case
+    G = slow_slopes(scale * x @ y.T + bias)
+    wanted = scale * G @ y, scale * G.T @ x, (G * (x @ y.T)).sum(), G.sum()
+    near = 1e-11 * scale * (1 + np.abs(x).max() ** 3)  # rounding of the scores
+    for gradient, slopes in zip(f.grads(*case), wanted, strict=True):
+        close(gradient, slopes, rtol=1e-6, atol=near)
+
+
+@law("sigmoid_loss", hint="float32 comes in, float32 goes out: make z in the dtype of the images.")
+@given(case=hard_cases())
+def float32_is_enough(f, case):
+    same_in_float32(f, case, near=1e-4 * case[2] * np.abs(case[0]).max() ** 2)
+
+
+def large_batch(B=800, D=4):
+    """Several tiles each way, the last ones not full."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((B, D)), rng.standard_normal((B, D)), 2.0, -1.0
+
+
+@law("sigmoid_loss", hint="Walk to the end: the last row and the last column of tiles may be smaller.")
+def many_tiles_give_one_answer(f):
+    x, y, scale, bias = case = large_batch()
+    S, z = scale * x @ y.T + bias, 2 * np.eye(len(x)) - 1
+    with tiles():
+        value, grads = f(*case), f.grads(*case)
+    close(value, np.logaddexp(0, -z * S).sum() / len(x))
+    close(grads[0], scale * slow_slopes(S) @ y, rtol=1e-6, atol=1e-9)
+
+
+@law("sigmoid_loss", hint="Make S tile by tile, each over the one before, and the gradients beside the loss.")
+def no_more_than_tiles_is_held(f):
+    x, y, scale, bias = large_batch()
+    holds_tiles_only(f, (x, y, scale, bias), {}, len(x) ** 2, "S", enough(x, y))
 
 
 test_laws = obeys(sigmoid)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivlp import sinkhorn
+from tests.held import enough, keeps_no_matrix, same_in_float32, tiles
 from tests.laws import central_differences, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
 
@@ -121,6 +122,35 @@ def equals_the_loop_on_the_real_tokens(f, data, M, N, iters):
     close(f(cost, eps=0.3, iters=iters, row_mask=rows, col_mask=columns), wanted)
 
 
+@law("sinkhorn", hint="At ε = 1e-4 nothing but logarithms holds exp(−C/ε): no row may be lost.")
+@given(case=problems(), eps=st.sampled_from([1e-3, 1e-4]), iters=sizes(20))
+def no_row_is_lost_at_small_eps(f, case, eps, iters):
+    cost, a, b = case
+    close(f(cost, a, b, eps=eps, iters=iters).sum(1), a, rtol=1e-9, atol=1e-12)
+
+
+@law(
+    "sinkhorn",
+    hint="Differentiable through every iteration: neither no_grad nor detach anywhere in the loop.",
+)
+@given(case=problems(), eps=st.sampled_from([0.3, 1.0]), iters=sizes(4), seed=st.integers(0, 99))
+def the_plan_is_differentiable(f, case, eps, iters, seed):
+    if f.rung == "np":  # it returns the plan alone
+        return
+    cost, a, b = case
+    a, b = np.full_like(a, 1 / len(a)), np.full_like(b, 1 / len(b))
+    upstream = np.random.default_rng(seed).standard_normal(cost.shape)
+    settings = {"eps": eps, "iters": iters}
+    slope = central_differences(lambda c: f(c, **settings), (cost,), 0, grad=upstream)
+    close(f.grads(cost, grad=upstream, **settings)[0], slope, rtol=1e-6, atol=1e-8)
+
+
+@law("sinkhorn", hint="float32 comes in, float32 goes out.")
+@given(case=problems())
+def float32_is_enough(f, case):
+    same_in_float32(f, case[:1], {"eps": 0.3, "iters": 10}, near=1e-5, gradients=False)
+
+
 @st.composite
 def token_sets(draw):
     """x (M, D), y (N, D), lengths far from one; a (M,), b (N,)."""
@@ -146,6 +176,40 @@ def gradients_hold_the_plan_fixed(f, case):
     for which, gradient in enumerate(f.grads(x, y, a=a, b=b, eps=0.3, iters=20)):
         slope = central_differences(lambda x, y: (plan * cosine_cost(x, y)).sum(), (x, y), which)
         close(gradient, slope, rtol=1e-5, atol=1e-6)
+
+
+@law(
+    "sinkhorn_cost",
+    hint="Divide by max(length, 1e-5): a row of zeros has cosine 0, and the slope −T q / 1e-5.",
+)
+@given(case=token_sets(), short=st.sampled_from([0.0, 1e-7]))
+def short_rows_have_a_slope(f, case, short):
+    x, y, a, b = case
+    x[0] *= short
+    C = cosine_cost(x, y)
+    T = slow_sinkhorn(C, a, b, 0.3, 20)
+    close(f(x, y, a=a, b=b, eps=0.3, iters=20), (T * C).sum())
+    dx, dy = f.grads(x, y, a=a, b=b, eps=0.3, iters=20)
+    q = y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-5)
+    assert np.isfinite(dy).all(), "a row of zeros makes a gradient infinite or NaN"
+    close(dx[0], -T[0] @ q / 1e-5, rtol=1e-8, atol=1e-8)
+
+
+@law("sinkhorn_cost", hint="float32 comes in, float32 goes out.")
+@given(case=token_sets())
+def float32_is_enough_for_the_cost(f, case):
+    same_in_float32(f, case[:2], {"eps": 0.3, "iters": 20}, near=1e-5)
+
+
+@law(
+    "sinkhorn_cost",
+    hint="The gradients of the tokens are known with the plan: keep them, and no M × N array.",
+)
+def no_plan_is_kept(f):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((150, 4)), rng.standard_normal((200, 4))
+    with tiles():
+        keeps_no_matrix(f, (x, y), {"iters": 5}, 150 * 200, "the plan", enough(x, y, tokens=350))
 
 
 @st.composite

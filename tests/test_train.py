@@ -3,48 +3,69 @@
 import json
 import re
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import pytest
 import torch
-from minivlp.recipes.curriculum import STAGES, Part, Stage, stage_at
-from minivlp.recipes.questions import COUNTS, WORDS
-from minivlp.recipes.train import PRESETS, TrainConfig, new_model, pretraining_loss, train_config
-from minivlp.training.fit import fit, optimizers, rate
 
 from minivlp.__main__ import PRESETS as PRESET_NAMES
 from minivlp.data import RELATIONS, Scenes, load_emojivl, scene_pixels
-from minivlp.recipes import train
-from minivlp.recipes.vilt_batches import SceneRows
+from minivlp.data.names import scene_tokenizer
+from minivlp.data.questions import COUNTS, WORDS
+from minivlp.recipes import RECIPES, recipe_class
+from minivlp.recipes.captions import CaptionsRecipe
+from minivlp.recipes.vilt import PRESETS, ViltRecipe, ViltSettings, pretraining_loss
+from minivlp.recipes.vilt_batches import STAGES, Part, SceneBatches, Stage, Wrong, stage_at
 from minivlp.text import split_words
+from minivlp.training.loop import optimizers, rate, steps
 from minivlp.training.run import Run
 from tests.tiny import SIZES
 
 EMOJIVL = load_emojivl()
 CONFIG = replace(PRESETS["cpu"], **SIZES)
 NOUNS = EMOJIVL.nouns(CONFIG.nouns)
-TOKENIZER = train.scene_tokenizer(NOUNS, CONFIG.vocab_size)
+TOKENIZER = scene_tokenizer(NOUNS, CONFIG.vocab_size)
 STAGES_OF_PAIRS = (
     Stage(0.5, (Part("place", 1.0),)),
-    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7, wrong=(0.3, 0.2, 0.3))), apart=0.5),
+    Stage(1.0, (Part("one", 0.3, canvas=24), Part("pair", 0.7, wrong=Wrong(0.3, 0.2, 0.3))), contrast=0.5),
 )
 LOSS = partial(pretraining_loss, wpa_weight=CONFIG.wpa_weight)
 
 
-def rows(config: TrainConfig = CONFIG) -> SceneRows:
-    return SceneRows(EMOJIVL, NOUNS, TOKENIZER, STAGES_OF_PAIRS, config.steps, config.batch, config.seed)
+class Short(ViltRecipe):
+    """ViLT in two stages, with a check that costs nothing."""
+
+    @cached_property
+    def batches(self) -> SceneBatches:
+        s = self.settings
+        return SceneBatches(EMOJIVL, NOUNS, TOKENIZER, STAGES_OF_PAIRS, s.steps, s.batch, s.seed)
+
+    def check(self, model):
+        return {"seen": 1.0}
 
 
-def trained(folder, config=CONFIG, source=None, loss=LOSS, model=None) -> tuple[Run, list[dict]]:
+def recipe(config: ViltSettings = CONFIG, **parts) -> Short:
+    """The recipe, with parts of it (batch, loss, model) in place of its own."""
+    made = Short(config, tokens=TOKENIZER.tokens)
+    for name, part in parts.items():
+        setattr(made, name, part)
+    return made
+
+
+def batches(config: ViltSettings = CONFIG) -> SceneBatches:
+    return recipe(config).batches
+
+
+def new_model(config: ViltSettings = CONFIG):
+    return recipe(config).model
+
+
+def trained(folder, **parts) -> tuple[Run, list[dict]]:
     """Train in a new folder, or on in one that holds a run."""
     began = (folder / "checkpoint.pt").exists()
     run = Run.resume(folder) if began else Run.begin(folder, {"train": {}})
-    model = model or new_model(config, len(TOKENIZER))
-    records = list(
-        fit(model, source or rows(config), loss, config, run, TOKENIZER, lambda model: {"seen": 1.0})
-    )
-    return run, records
+    return run, list(steps(recipe(**parts), run))
 
 
 def timeless(records: list[dict]) -> list[dict]:
@@ -86,7 +107,9 @@ def test_every_word_of_scenes_and_questions_is_one_token():
 
 
 def test_every_preset_has_its_name_on_the_command_line():
-    assert set(PRESET_NAMES) == set(PRESETS) and set(STAGES) | {"captions"} == set(PRESETS)
+    presets = {preset for name in RECIPES for preset in recipe_class(name).presets}
+    assert set(PRESET_NAMES) == presets == set(CaptionsRecipe.presets)
+    assert set(STAGES) == set(PRESETS) and set(STAGES) | {"captions"} == presets
 
 
 def test_stages_fill_the_run_and_their_shares_the_batch():
@@ -96,29 +119,29 @@ def test_stages_fill_the_run_and_their_shares_the_batch():
         assert stage_at(stages, 0.0) is stages[0] and stage_at(stages, 0.999) is stages[-1]
 
 
-def test_rows_depend_on_seed_and_step_alone():
-    again, other = rows(), rows(replace(CONFIG, seed=2))
-    source = rows()
+def test_batches_depend_on_seed_and_step_alone():
+    again, other = batches(), batches(replace(CONFIG, seed=2))
+    source = batches()
     source(3), source(8)
     for a, b, c in zip(source(7), again(7), other(7), strict=True):
         assert equal(vars(a), vars(b)) and not torch.equal(a.pixels, c.pixels)
-    assert [len(r.ids) for r in source(7)] == [5, 11] and source(7)[0].pixels.shape[2:] == (24, 24)
+    assert [len(b.ids) for b in source(7)] == [5, 11] and source(7)[0].pixels.shape[2:] == (24, 24)
 
 
-def test_a_small_batch_has_a_row_of_every_part():
-    assert [len(r.ids) for r in rows(replace(CONFIG, batch=2))(11)] == [1, 1]
+def test_a_small_batch_has_an_example_of_every_part():
+    assert [len(b.ids) for b in batches(replace(CONFIG, batch=2))(11)] == [1, 1]
 
 
 @pytest.mark.parametrize("wrong", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
 def test_a_wrong_pair_is_wrong_in_the_way_that_its_part_says(wrong):
-    """Read from the words of rows and the nouns of pictures, which alone tell what a wrong pair is."""
-    part = Part("pair", 1.0, matching=1.0, wrong=wrong)
-    source = SceneRows(EMOJIVL, NOUNS, TOKENIZER, (Stage(1.0, (part,)),), 1, 40, 0)
+    """Read from the words of examples and the nouns of pictures, which alone tell what a wrong pair is."""
+    part = Part("pair", 1.0, matching=1.0, wrong=Wrong(*wrong))
+    source = SceneBatches(EMOJIVL, NOUNS, TOKENIZER, (Stage(1.0, (part,)),), 1, 40, 0)
     scenes = Scenes(EMOJIVL, NOUNS, canvas=48, seed=0)
-    (group,) = source(0)
-    assert 10 < int((group.match == 0).sum()) < 30
-    for i in np.flatnonzero(group.match.numpy() == 0):
-        said = TOKENIZER.decode(group.ids[i, 1 : int(group.text_mask[i].sum()) - 1].tolist())
+    (batch,) = source(0)
+    assert 10 < int((batch.match == 0).sum()) < 30
+    for i in np.flatnonzero(batch.match.numpy() == 0):
+        said = TOKENIZER.decode(batch.ids[i, 1 : int(batch.text_mask[i].sum()) - 1].tolist())
         own = scenes[int(i)]
         first, relation, second = re.fullmatch(f"(.+) ({'|'.join(RELATIONS)}) (.+)", said).groups()
         kept = sum(slot in own.slots for slot in (first, second))
@@ -129,20 +152,20 @@ def test_a_wrong_pair_is_wrong_in_the_way_that_its_part_says(wrong):
         )
         assert found == tuple(map(bool, wrong)), f"{own.caption} became {said}"
         # Another scene's picture keeps the caption, and is the only kind that the alignment pushes apart.
-        same_picture = torch.equal(group.pixels[i], scene_pixels([own])[0])
-        assert same_picture == any(wrong) and group.align[i] == (0 if any(wrong) else -1)
+        same_picture = torch.equal(batch.pixels[i], scene_pixels([own])[0])
+        assert same_picture == any(wrong) and batch.align[i] == (0 if any(wrong) else -1)
 
 
-def test_the_loss_is_the_mean_over_all_groups():
-    """However rows are split into groups; some of these have one hidden word, some have two.
+def test_the_loss_is_the_mean_over_all_batches():
+    """However examples are split into batches; some of these have one hidden word, some have two.
 
-    What is read apart is compared with all that its group holds, so there groups count.
+    What is read apart is compared with all that its batch holds, so there batches count.
     """
-    group = max(rows()(11), key=lambda g: len(g.ids))
-    assert set((group.labels >= 0).sum(1).tolist()) == {0, 1, 2}
-    model = new_model(CONFIG, len(TOKENIZER))
-    parts = [group.part(0, 3), group.part(1, 3), group.part(2, 3)]
-    one, two = LOSS(model, [group]), LOSS(model, parts)
+    batch = max(batches()(11), key=lambda b: len(b.ids))
+    assert set((batch.labels >= 0).sum(1).tolist()) == {0, 1, 2}
+    model = new_model()
+    parts = [batch.part(0, 3), batch.part(1, 3), batch.part(2, 3)]
+    one, two = LOSS(model, [batch]), LOSS(model, parts)
     assert set(one) == {"mlm", "itm", "wpa", "apart"}
     assert two.pop("apart").item() < one.pop("apart").item()  # a third of the rivals
     for name, term in one.items():
@@ -150,15 +173,13 @@ def test_the_loss_is_the_mean_over_all_groups():
 
 
 def test_alignment_can_be_left_out():
-    assert set(pretraining_loss(new_model(CONFIG, len(TOKENIZER)), rows()(0), wpa_weight=0.0)) == {
-        "mlm",
-        "itm",
-    }
+    without = recipe(replace(CONFIG, wpa_weight=0.0))
+    assert set(without.loss(without.model, batches()(0))) == {"mlm", "itm"}
 
 
 def test_every_parameter_has_one_optimizer_and_small_ones_no_decay():
-    model = new_model(CONFIG, len(TOKENIZER))
-    muon, adam = optimizers(model, CONFIG)
+    model = new_model()
+    muon, adam = optimizers(model, recipe().matrices(model), CONFIG)
     groups = [*muon.param_groups, *adam.param_groups]
     taken = [id(p) for group in groups for p in group["params"]]
     assert sorted(taken) == sorted(id(p) for p in model.parameters())
@@ -167,6 +188,21 @@ def test_every_parameter_has_one_optimizer_and_small_ones_no_decay():
     blocks = {n for n, p in model.named_parameters() if n.startswith("encoder.blocks") and p.ndim == 2}
     assert in_muon == blocks | {"pooler.weight", "mlm.dense.weight"}
     assert all(p.ndim >= 2 for g in groups if g["weight_decay"] for p in g["params"])
+
+
+def test_what_requires_no_gradient_has_no_optimizer_and_stays_as_it_is(tmp_path):
+    """Of matrices and vectors, of Muon's and AdamW's, with much decay."""
+    made = recipe(replace(CONFIG, weight_decay=0.5, steps=4))
+    names = ("patch.weight", "patch.bias", "encoder.blocks.0.qkv.weight", "word.weight", "encoder.norm.bias")
+    parts = dict(made.model.named_parameters())
+    frozen = {name: parts[name].requires_grad_(False) for name in names}
+    before = {name: p.detach().numpy().tobytes() for name, p in made.model.named_parameters()}
+    tuned = optimizers(made.model, made.matrices(made.model), made.settings)
+    taken = {id(p) for optimizer in tuned for group in optimizer.param_groups for p in group["params"]}
+    assert taken == {id(p) for p in parts.values()} - {id(p) for p in frozen.values()}
+    list(steps(made, Run.begin(tmp_path / "run", {})))
+    same = {name for name, p in made.model.named_parameters() if p.detach().numpy().tobytes() == before[name]}
+    assert same == set(frozen)
 
 
 def test_the_rate_rises_stays_and_falls():
@@ -181,16 +217,15 @@ def test_training_lowers_the_loss(whole):
     assert [r["step"] for r in records] == [3, 6, 9, 12] == [r["step"] for r in run.records()]
     assert records[-1]["rows"] == 12 * 16 and all(r["seen"] == 1 for r in records)
     assert records[1]["mlm"] < records[0]["mlm"]
-    before = new_model(CONFIG, len(TOKENIZER)).state_dict()
+    before = new_model().state_dict()
     assert all(not torch.equal(before[k], v) for k, v in run.load()["model"].items() if k != "segment.weight")
 
 
 def test_every_step_is_told(tmp_path):
     told = []
-    config = replace(CONFIG, steps=3)
-    run, model = Run.begin(tmp_path, {}), new_model(config, len(TOKENIZER))
-    list(fit(model, rows(config), LOSS, config, run, TOKENIZER, tick=lambda *now: told.append(now)))
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)] and not model.training
+    short = recipe(replace(CONFIG, steps=3))
+    list(steps(short, Run.begin(tmp_path, {}), tick=lambda *now: told.append(now)))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)] and not short.model.training
 
 
 # It goes on as if it had not stopped
@@ -198,7 +233,7 @@ def test_every_step_is_told(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 7])
 def test_a_run_that_stops_ends_in_the_same_weights(stop, whole, tmp_path):
-    source = rows()
+    source = batches()
 
     def interrupted(step):
         if step == stop:
@@ -206,8 +241,8 @@ def test_a_run_that_stops_ends_in_the_same_weights(stop, whole, tmp_path):
         return source(step)
 
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "run", source=interrupted)
-    run, _ = trained(tmp_path / "run", model=new_model(replace(CONFIG, seed=5), len(TOKENIZER)))
+        trained(tmp_path / "run", batch=interrupted)
+    run, _ = trained(tmp_path / "run", model=new_model(replace(CONFIG, seed=5)))
     a, b = whole[0].load(), run.load()
     for key in ("model", "optimizers", "step", "means"):
         assert equal(a[key], b[key])
@@ -227,9 +262,9 @@ def broken(step: int, name: str, how):
     """The loss, with one term changed at one step."""
     calls = []
 
-    def loss(model, groups):
+    def loss(model, batches, workers):
         calls.append(None)
-        terms = LOSS(model, groups)
+        terms = LOSS(model, batches)
         return terms | {name: how(terms[name])} if len(calls) == step + 1 else terms
 
     return loss
@@ -253,7 +288,7 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_is_kept(name, how, message,
 
 
 def test_a_nan_inside_the_model_stops_the_run(tmp_path):
-    model = new_model(CONFIG, len(TOKENIZER))
+    model = new_model()
     with torch.no_grad():
         model.encoder.norm.bias[0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"step 0: .* is nan; the checkpoint of step 0"):
@@ -261,7 +296,7 @@ def test_a_nan_inside_the_model_stops_the_run(tmp_path):
 
 
 def test_other_errors_pass_as_they_are(tmp_path):
-    def loss(model, groups):
+    def loss(model, batches, workers):
         raise ValueError("ids must lie in [0, 4), got 7")
 
     with pytest.raises(ValueError, match=r"^ids must lie in \[0, 4\), got 7$"):
@@ -269,10 +304,10 @@ def test_other_errors_pass_as_they_are(tmp_path):
 
 
 def test_settings_of_another_version_are_refused():
-    assert train_config({"train": {"steps": 7}}).steps == 7
+    assert ViltSettings.read({"train": {"steps": 7}}).steps == 7
     for settings in ({}, {"train": {"speed": 3}}):
         with pytest.raises(ValueError, match="are not of this version"):
-            train_config(settings)
+            ViltSettings.read(settings)
 
 
 def test_metrics_are_json(whole):

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivlp import transformer
+from tests.held import same_in_float32
 from tests.laws import central_differences, close, law, obeys, refuses
-from tests.strategies import arrays, sizes
+from tests.strategies import arrays, widths
 
 EPS = 0.1  # large enough to see where it stands
 
@@ -16,7 +17,7 @@ EPS = 0.1  # large enough to see where it stands
 @st.composite
 def cases(draw):
     """x (…, D) with one, two or three axes, weight (D,), bias (D,)."""
-    D = draw(sizes(5))
+    D = draw(widths(5))
     leading = draw(st.sampled_from([(), (3,), (2, 3)]))
     return draw(arrays(*leading, D)), draw(arrays(D)), draw(arrays(D))
 
@@ -48,6 +49,43 @@ def gradients_are_the_slopes(f, case, seed):
     for which, gradient in enumerate(f.grads(*case, grad=upstream, eps=EPS)):
         slope = central_differences(lambda *a: f(*a, eps=EPS), case, which, grad=upstream)
         close(gradient, slope, rtol=1e-6, atol=1e-7)
+
+
+@law("layer_norm", hint="Where all entries of a row are equal the divisor is √eps, and the gradient finite.")
+@given(
+    case=cases(),
+    eps=st.sampled_from([1e-6, 1e-2]),
+    level=st.sampled_from([0.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+def constant_rows_are_divided_by_root_eps(f, case, eps, level, seed):
+    x, weight, bias = case
+    x = x * 0 + level
+    close(f(x, weight, bias, eps=eps), np.broadcast_to(bias, x.shape))
+    upstream = np.random.default_rng(seed).standard_normal(x.shape)
+    g = weight * upstream
+    wanted = (g - g.mean(-1, keepdims=True)) / eps**0.5
+    dx, dweight, _ = f.grads(x, weight, bias, grad=upstream, eps=eps)
+    close(dx, wanted, rtol=1e-9, atol=1e-9)
+    close(dweight, np.zeros_like(weight))
+
+
+@law("layer_norm", hint="The slope of a row is as small as the row is long, and as steep as it is short.")
+@given(case=cases(), length=st.sampled_from([1e-2, 1e4, 1e7]), seed=st.integers(0, 99))
+def long_rows_turn_slowly(f, case, length, seed):
+    x, weight, bias = case
+    upstream = np.random.default_rng(seed).standard_normal(x.shape)
+    eps = 1e-6
+    dx, *_ = f.grads(length * x, weight, bias, grad=upstream, eps=eps)
+    # LN(c x) with eps is LN(x) with eps / c², so their slopes differ by the factor c.
+    other, *_ = f.grads(x, weight, bias, grad=upstream, eps=eps / length**2)
+    close(length * dx, other, rtol=1e-6, atol=1e-9)
+
+
+@law("layer_norm", hint="float32 comes in, float32 goes out.")
+@given(case=cases())
+def float32_is_enough(f, case):
+    same_in_float32(f, case, {"eps": EPS}, near=1e-5)
 
 
 test_laws = obeys(transformer)
@@ -136,3 +174,35 @@ def test_initial_weights():
     assert all(abs(m.weight.std() - 0.02) < 0.001 for m in (block.qkv, block.proj, block.fc1, block.fc2))
     assert all((m.bias == 0).all() for m in (block.qkv, block.proj, block.fc1, block.fc2))
     assert (block.norm1.weight == 1).all() and (block.norm1.bias == 0).all()
+
+
+@pytest.mark.parametrize("how", ["plain", "mask", "causal"])
+def test_the_first_tokens_alone(how):
+    """The last block may compute the first tokens alone: the same rows, and the same gradients of them."""
+    torch.manual_seed(0)
+    encoder = transformer.Encoder(dim=8, heads=2, hidden=16, layers=2, eps=1e-3)
+    for parameter in encoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x, real = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [True, True, False, True, False]])
+    settings = {"plain": {}, "mask": {"mask": real[:, None, None]}, "causal": {"causal": True}}[how]
+    for first in (1, 3, 5):
+        some, everything = encoder(x, **settings, first=first), encoder(x, **settings)[:, :first]
+        assert some.shape == (2, first, 8)
+        torch.testing.assert_close(some, everything)
+        upstream, weights = torch.randn_like(some), list(encoder.parameters())
+        ours, all_rows = (torch.autograd.grad(out, weights, upstream) for out in (some, everything))
+        for a, b in zip(ours, all_rows, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_are_split_and_joined():
+    x = torch.arange(24.0).view(1, 3, 8)
+    split = transformer.split_heads(x, 2)
+    assert split.shape == (1, 2, 3, 4) and split[0, 1, 2].tolist() == [20, 21, 22, 23]
+    assert split.data_ptr() == x.data_ptr() and torch.equal(transformer.join_heads(split), x)
+
+
+def test_a_mask_that_hides_nothing_is_none():
+    mask = torch.tensor([[True, True], [True, False]])
+    assert transformer.key_mask(mask[:1]) is None
+    assert torch.equal(transformer.key_mask(mask), mask[:, None, None])

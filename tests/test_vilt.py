@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from minivlp import attention, patch, transformer
+from minivlp.core import require
 from minivlp.models.vilt import Vilt, ViltConfig, load_vilt, resize_positions
 
 TINY = dict(
@@ -163,6 +165,45 @@ def test_the_short_way_for_full_images_is_exact(size):
     assert torch.allclose(model.encode(ids, text_mask, wide, mask)["image"][:2], short["image"], atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [1, 4, 9])
+def test_the_first_words_alone_are_the_same(first):
+    """Who reads no patch spares the last block: the states and the pooled vector stay what they were."""
+    model, data = tiny(), batch()
+    some, everything = model.encode(*data, first=first), model.encode(*data)
+    assert "image" not in some and torch.equal(some["image_mask"], everything["image_mask"])
+    assert torch.allclose(some["text"], everything["text"][:, :first], atol=1e-5)
+    assert torch.allclose(some["pooled"], everything["pooled"], atol=1e-5)
+
+
+def test_a_batch_is_looked_at_once(monkeypatch):
+    """No check stands in a block: their number is the same for one layer and for three."""
+    checks = []
+    for name in ("shapes", "floats", "mask", "integers"):
+        one = getattr(require, name)
+        monkeypatch.setattr(
+            require, name, lambda *a, one=one, name=name, **k: (checks.append(name), one(*a, **k))[1]
+        )
+    counts = []
+    for layers in (1, 3):
+        checks.clear()
+        tiny(layers=layers).encode(*batch())
+        counts.append(list(checks))
+    assert counts[0] == counts[1] and counts[0].count("floats") == 1  # NaN is looked for in the pixels
+
+
+@pytest.mark.parametrize(
+    "family, concept, caller", [("attention", attention, transformer), ("patch_embed", patch, patch)]
+)
+def test_the_models_call_the_cores(family, concept, caller, monkeypatch):
+    """`chapters train --use` puts a learner's function in the place of a core: the model then calls it."""
+    core, calls = concept.CORES[family], []
+    assert getattr(caller, core.__name__) is core
+    monkeypatch.setattr(caller, core.__name__, lambda *a, **k: (calls.append(a), core(*a, **k))[1])
+    ids, mask, pixels, _ = batch()
+    tiny(layers=3).encode(ids, mask, pixels)
+    assert len(calls) == {"attention": 3, "patch_embed": 1}[family]
+
+
 def test_resized_positions_keep_their_corners():
     grid = torch.randn(3, 3, 4, dtype=torch.float64)
     bigger = resize_positions(grid, 5, 9)
@@ -236,6 +277,8 @@ REFUSED = {
     "no pixel": (dict(pixel_mask=torch.zeros(2, 32, 32) > 0), "pixel_mask must be a rectangle"),
     "no corner": (dict(pixel_mask=off_corner(torch.ones(2, 32, 32) > 0)), "pixel_mask must be a rectangle"),
     "a hole": (dict(pixel_mask=with_hole(torch.ones(2, 32, 32) > 0)), "pixel_mask must be a rectangle"),
+    "no word wanted": (dict(first=0), r"first must lie in \[1, 4\], got 0"),
+    "more words than there are": (dict(first=5), r"first must lie in \[1, 4\], got 5"),
     "image type": (dict(image_type=2), r"image_type must lie in \[1, 1\], got 2"),
 }  # fmt: skip
 

@@ -6,55 +6,47 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from minivlp.recipes.dual_train import dual_loss, new_dual
-from minivlp.recipes.train import new_model, pretraining_loss
-from minivlp.training.fit import Step, fit
 
-from minivlp.training.run import Onlooker, Run
-from minivlp.training.workers import ALONE, Workers, threads
+from minivlp.recipes.base import Recipe
+from minivlp.training.loop import Step, steps
+from minivlp.training.run import ReadOnlyRun, Run
+from minivlp.training.workers import ONE_PROCESS, Workers, threads
 from tests import test_dual_train, test_train
 from tests.course import ROOT
 
 STEPS = 6
 
 
-def job(model: str, workers: Workers):
-    """Model, source, loss and configuration of a small run."""
-    if model == "vilt":
-        config = replace(test_train.CONFIG, steps=STEPS)
-        made = new_model(config, len(test_train.TOKENIZER)), test_train.rows(config)
-        return *made, partial(pretraining_loss, wpa_weight=0.1, workers=workers), config
-    config = replace(test_dual_train.CONFIG, steps=STEPS)
-    made = (
-        new_dual(model, config, test_dual_train.TOKENIZER),
-        test_dual_train.source(config, model == "siglip"),
-    )
-    return *made, partial(dual_loss, objective=model, config=config, workers=workers), config
+def recipe(name: str) -> Recipe:
+    """A small run of a model, with a check that costs nothing."""
+    if name == "vilt":
+        return test_train.recipe(replace(test_train.CONFIG, steps=STEPS))
+    made = test_dual_train.recipe(name, replace(test_dual_train.CONFIG, steps=STEPS))
+    made.check = lambda model: {}
+    return made
 
 
-def gradients_of_one(model, source, loss, workers: Workers) -> dict[str, torch.Tensor]:
-    step = workers.wrap(Step(model, loss))  # which must outlive its backward pass
-    sum(step(workers.parts(source(STEPS - 1))).values()).backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+def gradients_of_one(made: Recipe, workers: Workers) -> dict[str, torch.Tensor]:
+    step = workers.wrap(Step(made, workers))  # which must outlive its backward pass
+    sum(step(workers.parts(made.batch(STEPS - 1))).values()).backward()
+    found = {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+    made.model.zero_grad(set_to_none=True)
     return found
 
 
 def trained(name: str, workers: Workers, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The gradients of the last step's rows, and the weights after STEPS steps, both from the same start."""
+    """The gradients of the last batches, and the weights after STEPS steps, both from the same start."""
     torch.set_num_threads(1)
-    gradients = gradients_of_one(*job(name, workers)[:3], workers)
-    model, source, loss, config = job(name, workers)
-    run = Onlooker(folder, {}) if workers.rank else Run.begin(folder, {})
-    list(fit(model, source, loss, config, run, test_train.TOKENIZER, workers=workers))
-    return {"gradients": gradients, "weights": model.state_dict()}
+    gradients, made = gradients_of_one(recipe(name), workers), recipe(name)
+    run = ReadOnlyRun(folder, {}) if workers.rank else Run.begin(folder, {})
+    list(steps(made, run, workers))
+    return {"gradients": gradients, "weights": made.model.state_dict()}
 
 
 def one_of(rank: int, size: int, folder: str) -> None:
@@ -89,8 +81,8 @@ def test_two_processes_train_the_model_of_one(name, two, tmp_path):
     Gradients must be compared too: neither optimizer feels it when all of them are twice as large. Muon works
     in bfloat16, where the last bits of a gradient can become 1 % of an update.
     """
-    start = job(name, ALONE)[0].state_dict()
-    alone = trained(name, ALONE, tmp_path / name)
+    start = recipe(name).model.state_dict()
+    alone = trained(name, ONE_PROCESS, tmp_path / name)
     for found in two:
         assert found[name]["gradients"].keys() == alone["gradients"].keys()
         for key, wanted in alone["gradients"].items():
@@ -101,14 +93,14 @@ def test_two_processes_train_the_model_of_one(name, two, tmp_path):
         assert torch.equal(mine, two[1][name]["weights"][key]), key
 
 
-def test_rows_are_dealt_once():
-    """ViLT's rows in turn, a dual encoder's in shards of one size; what cannot be shared is refused."""
-    groups = test_train.rows()(11)
-    for i, rows in enumerate(groups):
-        parts = [Workers(rank, 3).parts(groups)[i] for rank in range(3)]
-        assert sorted(torch.cat([p.ids for p in parts]).tolist()) == sorted(rows.ids.tolist())
+def test_examples_are_dealt_once():
+    """ViLT's examples in turn, a dual encoder's in shards of one size; what cannot be shared is refused."""
+    batches = test_train.batches()(11)
+    for i, batch in enumerate(batches):
+        parts = [Workers(rank, 3).parts(batches)[i] for rank in range(3)]
+        assert sorted(torch.cat([p.ids for p in parts]).tolist()) == sorted(batch.ids.tolist())
         assert all(len(p.pixels) == len(p.match) == len(p.ids) for p in parts)
-    (pairs, *_) = test_dual_train.source()(0)
+    (pairs, *_) = test_dual_train.batches()(0)
     parts = [pairs.part(rank, 2) for rank in range(2)]
     assert torch.equal(torch.cat([p.pixels for p in parts]), pairs.pixels)
     with pytest.raises(
@@ -116,7 +108,7 @@ def test_rows_are_dealt_once():
     ):
         pairs.part(0, 5)
     with pytest.raises(ValueError, match="must have a row of every kind for each of 17 processes"):
-        Workers(0, 17).parts(groups)
+        Workers(0, 17).parts(batches)
 
 
 def test_threads_are_shared_by_the_processes_of_a_machine(monkeypatch):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from minivlp.boxes import box_loss
-from minivlp.models.vilt_start import sine_cosine_positions
-from minivlp.models.xvlm import CrossBlock, Xvlm, XvlmConfig, whole
-from minivlp.models.xvlm_start import start_xvlm
+from minivlp.models.parts import sine_cosine_positions
+from minivlp.models.xvlm import Xvlm, XvlmConfig, small_init, whole_picture
 from minivlp.regions import patches_touched, region_mask, region_tokens
+from minivlp.transformer import CrossBlock
 
 SIZES = dict(
     vocab_size=60, max_text_len=12, dim=32, image_layers=2, text_layers=1, cross_layers=2, heads=4,
@@ -98,7 +98,7 @@ def test_the_whole_picture_is_the_region_of_its_own_box():
     everything = torch.ones(3, 16, dtype=torch.bool)
     fused, patches, *_ = states(model, ids, text_mask, pixels, everything)
     encoded = model.encode(ids, text_mask, pixels)
-    assert torch.equal(encoded["image"], whole(patches)) and encoded["image_mask"].all()
+    assert torch.equal(encoded["image"], whole_picture(patches)) and encoded["image_mask"].all()
     assert torch.equal(encoded["text"], fused) and torch.equal(encoded["pooled"], fused[:, 0])
     assert torch.allclose(encoded["image"][:, 0], patches.mean(1))
 
@@ -137,7 +137,7 @@ def test_pictures_of_another_size():
     assert model.image_patches(torch.randn(2, 3, 16, 40)).shape == (2, 10, 32)
 
 
-@pytest.mark.parametrize("start", [lambda model: model, start_xvlm])
+@pytest.mark.parametrize("start", [lambda model: model, small_init])
 def test_every_parameter_learns(start):
     model, (ids, text_mask, pixels, inside) = start(tiny()), batch()
     fused, _, words, tokens, _ = states(model, ids, text_mask, pixels, inside)
@@ -153,7 +153,7 @@ def test_every_parameter_learns(start):
 
 
 def test_it_starts_with_queries_like_keys_and_places_of_unit_size():
-    model = start_xvlm(tiny())
+    model = small_init(tiny())
     for block in model.image.blocks:
         assert torch.equal(block.qkv.weight[:32], block.qkv.weight[32:64])
     for block in (*model.text.blocks, *model.cross.blocks):

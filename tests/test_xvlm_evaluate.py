@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from minivlp.recipes.train import scene_tokenizer
 
 from minivlp.data import CPU_NOUNS, held_out, load_emojivl, scene_pixels
 from minivlp.data.crowds import KINDS, Crowds, phrases
+from minivlp.data.names import scene_tokenizer
 from minivlp.evaluation import vilt as vilt_evaluate
 from minivlp.evaluation.point import patches_inside
 from minivlp.evaluation.xvlm import (

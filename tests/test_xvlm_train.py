@@ -1,48 +1,48 @@
-"""X-VLM's rows and its loss: no wrong pair is true, no box no box loss, and one batch can be learned."""
+"""X-VLM's batches and its loss: no wrong pair is true, no box no box loss, and one batch can be learned."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from minivlp.recipes.train import scene_tokenizer
-from minivlp.recipes.xvlm_rows import RegionRows, RegionSource, first_of_each
-from minivlp.recipes.xvlm_train import (
-    ABLATIONS,
-    PRESETS,
-    XvlmTrain,
-    matching_pairs,
-    new_xvlm,
-    xvlm_config,
-    xvlm_loss,
-)
-from minivlp.training.fit import fit, optimizers
 
 from minivlp.boxes import cxcywh_to_xyxy
 from minivlp.data import load_emojivl
+from minivlp.data.names import scene_tokenizer
 from minivlp.data.probes import meaning
-from minivlp.models.xvlm import whole
+from minivlp.models.xvlm import Xvlm, whole_picture
+from minivlp.recipes.xvlm import ABLATIONS, XvlmRecipe, XvlmSettings, matching_pairs, xvlm_loss
+from minivlp.recipes.xvlm_batches import RegionBatch, RegionBatches, first_of_each
+from minivlp.training.loop import optimizers, steps
 from minivlp.training.run import Run
 
 EMOJIVL = load_emojivl()
 CONFIG = replace(
-    PRESETS["cpu"], dim=16, image_layers=1, text_layers=1, cross_layers=1, heads=2, hidden=32, embed=16,
-    steps=6, batch=12, warmup=2, save_every=3, report_every=3,
+    XvlmRecipe.presets["cpu"], dim=16, image_layers=1, text_layers=1, cross_layers=1, heads=2, hidden=32,
+    embed=16, steps=6, batch=12, warmup=2, save_every=3, report_every=3,
 )  # fmt: skip
 NOUNS = EMOJIVL.nouns(CONFIG.nouns)
 TOKENIZER = scene_tokenizer(NOUNS, CONFIG.vocab_size)
 
 
-def source(config: XvlmTrain = CONFIG, **changes) -> RegionSource:
+def source(config: XvlmSettings = CONFIG, **changes) -> RegionBatches:
     names = ("canvas", "patch", "regions", "mask", "seed")
     given = {name: getattr(config, name) for name in names} | {"pictures": config.batch} | changes
-    return RegionSource(EMOJIVL, NOUNS, TOKENIZER, **given)
+    return RegionBatches(EMOJIVL, NOUNS, TOKENIZER, **given)
+
+
+def recipe(config: XvlmSettings = CONFIG) -> XvlmRecipe:
+    return XvlmRecipe(config, tokens=TOKENIZER.tokens)
+
+
+def new_model(config: XvlmSettings = CONFIG) -> Xvlm:
+    return recipe(config).model
 
 
 REGIONS, CAPTIONS = source(regions=1.0), source(regions=0.0)
 
 
-def texts(rows: RegionRows) -> list[str]:
+def texts(rows: RegionBatch) -> list[str]:
     return [TOKENIZER.decode(row) for row in rows.ids.numpy()]
 
 
@@ -50,10 +50,10 @@ def words(text: str) -> str:
     return text.removeprefix("[CLS] ").split(" [SEP]")[0]
 
 
-# Rows
+# Batches
 
 
-def test_rows_depend_on_seed_and_step_alone():
+def test_batches_depend_on_seed_and_step_alone():
     one, two = source(), source()
     one(3), one(4)
     for step in (5, 6):
@@ -154,21 +154,21 @@ def test_a_batch_of_one_name_has_no_wrong_pair():
     rows = replace(rows, same=torch.zeros_like(rows.same))
     x = torch.randn(len(rows.ids), 8)
     assert all(len(found) == 0 for found in matching_pairs(x, x, torch.tensor(1.0), rows, 0))
-    assert "itm" not in xvlm_loss(new_xvlm(CONFIG, len(TOKENIZER)), [rows], CONFIG)
+    assert "itm" not in xvlm_loss(new_model(), [rows], CONFIG)
 
 
 def test_a_batch_without_names_has_no_contrast():
     (rows,) = REGIONS(0)
     nothing = torch.zeros_like(rows.contrast)
     rows = replace(rows, contrast=nothing, match=nothing)
-    assert set(xvlm_loss(new_xvlm(CONFIG, len(TOKENIZER)), [rows], CONFIG)) == {"mlm", "box"}
+    assert set(xvlm_loss(new_model(), [rows], CONFIG)) == {"mlm", "box"}
 
 
 # The loss
 
 
 def test_every_parameter_gets_a_gradient():
-    model = new_xvlm(CONFIG, len(TOKENIZER))
+    model = new_model()
     terms = xvlm_loss(model, REGIONS(0), CONFIG)
     assert set(terms) == {"itc", "itm", "mlm", "box"} and all(t.isfinite() for t in terms.values())
     sum(terms.values()).backward()
@@ -176,7 +176,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_a_batch_without_boxes_has_no_box_loss_and_no_gradient_of_it():
-    model = new_xvlm(CONFIG, len(TOKENIZER))
+    model = new_model()
     term = xvlm_loss(model, CAPTIONS(0), CONFIG)["box"]
     assert term.item() == 0.0
     term.backward()
@@ -184,7 +184,7 @@ def test_a_batch_without_boxes_has_no_box_loss_and_no_gradient_of_it():
 
 
 def test_the_box_loss_can_be_left_out():
-    model = new_xvlm(CONFIG, len(TOKENIZER))
+    model = new_model()
     without = xvlm_loss(model, REGIONS(0), replace(CONFIG, **ABLATIONS["boxes"]))
     whole_loss = xvlm_loss(model, REGIONS(0), CONFIG)
     assert set(without) == {"itc", "itm", "mlm"} and all(
@@ -196,27 +196,27 @@ def test_the_box_loss_can_be_left_out():
 
 def test_the_box_is_read_from_the_whole_picture():
     """What lies outside the object's box matters to where it is said to be."""
-    model, (rows,) = new_xvlm(CONFIG, len(TOKENIZER)), REGIONS(0)
+    model, (rows,) = new_model(), REGIONS(0)
     first = rows.picture == 0
     one = {k: v[first] for k, v in vars(rows).items() if torch.is_tensor(v) and k != "pixels"}
-    rows = RegionRows(**one, pixels=rows.pixels[:1], step=0)
+    rows = RegionBatch(**one, pixels=rows.pixels[:1], step=0)
     states = []
     model.cross.register_forward_pre_hook(lambda module, inputs: states.append(inputs[1]))
     xvlm_loss(model, [rows], CONFIG)
-    expected = whole(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
+    expected = whole_picture(model.image_patches(rows.pixels)).expand(int(first.sum()), -1, -1)
     assert torch.allclose(states[-1], expected, atol=1e-6)
 
 
-def test_the_terms_of_several_groups_add_up():
-    model = new_xvlm(CONFIG, len(TOKENIZER))
+def test_the_terms_of_several_batches_add_up():
+    model = new_model()
     a, b = (xvlm_loss(model, kind(0), CONFIG) for kind in (REGIONS, CAPTIONS))
     both = xvlm_loss(model, [*REGIONS(0), *CAPTIONS(0)], CONFIG)
     assert all(torch.allclose(both[k], a[k] + b[k]) for k in both)
 
 
 def test_one_batch_can_be_learned():
-    model, rows = new_xvlm(replace(CONFIG, dim=32), len(TOKENIZER)), source(pictures=3, regions=1.0)(0)
-    muon, adam = optimizers(model, replace(CONFIG, lr=4e-3))
+    model, rows = new_model(replace(CONFIG, dim=32)), source(pictures=3, regions=1.0)(0)
+    muon, adam = optimizers(model, recipe().matrices(model), replace(CONFIG, lr=4e-3))
     first = None
     for _ in range(40):
         terms = xvlm_loss(model, rows, CONFIG)
@@ -230,8 +230,8 @@ def test_one_batch_can_be_learned():
 
 
 def test_matrices_between_hidden_values_are_muons():
-    model = new_xvlm(CONFIG, len(TOKENIZER))
-    muon, adam = optimizers(model, CONFIG)
+    model = new_model()
+    muon, adam = optimizers(model, recipe().matrices(model), CONFIG)
     names = {id(p): name for name, p in model.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     assert {name.split(".")[0] for name in taken} == {"image", "text", "cross", "mlm"}
@@ -244,16 +244,16 @@ def test_a_run_that_stops_ends_in_the_same_weights(tmp_path):
     def trained(folder, stop=None):
         began = (folder / "checkpoint.pt").exists()
         run = Run.resume(folder) if began else Run.begin(folder, {"train": {}})
-        rows = source()
+        made = recipe()
+        made.check = lambda model: {}
 
         def until(step):
             if step == stop:
                 raise KeyboardInterrupt
-            return rows(step)
+            return made.batches(step)
 
-        model = new_xvlm(CONFIG, len(TOKENIZER))
-        loss = lambda model, groups: xvlm_loss(model, groups, CONFIG)  # noqa: E731
-        list(fit(model, until, loss, CONFIG, run, TOKENIZER))
+        made.batch = until
+        list(steps(made, run))
         return run.load()["model"]
 
     expected = trained(tmp_path / "whole")
@@ -264,7 +264,7 @@ def test_a_run_that_stops_ends_in_the_same_weights(tmp_path):
 
 
 def test_settings_of_another_version_are_refused():
-    assert xvlm_config({"train": {"steps": 7}}).steps == 7
+    assert XvlmSettings.read({"train": {"steps": 7}}).steps == 7
     for settings in ({}, {"train": {"speed": 3}}):
         with pytest.raises(ValueError, match="are not of this version"):
-            xvlm_config(settings)
+            XvlmSettings.read(settings)

@@ -5,7 +5,7 @@ nothing beside the towers.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from minivlp import attention, chamfer, infonce, ipot, mlm, nce, patch, sigmoid, sinkhorn
 from minivlp.bench import peers, problems
@@ -32,6 +32,8 @@ class Case:
     memory_only: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
     growth: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
     one_thread: bool = False  # small kernels on several threads measure the scheduler
+    # What a variant makes of the arguments, before it is measured.
+    adapters: Mapping[str, Callable[..., tuple]] = field(default_factory=dict)
 
     def loss(self, variant: str) -> Loss:
         """The function of a variant. Raises Absent when it is not there."""
@@ -40,6 +42,11 @@ class Case:
         if variant not in self.rungs:
             raise peers.Absent("this concept has no such rung")
         return self.rungs[variant]
+
+    def posed(self, variant: str, problem: Problem) -> Problem:
+        """The problem with its arguments as the variant takes them: made beforehand, and not measured."""
+        adapt = self.adapters.get(variant)
+        return problem if adapt is None else replace(problem, arguments=adapt(*problem.arguments))
 
     def variants(self) -> tuple[list[str], dict[str, str]]:
         """The variants that can be measured here, and the others with the reason why not."""
@@ -67,6 +74,13 @@ _ROW_GROWTH = {
     "default": _square(1024, 2048, 4096, D=256),
     "full": _square(2048, 4096, 8192, D=512),
 }
+# The model of the default run, and ViLT-B/32 at its own picture size.
+_SMALL_VILT = {
+    "B": 64, "L": 12, "side": 48, "p": 8, "D": 96, "layers": 4, "heads": 3, "hidden": 192, "V": 512,
+}  # fmt: skip
+_VILT_B32 = {
+    "B": 4, "L": 40, "side": 384, "p": 32, "D": 768, "layers": 12, "heads": 12, "hidden": 3072, "V": 30522,
+}  # fmt: skip
 _CONTRASTIVE = {"sizes": _ROWS, "growth": _ROW_GROWTH, "memory_only": {"full": _square(16384, D=512)}}
 
 CASES = {
@@ -196,5 +210,19 @@ CASES = {
             "default": ({"B": 8, "side": 384, "p": 32, "D": 768},),
             "full": ({"B": 64, "side": 384, "p": 32, "D": 768},),
         },
+    ),
+    "vilt": Case(
+        what="one training step of ViLT, masked words and matching",
+        unit="the products of its layers",
+        rungs={"torch": peers.training_step},
+        peers={"transformers ViltModel": peers.hugging_face_vilt},
+        adapters={"transformers ViltModel": lambda model, *batch: (peers.HuggingFaceVilt(model), *batch)},
+        problem=problems.training_step,
+        sizes={
+            "tiny": (_SMALL_VILT | {"B": 2, "L": 8, "side": 16, "layers": 1},),
+            "default": (_SMALL_VILT,),
+            "full": (_SMALL_VILT, _VILT_B32),
+        },
+        one_thread=True,
     ),
 }

@@ -8,7 +8,7 @@ import torch
 from minivlp.bench import bench, chosen
 from minivlp.bench.figure import bars
 from minivlp.bench.report import report
-from minivlp.core.files import whole_file
+from minivlp.core.files import write_text
 from minivlp.training.run import need_writable, run_folder, write_json
 from minivlp.training.screen import Screen
 
@@ -24,8 +24,7 @@ def run_bench(args: argparse.Namespace, screen: Screen) -> None:
         results = bench(names, args.sizes, torch.get_num_threads(), tick)
     write_json(folder / "bench.json", results)
     text = report(results)
-    with whole_file(folder / "report.md") as file:
-        file.write(text.encode())
+    write_text(folder / "report.md", text)
     bars(folder / "bench.png", results)
     screen.say(json.dumps(results, ensure_ascii=False) if args.json else text)
     for name in () if args.json else FILES:

@@ -20,7 +20,11 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from minivlp.itm import itm_loss
+from minivlp.mlm import IGNORE, mlm_loss
+from minivlp.models.published.vilt import hugging_face_config, to_hugging_face
 
 Loss = Callable[..., Tensor]
 BLUR = 0.1  # of geomloss, whose ε is its square: 0.01, at which the other transports end too
@@ -177,3 +181,35 @@ def geomloss_sinkhorn() -> Loss:
         "sinkhorn", p=2, blur=BLUR, scaling=0.5, debias=False, backend="tensorized"
     )
     return lambda x, y, a, b, eps, iters: loss(F.normalize(x, dim=-1), F.normalize(y, dim=-1))
+
+
+def training_step(model: nn.Module, ids, text_mask, pixels, labels, match) -> Tensor:
+    """ViLT's two losses of one batch, for whatever has its `encode`, its `mlm` head and its `itm` head."""
+    out, hidden = model.encode(ids, text_mask, pixels, first=ids.shape[1]), labels != IGNORE
+    states = model.mlm(out["text"][hidden])  # (hidden words, D)
+    words = mlm_loss(states, model.mlm.weight, model.mlm.bias, labels[hidden])
+    return words + itm_loss(model.itm(out["pooled"]), match)
+
+
+def hugging_face_vilt() -> Loss:
+    """Hugging Face's ViltModel, which `HuggingFaceVilt` puts under the heads and losses of ours."""
+    _module("transformers", "transformers")
+    return training_step
+
+
+class HuggingFaceVilt(nn.Module):
+    """Hugging Face's ViltModel with the weights of a Vilt, which it shares, and with the Vilt's own heads."""
+
+    def __init__(self, ours: nn.Module):
+        super().__init__()
+        transformers = _module("transformers", "transformers")
+        state, head = to_hugging_face(ours.state_dict()), "vilt."
+        body = {name.removeprefix(head): t for name, t in state.items() if name.startswith(head)}
+        self.body = transformers.ViltModel(transformers.ViltConfig(**hugging_face_config(ours.config)))
+        self.body.load_state_dict(body, assign=True)
+        self.mlm, self.itm = ours.mlm, ours.itm
+
+    def encode(self, ids: Tensor, text_mask: Tensor, pixels: Tensor, first: int) -> dict[str, Tensor]:
+        """As of a Vilt; the states of the patches, which nobody reads, are computed here too."""
+        out = self.body(input_ids=ids, attention_mask=text_mask, pixel_values=pixels)
+        return {"text": out.last_hidden_state[:, :first], "pooled": out.pooler_output}

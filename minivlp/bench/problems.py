@@ -12,23 +12,30 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from minivlp.mlm import IGNORE
+from minivlp.models.vilt import Vilt, ViltConfig
 from minivlp.stream import TILE
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of every variant, the tensors among them that require gradients, and the bare work."""
+    """The arguments of a variant, and the bare work."""
 
     arguments: tuple
     bare: Callable[[], object]
 
+    @property
+    def wanted(self) -> list[Tensor]:
+        """What a step differentiates by: tensors that require gradients, and all weights of a model."""
+        tensors = [t for t in self.arguments if isinstance(t, Tensor) and t.requires_grad]
+        return tensors + [p for m in self.arguments if isinstance(m, nn.Module) for p in m.parameters()]
+
     def step(self, loss: Callable[..., Tensor]) -> None:
         """The loss and all gradients, which are dropped."""
         value = loss(*self.arguments)
-        wanted = [t for t in self.arguments if isinstance(t, Tensor) and t.requires_grad]
-        torch.autograd.grad(value, wanted, torch.ones_like(value))
+        torch.autograd.grad(value, self.wanted, torch.ones_like(value))
 
 
 def bare_products(x: Tensor, y: Tensor, gradients: bool = True) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -139,3 +146,30 @@ def images(B: int, side: int, p: int, D: int) -> Problem:
         torch.mm(out.T, patches, out=dW)
 
     return Problem((_random(B, 3, side, side), weight, torch.zeros(D, requires_grad=True)), products)
+
+
+def training_step(
+    B: int, L: int, side: int, p: int, D: int, layers: int, heads: int, hidden: int, V: int
+) -> Problem:
+    """A ViLT and its batch: texts of L words, every seventh to predict, square pictures, match labels."""
+    sizes = {"dim": D, "layers": layers, "heads": heads, "hidden": hidden, "patch": p, "image_size": side}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # One eps in all norms, as Hugging Face's model has it.
+        model = Vilt(ViltConfig(vocab_size=V, max_text_len=L, **sizes, eps=1e-12, text_eps=1e-12))
+    ids = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(1))
+    labels = torch.where(torch.arange(B * L).view(B, L) % 7 == 3, ids, IGNORE)
+    batch = (ids, torch.ones_like(ids, dtype=torch.bool), _random(B, 3, side, side), labels, ids[:, 0] % 2)
+    N, words = model.config.grid**2, int((labels != IGNORE).sum())
+    rows, last = B * (L + 1 + N), B * L  # of the last block, words alone: the losses read no patch
+    linear = [  # (rows, width in, width out, how often)
+        (rows, D, 2 * D, layers),  # keys and values
+        *((n, *shape, times) for n, times in ((rows, layers - 1), (last, 1)) for shape in (
+            (D, D), (D, D), (D, hidden), (hidden, D),  # queries, what the heads found, MLP
+        )),
+        (B * N, 3 * p * p, D, 1), (words, D, D, 1), (words, D, V, 1),
+    ]  # fmt: skip
+    products = [bare_batched(_random(1, n, k), _random(1, m, k), times) for n, k, m, times in linear]
+    q = _random(B * heads, rows // B, D // heads)
+    products += [bare_batched(q, q, 2 * (layers - 1)), bare_batched(q[:, :L], q, 2)]
+    return Problem((model, *batch), lambda: [run() for run in products])

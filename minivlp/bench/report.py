@@ -17,17 +17,19 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Goal:
-    """The fused rung of a case, with so many rows, takes at most `limit` of the time or memory of another."""
+    """A variant of a case, with so many rows, takes at most `limit` of the time or memory of another."""
 
     case: str
     rows: int
     measure: str
     against: str
     limit: float
+    variant: str = "fused"
 
 
 _CLIP, _SIGLIP, _NAIVE = "open_clip ClipLoss", "open_clip SigLipLoss", "naive torch"
-_PUBLISHED, _POT = "published procedure", "POT sinkhorn_log"
+_PUBLISHED, _POT, _HF = "published procedure", "POT sinkhorn_log", "transformers ViltModel"
+MODELS = ("vilt",)  # cases of a whole model, which has no fused rung
 GOALS = (
     Goal("infonce", 4096, "time", BARE, 1.50),
     Goal("infonce", 8192, "time", BARE, 1.50),
@@ -53,6 +55,10 @@ GOALS = (
     Goal("transport", 2048, "memory", _PUBLISHED, 0.60),
     Goal("sinkhorn", 2048, "time", _POT, 0.50),
     Goal("sinkhorn", 2048, "memory", _POT, 0.60),
+    Goal("vilt", 64, "time", _HF, 0.80, "torch"),
+    Goal("vilt", 64, "memory", _HF, 1.0, "torch"),
+    Goal("vilt", 4, "time", _HF, 0.95, "torch"),
+    Goal("vilt", 4, "memory", _HF, 1.0, "torch"),
 )
 
 
@@ -62,7 +68,7 @@ def goals(results: Results) -> list[dict[str, Any]]:
     for goal in GOALS:
         for entry in results["cases"]:
             if entry["case"] == goal.case and _rows(entry) == goal.rows:
-                measured = comparison(entry, goal.measure, "fused", goal.against)
+                measured = comparison(entry, goal.measure, goal.variant, goal.against)
                 met = None if measured is None else measured <= goal.limit
                 rows.append(vars(goal) | {"measured": measured, "met": met})
     return rows
@@ -108,7 +114,9 @@ def _lines(results: Results) -> Iterator[str]:
         "Memory: the peak through backward beyond the inputs, gradients included, in a fresh process; "
         f"{results['memory_method']}; with glibc every array of 128 kB or more gets pages of its own."
     )
-    yield from ["", "## The fused rungs beside their peers", "", *summary(results)]
+    yield from ["", "## The fused rungs beside their peers", "", *summary(results, "fused rung", "fused")]
+    if any(entry["case"] in MODELS for entry in results["cases"]):
+        yield from ["", "## Models beside their peers", "", *summary(results, "model", "torch")]
     for entry in results["cases"]:
         yield from ["", f"## {entry['case']}", described(entry), ""]
         yield from _table(entry)
@@ -116,7 +124,12 @@ def _lines(results: Results) -> Iterator[str]:
         yield from ["", "## Growth", "Exponents of the number of rows, fitted over three sizes.", ""]
         yield from _growth_table(results["growth"])
     if found := goals(results):
-        yield from ["", "## Goals", "Of the fused rungs, as a share of another's time or memory.", ""]
+        yield from [
+            "",
+            "## Goals",
+            "Of the fused rungs and of models, as a share of another's time or memory.",
+            "",
+        ]
         yield "| case | rows | measure | against | at most | measured | |"
         yield "|---|---|---|---|---|---|---|"
         for goal in found:
@@ -128,18 +141,20 @@ def _lines(results: Results) -> Iterator[str]:
             )
 
 
-def summary(results: Results) -> Iterator[str]:
-    """One row for each fused rung, size and peer; medians."""
-    yield "| fused rung | size | time / bare products | memory, MB | peer | time / peer | memory / peer |"
+def summary(results: Results, what: str, variant: str) -> Iterator[str]:
+    """One row for each fused rung, or model, and size and peer; medians."""
+    yield f"| {what} | size | time / bare products | memory, MB | peer | time / peer | memory / peer |"
     yield "|---|---|---|---|---|---|---|"
     for entry in results["cases"]:
+        if (entry["case"] in MODELS) != (what == "model"):
+            continue
         size = ", ".join(f"{k} {v}" for k, v in entry["size"].items())
-        bare = _number(comparison(entry, "time", "fused", BARE), ".2f")
-        memory = entry["memory"].get("fused")
+        bare = _number(comparison(entry, "time", variant, BARE), ".2f")
+        memory = entry["memory"].get(variant)
         held = _number(quartiles(memory)["median"] / 1e6 if memory else None, ".1f")
         variants = dict.fromkeys([*entry["seconds"], *entry["memory"]])
         for peer in (v for v in variants if v not in (BARE, "np", "torch", "fused")):
-            ratios = [comparison(entry, measure, "fused", peer) for measure in ("time", "memory")]
+            ratios = [comparison(entry, measure, variant, peer) for measure in ("time", "memory")]
             cells = [entry["case"], size, bare, held, peer, *(_number(r, ".2f") for r in ratios)]
             yield f"| {' | '.join(cells)} |"
 

@@ -33,7 +33,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     answer = {"points": [], "failed": failed, "method": None}
     for size in task["sizes"] if losses else []:
         problem = case.problem(**size)
-        steps = {name: partial(problem.step, loss) for name, loss in losses.items()}
+        steps = {name: partial(case.posed(name, problem).step, loss) for name, loss in losses.items()}
         if task["do"] == "time":
             answer["points"].append(interleaved({BARE: problem.bare} | steps, seconds=task["seconds"]))
         else:
@@ -50,7 +50,7 @@ def _warm(case: Case, variants: list[str]) -> tuple[dict[str, Loss], dict[str, s
     for name in variants:
         try:
             loss = case.loss(name)
-            problem.step(loss)
+            case.posed(name, problem).step(loss)
             losses[name] = loss
         except Exception as error:  # a peer may raise anything; the table says what
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from minivlp.core import require
+from minivlp.models import dual, vilt
 from minivlp.models.dual import Dual, DualConfig
-from minivlp.models.dual_start import start_mean
 from minivlp.models.vilt import Vilt, ViltConfig
-from minivlp.models.vilt_start import start_small
+from minivlp.transformer import key_mask
 
 ARCHETYPES = ("heavy", "towers", "grid", "patch")
 CONTROL = "bag"
@@ -92,8 +92,7 @@ class Archetype(nn.Module):
     def mix(self, seen: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         """The transformer over both, (B, L+1+N, D); of `grid` and `patch` alone."""
         keys = torch.cat([mask, mask.new_ones(seen.shape[:2])], 1)  # (B, L+1+N)
-        keys = None if bool(mask.all()) else keys[:, None, None]
-        return self.net.encoder(torch.cat([words, seen], 1), keys)
+        return self.net.encoder(torch.cat([words, seen], 1), key_mask(keys))
 
     def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
         """Text i with picture i → log odds of a match (B,)."""
@@ -122,7 +121,7 @@ def _dual(c: ArchetypeConfig) -> Dual:
     size = {"patch": c.patch, "image_size": c.image_size, "embed": c.dim}
     layers = {"image_layers": c.blocks - light, "text_layers": light}
     # A bias to learn makes the dot product log odds, as matching wants them.
-    net = start_mean(Dual(DualConfig(**words, **size, **tower, **layers, eot=c.eot, init_bias=0.0)))
+    net = dual.small_init(Dual(DualConfig(**words, **size, **tower, **layers, eot=c.eot, init_bias=0.0)))
     if c.kind == CONTROL:
         net.text = BagOfWords(c.vocab_size, c.dim)
     return net
@@ -132,7 +131,7 @@ def _vilt(c: ArchetypeConfig) -> Vilt:
     layers = c.blocks - CONVOLVED if c.kind == "grid" else c.blocks
     sizes = {"dim": c.dim, "heads": c.heads, "hidden": 2 * c.dim, "layers": layers}
     words = {"vocab_size": c.vocab_size, "max_text_len": c.max_text_len}
-    net = start_small(Vilt(ViltConfig(**words, **sizes, patch=c.patch, image_size=c.image_size)))
+    net = vilt.small_init(Vilt(ViltConfig(**words, **sizes, patch=c.patch, image_size=c.image_size)))
     if c.kind == "grid":
         net.patch = ConvGrid(c.dim, c.patch)
     return net

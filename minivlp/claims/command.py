@@ -11,7 +11,7 @@ from minivlp.claims.report import report
 from minivlp.claims.settings import FULL, QUICK, Settings
 from minivlp.claims.table import CLAIMS, chosen
 from minivlp.claims.work import do_all, results, spent
-from minivlp.core.files import whole_file
+from minivlp.core.files import write_text
 from minivlp.data import load_emojivl
 from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen
@@ -44,6 +44,5 @@ def write_claims(
         path.parent.mkdir(exist_ok=True)
         draw(path, CLAIMS[name], found, settings)
         screen.say(f"{CLAIMS[name].says} {CLAIMS[name].verdict(found, settings)}")
-    with whole_file(folder / "claims.md") as file:
-        file.write(text.encode())
+    write_text(folder / "claims.md", text)
     screen.say(f"wrote {folder / 'claims.md'} and a picture a claim")

@@ -156,6 +156,7 @@ def without_shared_facts(said: Sequence[set[Hashable]], rows: Sequence[int]) -> 
 class ArchetypeRecipe(ViltRecipe):
     """One archetype in the world, asked at its end alone (exam.py)."""
 
+    terms = (*ViltRecipe.terms, "infonce")
     check = Recipe.check
 
     def __init__(self, settings: ViltSettings, place: World, kind: str, masking: str):

@@ -8,9 +8,7 @@ Every distinct picture is verified and decoded once when the dataset is made, so
 reported then and not in the middle of a training run. This takes somewhat longer than decoding every
 picture once. Pixels are not kept: `dataset[i]` decodes again, and memory grows with the captions only.
 
-A picture is turned upright by its EXIF orientation, its transparent parts are shown on white, 16-bit grey
-keeps its upper 8 bits, and grey, palette and CMYK become RGB by Pillow's formulas, without colour profiles.
-Of an animation the first frame counts.
+How a picture's pixels are read: core/images.py.
 
 Sources: Lin et al. 2014 (COCO) and Chen et al. 2015 (COCO captions), for the layout of the JSON file.
 Left out: downloads, archives and shards; noticing the same picture under two names.
@@ -26,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from minivlp.core.images import upright_rgb
 from minivlp.core.require import fail
 
 # Raster formats only: Pillow hands EPS and the like to outside programs.
@@ -162,20 +161,9 @@ def split(dataset: Captions, validation: float = 0.1) -> tuple[Captions, Caption
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
-    """Decode a picture to (H, W, 3) uint8 RGB as told above. Raises what Pillow raises on a bad file."""
+    """Decode a picture to (H, W, 3) uint8 RGB. Raises what Pillow raises on a bad file."""
     with Image.open(path, formats=FORMATS) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F" or image.mode.startswith("I"):
-        grey = np.asarray(image)
-        # Pillow would clip these modes at 255; a 16-bit file has a known range, the others do not.
-        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"mode {image.mode} without a known range of brightness")
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+        return upright_rgb(image)
 
 
 class _Bad(str):

@@ -7,36 +7,47 @@ product. For the same reason no word ever meets a patch before both sides are su
 
 Two forms. CLIP's: an image [CLS] token and a norm before the blocks; a causal text tower, read at the
 end-of-text token, the only one that has seen every word; projections without bias. SigLIP's: patches alone,
-pooled by attention (MAP); a text tower that looks both ways, read at the last position, padding or not.
+pooled by attention (MAP: no token has to carry the sum through the blocks); a text tower that looks both
+ways, read at the last position, padding or not.
 
 Late interaction compares tokens, not sums: `image_tokens` and `text_tokens` give each token the pooling and
 the projection of its tower, as if it stood alone.
 
 Sources: Radford et al. 2021 (CLIP), section 2.4; Zhai et al. 2023 (SigLIP), section 4; Yao et al. 2022
-(FILIP), section 3.1, for tokens. The towers are in dual_towers.py.
-Left out: the pixel pipelines and the vocabularies of the published models.
+(FILIP), section 3.1, for tokens; Hendrycks and Gimpel 2016 for the two approximations of GELU; for the small
+initial values, Trockman and Kolter 2023 (mimetic initialization).
+Left out: images of other sizes than the stored grid of positions; dropping of patches; the pixel pipelines
+and the vocabularies of the published models.
 """
 
-import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import gelu, normalize
 
 from minivlp.core import require
-from minivlp.core.files import whole_file
-from minivlp.models.dual_towers import ACTIVATIONS, ImageTower, TextTower
-from minivlp.models.published import clip_siglip as dual_weights
-from minivlp.models.published import clip_siglip_config as dual_config
-from minivlp.models.published.safetensors import load_state, write_safetensors
-from minivlp.patch import patches_a_side
+from minivlp.models.parts import MapPool, check_text, mean_of_seen
+from minivlp.models.published import clip_siglip as weights
+from minivlp.models.published.safetensors import filled, load_state, save_state
+from minivlp.patch import PatchEmbed, patches_a_side
+from minivlp.transformer import Encoder, key_mask, normal_init
 
-__all__ = ["Dual", "DualConfig", "load_clip", "load_siglip", "save_clip", "save_siglip"]
+__all__ = ["Dual", "DualConfig", "load_clip", "load_siglip", "save_clip", "save_siglip", "small_init"]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x σ(1.702 x), the approximation of x Φ(x) that OpenAI's CLIP was trained with."""
+    return x * (1.702 * x).sigmoid()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu, "gelu_pytorch_tanh": partial(gelu, approximate="tanh"), "quick_gelu": quick_gelu,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,85 @@ class DualConfig:
         if self.eot is not None and not 0 <= self.eot < self.vocab_size:
             require.fail("eot", f"must lie in [0, {self.vocab_size})", self.eot)
         require.positive(eps=self.eps, init_scale=self.init_scale)
+
+
+class ImageTower(nn.Module):
+    """Pixels (B, 3, H, W) → pooled images (B, embed), not yet of unit length."""
+
+    def __init__(
+        self, embed: int, patch: int, image_size: int, dim: int, layers: int, heads: int, hidden: int,
+        eps: float, activation: str, pool: str,
+    ):  # fmt: skip
+        super().__init__()
+        cls, nonlinear = pool == "cls", ACTIVATIONS[activation]
+        self.size = image_size
+        self.cls = nn.Parameter(torch.empty(dim).normal_(std=0.02)) if cls else None
+        tokens = (image_size // patch) ** 2 + cls
+        self.position = nn.Parameter(torch.empty(tokens, dim).normal_(std=0.02))  # row 0 for cls
+        self.pre_norm = nn.LayerNorm(dim, eps) if cls else None
+        self.encoder = Encoder(dim, heads, hidden, layers, eps, nonlinear)
+        self.pool = None if cls else MapPool(dim, heads, hidden, eps, nonlinear)
+        self.project = nn.Linear(dim, embed, bias=False) if cls else None
+        self.apply(normal_init)
+        self.patch = PatchEmbed(dim, patch, bias=not cls)
+
+    def states(self, pixels: Tensor) -> Tensor:
+        """The tokens after the final norm: (B, N, D), or (B, 1+N, D) with [CLS] first."""
+        B = require.shapes(pixels=(pixels, "B 3 H W"))["B"]
+        if tuple(pixels.shape[2:]) != (self.size, self.size):
+            require.fail("pixels", f"must be {self.size} × {self.size}", tuple(pixels.shape))
+        require.floats(pixels=pixels)
+        z = self.patch(pixels)  # (B, N, D)
+        if self.cls is None:
+            return self.encoder(z + self.position)
+        z = torch.cat([self.cls.expand(B, 1, -1), z], 1) + self.position  # (B, 1+N, D)
+        return self.encoder(self.pre_norm(z))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        z = self.states(pixels)
+        return self.project(z[:, 0]) if self.pool is None else self.pool(z)
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """Every patch as if it stood alone, (B, N, embed): projected, or pooled with no other to look at."""
+        z = self.states(pixels)
+        return self.project(z[:, 1:]) if self.pool is None else self.pool(z.flatten(0, 1)[:, None]).view_as(z)
+
+
+class TextTower(nn.Module):
+    """Ids (B, L) → pooled texts (B, embed), not yet of unit length."""
+
+    def __init__(
+        self, embed: int, vocab_size: int, max_text_len: int, eot: int | None, dim: int, layers: int,
+        heads: int, hidden: int, eps: float, activation: str, pool: str,
+    ):  # fmt: skip
+        super().__init__()
+        self.causal, self.eot = pool == "eot", eot
+        self.word = nn.Embedding(vocab_size, dim)
+        self.position = nn.Parameter(torch.empty(max_text_len, dim).normal_(std=0.02))
+        self.encoder = Encoder(dim, heads, hidden, layers, eps, ACTIVATIONS[activation])
+        self.project = nn.Linear(dim, embed, bias=not self.causal)
+        self.apply(normal_init)
+
+    def states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """The tokens after the final norm, (B, L, D)."""
+        L = check_text(ids, mask, len(self.word.weight), len(self.position))
+        keys = None if mask is None else key_mask(mask)
+        return self.encoder(self.word(ids) + self.position[:L], keys, self.causal)
+
+    def _end(self, ids: Tensor) -> Tensor:
+        """The position of each text's end-of-text token, (B,): the first, where padding repeats its id."""
+        if self.eot is None:
+            return ids.argmax(1)
+        found = ids == self.eot
+        if not bool(found.any(1).all()):  # argmax would say 0: every such text the same vector
+            require.fail("ids", f"must hold the end-of-text id {self.eot} in every row", "a row without")
+        return found.int().argmax(1)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        z = self.states(ids, mask)
+        if not self.causal:
+            return self.project(z[:, -1])
+        return self.project(z[torch.arange(len(z), device=z.device), self._end(ids)])
 
 
 class Dual(nn.Module):
@@ -142,6 +232,24 @@ class Dual(nn.Module):
         return self.scale * x @ y.T + self.bias
 
 
+@torch.no_grad()
+def small_init(model: Dual) -> Dual:
+    """Give `model` values with which a small dual encoder learns at once, in place; return it.
+
+    CLIP reads an image at its [CLS] token and a text at its end, two tokens that begin as constants. With
+    BERT's values (normal, 0.02) attention adds next to nothing to them, so at first all images have nearly
+    the same vector, all texts too, and much of a short run is over before that changes. Here each block
+    begins with W_out = W_vᵀ and W_v orthogonal, from torch's default generator: what attention gives a token
+    is a mean of the normalised tokens that it sees. Queries and keys begin near zero, so that every token
+    first sees all others alike. Embeddings stay small: with them at unit variance, as ViLT starts here,
+    AdamW's steps change them too slowly (tried: worse than 0.02).
+    """
+    for tower in (model.image, model.text):
+        for block in tower.encoder.blocks:
+            mean_of_seen(block.qkv.weight.chunk(3)[2], block.proj.weight)
+    return model
+
+
 def load_clip(
     source: Mapping[str, Tensor] | str | os.PathLike,
     heads: int | tuple[int, int] | None = None,
@@ -156,7 +264,7 @@ def load_clip(
     end-of-text token; config.json's, or the largest id of each text, which config.json says with
     eos_token_id 2. Raises ValueError on missing or unexpected tensors.
     """
-    return _load(dual_weights.CLIP, source, heads, activation, eot)
+    return _load(weights.CLIP, source, heads, activation, eot)
 
 
 def load_siglip(
@@ -167,20 +275,14 @@ def load_siglip(
     source and heads as in `load_clip`, but D / 64 is at most 16 in both towers. Raises ValueError on missing
     or unexpected tensors.
     """
-    return _load(dual_weights.SIGLIP, source, heads, None, None)
+    return _load(weights.SIGLIP, source, heads, None, None)
 
 
-def _load(form: dual_weights.Form, source, heads, activation, eot) -> Dual:
+def _load(form: weights.Form, source, heads, activation, eot) -> Dual:
     state, beside = load_state(source)
-    tensors, spelling = dual_weights.from_published(form, state)
-    config = DualConfig(**dual_config.config_fields(form, tensors, spelling, beside, heads, activation, eot))
-    with torch.device("meta"):  # shapes only: no random numbers are drawn for weights that are replaced
-        model = Dual(config)
-    for name, empty in model.state_dict().items():
-        if tensors[name].shape != empty.shape:
-            require.fail(spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape))
-    model.to_empty(device="cpu").load_state_dict(tensors)
-    return model
+    tensors, spelling = weights.from_published(form, state)
+    config = DualConfig(**weights.config_fields(form, tensors, spelling, beside, heads, activation, eot))
+    return filled(lambda: Dual(config), tensors, spelling)
 
 
 def save_clip(model: Dual, folder: str | os.PathLike) -> None:
@@ -188,19 +290,14 @@ def save_clip(model: Dual, folder: str | os.PathLike) -> None:
 
     Raises ValueError for a model that is not of CLIP's form.
     """
-    _save(dual_weights.CLIP, model, folder)
+    _save(weights.CLIP, model, folder)
 
 
 def save_siglip(model: Dual, folder: str | os.PathLike) -> None:
     """The same as Hugging Face's SiglipModel, for a model of SigLIP's form."""
-    _save(dual_weights.SIGLIP, model, folder)
+    _save(weights.SIGLIP, model, folder)
 
 
-def _save(form: dual_weights.Form, model: Dual, folder: str | os.PathLike) -> None:
-    settings = dual_config.hugging_face_config(form, model.config)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "config.json") as file:
-        file.write(json.dumps(settings, indent=2).encode())
-    state = dual_weights.to_hugging_face(form, model.state_dict())
-    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+def _save(form: weights.Form, model: Dual, folder: str | os.PathLike) -> None:
+    settings = weights.hugging_face_config(form, model.config)
+    save_state(folder, weights.to_hugging_face(form, model.state_dict()), settings)

@@ -7,32 +7,40 @@ The text [CLS] is pooled; the image has a [CLS] of its own that no head reads. T
 LayerNorm of their own, patches do not. Images of a batch may differ in size: they are padded at the right and
 the bottom, and each takes the stored grid of positions resized to its own grid of patches.
 
-Sources: Kim, Son and Kim 2021 (ViLT), eq. 1 to 6 and sections 3.1, 4.1, 5.1 to 5.3 for the heads.
+Sources: Kim, Son and Kim 2021 (ViLT), eq. 1 to 6 and sections 3.1, 4.1, 5.1 to 5.3 for the heads;
+Trockman and Kolter 2023 (mimetic initialization) for the small initial values.
 Left out: dropout (see transformer.py); sampling a subset of the patches (200 in pretraining: the small images
 here need no cap, and the published fine-tuned models use all), which also shuffles them: here patches stay in
 row-major order; the masked-patch head, an ablation that did not help; copying ITM's row 1 into a new rank
 head and image type 1 into type 2.
 """
 
-import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate, linear, pad
+from torch.nn.functional import pad
 
 from minivlp.core import require
-from minivlp.core.files import whole_file
+from minivlp.models.parts import (
+    MaskedWords,
+    MlmHead,
+    alike,
+    check_text,
+    classifier,
+    resize_positions,
+    sine_cosine_positions,
+)
 from minivlp.models.published import vilt as vilt_weights
 from minivlp.models.published.pixels import vilt_pixels
-from minivlp.models.published.safetensors import load_state, write_safetensors
-from minivlp.patch import PatchEmbed, patches_a_side
-from minivlp.transformer import Encoder, normal_init
+from minivlp.models.published.safetensors import filled, load_state, save_state
+from minivlp.patch import PatchEmbed, check_pixels, patches_a_side
+from minivlp.transformer import Encoder, key_mask, normal_init
 
-__all__ = ["Vilt", "ViltConfig", "load_vilt", "resize_positions", "save_vilt", "vilt_pixels"]
+__all__ = ["Vilt", "ViltConfig", "load_vilt", "resize_positions", "save_vilt", "small_init", "vilt_pixels"]
 
 
 @dataclass(frozen=True)
@@ -69,23 +77,7 @@ class ViltConfig:
         return patches_a_side(self.image_size, self.patch)
 
 
-class MlmHead(nn.Module):
-    """Dense, GELU, LayerNorm, then a decoder over the vocabulary: its own, or None when tied to the words."""
-
-    def __init__(self, vocab_size: int, dim: int, eps: float, tied: bool):
-        super().__init__()
-        self.dense = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps)
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim).normal_(std=0.02))
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-
-
-def classifier(width: int, hidden: int, labels: int) -> nn.Sequential:
-    """The two-layer head of VQA and NLVR2; its norm has torch's own eps, 1e-5, in the original too."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, labels))
-
-
-class Vilt(nn.Module):
+class Vilt(MaskedWords, nn.Module):
     """ViLT: `encode` gives the states, each head its logits. Initial values use torch's default generator."""
 
     def __init__(self, config: ViltConfig):
@@ -115,12 +107,15 @@ class Vilt(nn.Module):
         pixels: Tensor,
         pixel_mask: Tensor | None = None,
         image_type: int = 1,
+        first: int | None = None,
     ) -> dict[str, Tensor]:
         """Words and pixels in, states out.
 
         ids (B, L) integers with [CLS] first; text_mask (B, L) bool, True = a word; pixels (B, 3, H, W)
         normalised, H and W multiples of the patch; pixel_mask (B, H, W) bool, True over the real pixels, a
         rectangle from the upper left corner (None = all real); image_type 1, or 2 for NLVR2's second picture.
+        first (1 to L) asks for the states of the first words alone, 1 where only "pooled" is read and L where
+        no patch is: the last block skips all other tokens, "text" is (B, first, D), and "image" is left out.
 
         Returns "text" (B, L, D), "image" (B, N+1, D) with the image [CLS] first and the patches row-major
         over the padded grid, "image_mask" (B, N+1) and "pooled" (B, D). A patch counts as real when its upper
@@ -131,23 +126,18 @@ class Vilt(nn.Module):
         image, image_mask = self.embed_image(pixels, pixel_mask, image_type)  # (B, N+1, D), (B, N+1)
         if len(text) != len(image):
             require.fail("pixels", f"must hold one image per text, B={len(text)}", tuple(pixels.shape))
+        L = text.shape[1]
+        if first is not None and not 1 <= first <= L:
+            require.fail("first", f"must lie in [1, {L}]", first)
         mask = torch.cat([text_mask, image_mask], 1)  # (B, L+N+1)
-        keys = None if bool(mask.all()) else mask[:, None, None]  # no padding, no mask to apply
-        z = self.encoder(torch.cat([text, image], 1), keys)  # (B, L+N+1, D)
-        text, image = z.split([text.shape[1], image.shape[1]], 1)
-        pooled = self.pooler(text[:, 0]).tanh()  # (B, D)
-        return {"text": text, "image": image, "image_mask": image_mask, "pooled": pooled}
+        z = self.encoder(torch.cat([text, image], 1), key_mask(mask), first=first)  # (B, L+N+1, D)
+        states = {"text": z[:, :L], "image": z[:, L:]} if first is None else {"text": z}
+        return states | {"image_mask": image_mask, "pooled": self.pooler(z[:, 0]).tanh()}
 
     def embed_text(self, ids: Tensor, text_mask: Tensor) -> Tensor:
         """Rows of words before the first block, (B, L, D); arguments and errors as of `encode`."""
         c = self.config
-        L = require.shapes(ids=(ids, "B L"), text_mask=(text_mask, "B L"))["L"]
-        require.integers(ids=ids)
-        require.mask("text_mask", text_mask, whole_rows=True)
-        if not 1 <= L <= c.max_text_len:
-            require.fail("ids", f"must have 1 to {c.max_text_len} words", L)
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= c.vocab_size):
-            require.fail("ids", f"must lie in [0, {c.vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
+        L = check_text(ids, text_mask, c.vocab_size, c.max_text_len, "text_mask")
         words = self.word(ids) + (self.text_position.weight[:L] + self.segment.weight[0])  # (B, L, D)
         return self.text_norm(words) + self.modality.weight[0]
 
@@ -156,7 +146,7 @@ class Vilt(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rows of the image [CLS] and of patches before the first block, (B, N+1, D), and their mask."""
         c = self.config
-        B, H, W = (require.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "BHW")
+        B, H, W = check_pixels(pixels, c.patch)
         if not 1 <= image_type <= c.image_types:
             require.fail("image_type", f"must lie in [1, {c.image_types}]", image_type)
         patches = self.patch(pixels)  # (B, N, D)
@@ -191,32 +181,6 @@ class Vilt(nn.Module):
         below, right = grid[0] - size[0], grid[1] - size[1]
         return pad(resize_positions(stored, *size), (0, 0, 0, right, 0, below)).flatten(0, 1)
 
-    def _head(self, name: str) -> nn.Module:
-        head = getattr(self, name)
-        if head is None:
-            require.fail("model", f"must have the {name} head", "a configuration without it")
-        return head
-
-    @property
-    def mlm_weight(self) -> Tensor:
-        """The masked-word decoder (V, D): the word embedding when the head is tied."""
-        weight = self._head("mlm").weight
-        return self.word.weight if weight is None else weight
-
-    @property
-    def mlm_bias(self) -> Tensor:
-        """The masked-word decoder's bias (V,)."""
-        return self._head("mlm").bias
-
-    def mlm_hidden(self, text: Tensor) -> Tensor:
-        """The masked-word head before its decoder: (…, D) → (…, D); cheaper on the masked rows alone."""
-        head = self._head("mlm")
-        return head.norm(gelu(head.dense(text)))
-
-    def mlm_logits(self, text: Tensor) -> Tensor:
-        """Scores over the vocabulary: text states (…, D) → (…, V)."""
-        return linear(self.mlm_hidden(text), self.mlm_weight, self.mlm_bias)
-
     def itm_logits(self, pooled: Tensor) -> Tensor:
         """Does the text match the image? pooled (B, D) → (B, 2), column 1 = match."""
         return self._head("itm")(pooled)
@@ -234,12 +198,31 @@ class Vilt(nn.Module):
         return self._head("rank")(pooled)
 
 
-def resize_positions(grid: Tensor, rows: int, columns: int) -> Tensor:
-    """Resize a grid of positions (g, h, D) → (rows, columns, D), bilinear with the corners kept in place."""
-    if grid.shape[:2] == (rows, columns):
-        return grid
-    image = grid.permute(2, 0, 1)[None]  # (1, D, g, h)
-    return interpolate(image, size=(rows, columns), mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
+@torch.no_grad()
+def small_init(model: Vilt) -> Vilt:
+    """Give `model` values with which a small ViLT learns from little data, in place; return it.
+
+    With BERT's values (normal, 0.02) the content of a patch, its position and the attention logits all start
+    near zero, and a small model spends most of a short run growing them. Here they start at the size they
+    will need; the numbers come from torch's default generator:
+
+        patches      a patch of unit-variance pixels becomes a vector of unit variance
+        positions    sines and cosines of row and column, of unit variance too: content does not drown place
+        attention    W_k = W_q = orthogonal: a token first looks at tokens like itself, hence a word, once
+                     its vector resembles its patches', at its patches; W_v orthogonal, outputs near zero
+    """
+    c = model.config
+    nn.init.normal_(model.patch.weight, std=1 / math.sqrt(3 * c.patch**2 / 4))  # pixels have deviation ½
+    model.position[1:] = sine_cosine_positions(c.grid, c.dim)
+    for table in (model.word, model.text_position, model.segment):
+        nn.init.normal_(table.weight, std=0.5)  # a LayerNorm follows: only the ratios count
+    nn.init.normal_(model.modality.weight, std=0.2)
+    for block in model.encoder.blocks:
+        query, key, value = block.qkv.weight.chunk(3)
+        alike(query, key)
+        nn.init.orthogonal_(value)
+        nn.init.orthogonal_(block.fc1.weight)
+    return model
 
 
 def load_vilt(
@@ -267,15 +250,7 @@ def load_vilt(
         tensors["position"] = torch.cat([cls, square.flatten(0, 1)])
     if config.mlm_tied:
         tensors.pop("mlm.weight", None)
-    with torch.device("meta"):  # shapes only: no random numbers are drawn for weights that are replaced
-        model = Vilt(config)
-    for name, empty in model.state_dict().items():
-        if tensors[name].shape != empty.shape:
-            require.fail(
-                published.spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape)
-            )
-    model.to_empty(device="cpu").load_state_dict(tensors)
-    return model
+    return filled(lambda: Vilt(config), tensors, published.spelling)
 
 
 def save_vilt(model: Vilt, folder: str | os.PathLike) -> None:
@@ -283,9 +258,5 @@ def save_vilt(model: Vilt, folder: str | os.PathLike) -> None:
 
     Heads that Hugging Face does not have, or not together in one model, keep the original code's names.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = vilt_weights.to_hugging_face(model.state_dict())
-    with whole_file(folder / "config.json") as file:
-        file.write(json.dumps(vilt_weights.hugging_face_config(model.config), indent=2).encode())
-    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+    config = vilt_weights.hugging_face_config(model.config)
+    save_state(folder, vilt_weights.to_hugging_face(model.state_dict()), config)

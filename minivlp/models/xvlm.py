@@ -8,25 +8,34 @@ another and then at the tokens of a region. Before they meet, text [CLS] and reg
 dot product, as in CLIP. After it, the fused [CLS] tells whether they match and, read with the whole picture,
 where in it the phrase is: box = sigmoid(MLP(fused [CLS])), centre and size as fractions of the picture.
 
-Sources: Zeng, Zhang and Li 2022 (X-VLM), sections 3.1 to 3.3.
+Sources: Zeng, Zhang and Li 2022 (X-VLM), sections 3.1 to 3.3; Trockman and Kolter 2023 (mimetic
+initialization) for the small initial values.
 Left out: Swin as the image encoder and BERT's published weights in the two others (all start fresh here);
 dropout; pictures of several sizes in one batch.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, normalize
+from torch.nn.functional import normalize
 
-from minivlp.attention import attention
 from minivlp.core import require
 from minivlp.infonce import InfoNCE
-from minivlp.models.vilt import MlmHead, classifier, resize_positions
-from minivlp.patch import PatchEmbed, patches_a_side
+from minivlp.models.parts import (
+    MaskedWords,
+    MlmHead,
+    alike,
+    check_text,
+    classifier,
+    mean_of_seen,
+    resize_positions,
+    sine_cosine_positions,
+)
+from minivlp.patch import PatchEmbed, check_pixels, patches_a_side
 from minivlp.regions import region_tokens
-from minivlp.transformer import Block, Encoder, normal_init
+from minivlp.transformer import CrossEncoder, Encoder, key_mask, normal_init
 
 
 @dataclass(frozen=True)
@@ -55,44 +64,7 @@ class XvlmConfig:
         return patches_a_side(self.image_size, self.patch)
 
 
-class CrossBlock(Block):
-    """A pre-norm block whose tokens look at one another, then at tokens of another kind, before the MLP."""
-
-    def __init__(self, dim: int, heads: int, hidden: int, eps: float = 1e-6, activation: Callable = gelu):
-        super().__init__(dim, heads, hidden, eps, activation)
-        self.norm_cross = nn.LayerNorm(dim, eps)
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj_cross = nn.Linear(dim, dim)
-        self.apply(normal_init)
-
-    def forward(self, x: Tensor, others: Tensor, mask: Tensor | None, others_mask: Tensor | None) -> Tensor:
-        """x (B, L, D), others (B, K, D) → (B, L, D); masks (True = may be seen) broadcast to (…, L or K)."""
-        x = self.attend(x, mask)
-        (B, L, D), K = x.shape, others.shape[1]
-        q = (
-            self.q(self.norm_cross(x)).view(B, L, self.heads, D // self.heads).transpose(1, 2)
-        )  # (B, heads, L, d)
-        k, v = self.kv(others).view(B, K, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = attention(q, k, v, others_mask).transpose(1, 2).reshape(B, L, D)
-        return self.transform(x + self.proj_cross(mixed))
-
-
-class CrossEncoder(nn.Module):
-    """`layers` CrossBlocks and the final LayerNorm. The other tokens come normed from an Encoder."""
-
-    def __init__(self, dim: int, heads: int, hidden: int, layers: int, eps: float = 1e-6):
-        super().__init__()
-        self.blocks = nn.ModuleList(CrossBlock(dim, heads, hidden, eps) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim, eps)
-
-    def forward(self, x: Tensor, others: Tensor, mask: Tensor | None, others_mask: Tensor | None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, others, mask, others_mask)
-        return self.norm(x)
-
-
-class Xvlm(nn.Module):
+class Xvlm(MaskedWords, nn.Module):
     """X-VLM: three encoders and four heads. Initial values use torch's default generator."""
 
     def __init__(self, config: XvlmConfig):
@@ -121,7 +93,8 @@ class Xvlm(nn.Module):
 
         Raises ValueError on other shapes, dtypes and NaN.
         """
-        c, (H, W) = self.config, (require.shapes(pixels=(pixels, "B 3 H W"))[k] for k in "HW")
+        c = self.config
+        _, H, W = check_pixels(pixels, c.patch)
         z = self.patch(pixels)  # (B, N, D)
         stored = self.position.view(c.grid, c.grid, c.dim)
         return self.image(z + resize_positions(stored, H // c.patch, W // c.patch).flatten(0, 1))
@@ -132,15 +105,9 @@ class Xvlm(nn.Module):
         Raises ValueError on bad shapes, dtypes, ids outside the vocabulary and texts without words.
         """
         c = self.config
-        L = require.shapes(ids=(ids, "R L"), text_mask=(text_mask, "R L"))["L"]
-        require.integers(ids=ids)
-        require.mask("text_mask", text_mask, whole_rows=True)
-        if not 1 <= L <= c.max_text_len:
-            require.fail("ids", f"must have 1 to {c.max_text_len} words", L)
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= c.vocab_size):
-            require.fail("ids", f"must lie in [0, {c.vocab_size})", f"{int(ids.min())} to {int(ids.max())}")
+        L = check_text(ids, text_mask, c.vocab_size, c.max_text_len, "text_mask")
         z = self.text_norm(self.word(ids) + self.text_position.weight[:L])
-        return self.text(z, _keys(text_mask))
+        return self.text(z, key_mask(text_mask))
 
     def image_vector(self, mean: Tensor) -> Tensor:
         """The mean of a region (or of a picture, or one patch), (…, D) → unit rows (…, embed)."""
@@ -165,7 +132,9 @@ class Xvlm(nn.Module):
         """
         require.shapes(words=(words, "R L D"), text_mask=(text_mask, "R L"))
         require.shapes(words=(words, "R L D"), tokens=(tokens, "R K D"), token_mask=(token_mask, "R K"))
-        return self.cross(words, tokens, _keys(text_mask), _keys(token_mask))
+        require.mask("text_mask", text_mask, whole_rows=True)
+        require.mask("token_mask", token_mask, whole_rows=True)
+        return self.cross(words, tokens, key_mask(text_mask), key_mask(token_mask))
 
     def encode(
         self, ids: Tensor, text_mask: Tensor, pixels: Tensor, pixel_mask: Tensor | None = None
@@ -181,7 +150,7 @@ class Xvlm(nn.Module):
         words, patches = self.text_words(ids, text_mask), self.image_patches(pixels)
         if len(words) != len(patches):
             require.fail("pixels", f"must hold one image per text, B={len(words)}", tuple(pixels.shape))
-        image = whole(patches)
+        image = whole_picture(patches)
         mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         fused = self.fuse(words, text_mask, image, mask)
         return {"text": fused, "image": image, "image_mask": mask, "pooled": fused[:, 0]}
@@ -194,30 +163,44 @@ class Xvlm(nn.Module):
         """Does the text match the region? Fused [CLS] (R, D) → (R, 2), column 1 = match."""
         return self.itm(pooled)
 
-    @property
-    def mlm_weight(self) -> Tensor:
-        """The masked-word decoder (V, D)."""
-        return self.mlm.weight
 
-    @property
-    def mlm_bias(self) -> Tensor:
-        """The masked-word decoder's bias (V,)."""
-        return self.mlm.bias
-
-    def mlm_hidden(self, text: Tensor) -> Tensor:
-        """The masked-word head before its decoder: fused words (…, D) → (…, D)."""
-        return self.mlm.norm(gelu(self.mlm.dense(text)))
-
-    def mlm_logits(self, text: Tensor) -> Tensor:
-        """Scores over the vocabulary: fused words (…, D) → (…, V)."""
-        return linear(self.mlm_hidden(text), self.mlm_weight, self.mlm_bias)
-
-
-def whole(patches: Tensor) -> Tensor:
+def whole_picture(patches: Tensor) -> Tensor:
     """The region that is the whole picture: patches (B, N, D) → (B, 1+N, D), their mean first."""
     return region_tokens(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
 
 
-def _keys(mask: Tensor) -> Tensor | None:
-    """A padding mask (B, L) as `attention` wants it; None, which is faster, where nothing is padded."""
-    return None if bool(mask.all()) else mask[:, None, None]
+@torch.no_grad()
+def small_init(model: Xvlm) -> Xvlm:
+    """Give `model` values with which a small X-VLM learns from little data, in place; return it.
+
+    As `vilt.small_init`, for three encoders, from torch's default generator:
+
+        picture       as there: patches and positions of unit variance, queries equal to keys
+        text          queries and keys near zero, W_out = W_vᵀ with W_v orthogonal: every token is given the
+                      mean of the words, [CLS] too, which is the same in all texts and says nothing by itself
+        cross-modal   among words as in the text; from words to patches queries equal to keys, and W_out =
+                      W_vᵀ: a word is given the mean of the patches that are like it, with their places
+        projections   the two into the space of comparison are equal: what brings a phrase and its region
+                      together there brings their states together, and the phrase's query finds the patches'
+                      keys
+    """
+    c = model.config
+    nn.init.normal_(model.patch.weight, std=1 / math.sqrt(3 * c.patch**2 / 4))  # pixels have deviation ½
+    model.position.copy_(sine_cosine_positions(c.grid, c.dim))
+    for table in (model.word, model.text_position):
+        nn.init.normal_(table.weight, std=0.5)  # a LayerNorm follows: only the ratio counts
+    for block in model.image.blocks:
+        query, key, value = block.qkv.weight.chunk(3)
+        alike(query, key)
+        nn.init.orthogonal_(value)
+    for block in (*model.text.blocks, *model.cross.blocks):
+        mean_of_seen(block.qkv.weight.chunk(3)[2], block.proj.weight)
+    for block in model.cross.blocks:
+        key, value = block.kv.weight.chunk(2)
+        alike(block.q.weight, key)
+        mean_of_seen(value, block.proj_cross.weight)
+    for block in (*model.image.blocks, *model.text.blocks, *model.cross.blocks):
+        nn.init.orthogonal_(block.fc1.weight)
+    nn.init.orthogonal_(model.image_project.weight)
+    model.text_project.weight.copy_(model.image_project.weight)
+    return model

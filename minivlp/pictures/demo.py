@@ -5,7 +5,6 @@ is not enough; the caption is true of one picture at least. All are by artists t
 where the data has some.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import numpy as np
 
 from minivlp.core.require import fail
 from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, load_emojivl
-from minivlp.data.names import scene_texts
 from minivlp.data.probes import hide_nouns, meaning
 from minivlp.data.questions import COUNTS
 from minivlp.evaluation.rank import rank
 from minivlp.pictures import figures
 from minivlp.pictures.gallery import aligned
+from minivlp.pictures.queries import check_words, named_in, shown_artists
 from minivlp.text import split_words
 from minivlp.training.run import need_writable
 from minivlp.training.screen import Screen
@@ -60,23 +59,6 @@ def demo(caption: str, trained: Trained, out: Path, device: str, screen: Screen)
     screen.say(f"wrote {out / 'demo.png'} and {out / 'demo_alignment.png'}")
 
 
-def check_words(words: Sequence[str], nouns: Sequence[Concept]) -> None:
-    """Raise ValueError, naming them, when words of a caption occur in no scene of these nouns."""
-    texts = scene_texts(nouns)
-    known = {word for text in texts for word in split_words(text)}
-    if not words:
-        fail("caption", "must hold at least one word", "none")
-    if unknown := [word for word in words if word not in known]:
-        examples = ", ".join(c.noun for c in nouns[:40]) + (", …" if len(nouns) > 40 else "")
-        rule = f'must be made of words the model has read, as in "{texts[0]}" (its nouns: {examples})'
-        fail("caption", rule, ", ".join(map(repr, unknown)))
-
-
-def shown_artists(emojivl: EmojiVL) -> tuple[str, ...]:
-    """The artists whose drawings a demo shows: unseen ones where there are any."""
-    return emojivl.unseen_artists or tuple(emojivl.sheets)
-
-
 def candidates(
     emojivl: EmojiVL, nouns: Sequence[Concept], canvas: int, caption: str
 ) -> tuple[list[Scene], set[int]]:
@@ -113,16 +95,6 @@ def _kind(caption: str) -> str:
     if any(relation in caption for relation in RELATIONS):
         return "pair"
     return "count" if caption.startswith(COUNTS) else "one"
-
-
-def named_in(caption: str, nouns: Sequence[Concept]) -> list[Concept]:
-    """The concepts that a caption names; "a hot dog" names no dog."""
-    concepts = []
-    for concept in sorted(nouns, key=lambda c: -len(c.noun)):
-        names = "|".join(re.escape(" ".join(split_words(name))) for name in (concept.plural, concept.noun))
-        caption, times = re.subn(rf"\b(?:{names})\b", "", caption)
-        concepts += [concept] * bool(times)
-    return concepts
 
 
 def _caption(scene: Scene, kind: str) -> str:

@@ -10,7 +10,7 @@ from minivlp.core.require import fail
 from minivlp.data import load_emojivl
 from minivlp.data.crowds import Crowds, phrases
 from minivlp.evaluation.xvlm import iou, predict_boxes, true_boxes
-from minivlp.pictures.demo import check_words, named_in, shown_artists
+from minivlp.pictures.queries import check_words, named_in, shown_artists
 from minivlp.pictures.sheets import grounding_sheet
 from minivlp.text import split_words
 from minivlp.training.run import need_writable

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minivlp.recipes.base import Recipe
 
-# name → module of this folder and class
+# name → module, with a dot one of this folder, and class
 RECIPES = {
-    "vilt": "vilt:ViltRecipe",
-    "captions": "captions:CaptionsRecipe",
-    "vqa": "vqa:VqaRecipe",
-    "nlvr2": "nlvr2:Nlvr2Recipe",
-    "clip": "dual:Clip",
-    "siglip": "dual:Siglip",
-    "vse": "dual:Vse",
-    "filip": "dual:Filip",
-    "xvlm": "xvlm:XvlmRecipe",
+    "vilt": ".vilt:ViltRecipe",
+    "captions": ".captions:CaptionsRecipe",
+    "vqa": ".vqa:VqaRecipe",
+    "nlvr2": ".nlvr2:Nlvr2Recipe",
+    "clip": ".dual:Clip",
+    "siglip": ".dual:Siglip",
+    "vse": ".dual:Vse",
+    "filip": ".dual:Filip",
+    "xvlm": ".xvlm:XvlmRecipe",
 }
 TASKS = ("vqa", "nlvr2")  # begin from a trained ViLT
 MODELS = tuple(name for name in RECIPES if name not in (*TASKS, "captions"))
@@ -44,4 +44,4 @@ def recipe_name(settings: Mapping[str, Any]) -> str:
 def recipe_class(name: str) -> type["Recipe"]:
     """The recipe of this name, imported now."""
     module, _, kind = RECIPES[name].partition(":")
-    return getattr(importlib.import_module(f"minivlp.recipes.{module}"), kind)
+    return getattr(importlib.import_module(module, __name__), kind)

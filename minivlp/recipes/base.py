@@ -175,6 +175,10 @@ class Recipe:
         """The weighted terms of a step, scalars."""
         raise TypeError(f"{type(self).__name__} must have a loss")
 
+    def sizes_of_batches(self) -> set[int]:
+        """The numbers of examples of the batches of the run, where they are known before its first step."""
+        return set()
+
     def matrices(self, model: nn.Module) -> list[nn.Parameter]:
         """The weights that Muon updates: by default the matrices inside blocks."""
         blocks = [module for module in model.modules() if isinstance(module, Block)]
@@ -228,7 +232,7 @@ def load_trained(source: str | Path | None = None, kind: str = "vilt") -> Traine
     None takes runs/<kind> when it has a checkpoint, else the shipped model of that kind. Raises
     FileNotFoundError when there is none, and ValueError when it is not one of ours.
     """
-    path = Path(source or f"runs/{kind}")
+    path = Path(f"runs/{kind}" if source is None else source)
     if source is None and not (path / "checkpoint.pt").is_file():
         path = WEIGHTS / f"{kind}_tiny.safetensors"
     if not path.exists():

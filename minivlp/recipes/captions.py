@@ -111,6 +111,9 @@ class CaptionsRecipe(ViltRecipe):
     def batches(self) -> Callable[[int], list[ViltBatch]]:
         return CaptionBatches(self.data_sets[0], self.tokenizer, self.settings, augment=True)
 
+    def sizes_of_batches(self) -> set[int]:
+        return {2 * min(self.settings.batch, len(self.data_sets[0]))}
+
     @torch.inference_mode()
     def check(self, model: Vilt, steps: int = CHECKED) -> dict[str, float]:
         """masked_word and itm_random, in [0, 1], on `steps` batches of kept-back captions.

@@ -33,8 +33,7 @@ from minivlp.evaluation.match import Matcher, padded, ranks, similarities
 from minivlp.filip import filip
 from minivlp.hinge import hinge
 from minivlp.infonce import infonce, infonce_gathered
-from minivlp.models.dual import Dual, DualConfig
-from minivlp.models.dual_start import start_mean
+from minivlp.models.dual import Dual, DualConfig, small_init
 from minivlp.models.published import clip_siglip as names
 from minivlp.pictures.search import DrawingIndex, search
 from minivlp.pictures.sheets import contact_sheet
@@ -197,12 +196,15 @@ class DualRecipe(Recipe):
         s, tower = self.settings, ("dim", "layers", "heads", "hidden")
         sizes = {"vocab_size": len(self.tokenizer), "image_size": s.canvas} | s.shared_with(DualConfig)
         sizes |= {f"image_{name}": getattr(s, name) for name in tower}
-        return start_mean(Dual(DualConfig(**sizes | self.sizes())))
+        return small_init(Dual(DualConfig(**sizes | self.sizes())))
 
     @cached_property
     def batches(self) -> PairBatches:
         fixed = self.model.config.text_pool == "last"
         return PairBatches(self.emojivl, self.tokenizer, self.settings, fixed)
+
+    def sizes_of_batches(self) -> set[int]:
+        return {len(batch.ids) for batch in self.batch(0)}
 
     def loss(
         self, model: Dual, batches: Sequence[PairBatch], workers: Workers = ONE_PROCESS

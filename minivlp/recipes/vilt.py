@@ -25,8 +25,7 @@ from minivlp.ipot import alignment_masks, wpa_fused
 from minivlp.itm import itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
 from minivlp.models.published import vilt as names
-from minivlp.models.vilt import Vilt, ViltConfig
-from minivlp.models.vilt_start import start_small
+from minivlp.models.vilt import Vilt, ViltConfig, small_init
 from minivlp.pictures.demo import demo
 from minivlp.pictures.gallery import draw_answers
 from minivlp.recipes.base import Batch, Recipe, Settings
@@ -76,13 +75,16 @@ class ViltRecipe(Recipe):
         s, stages = self.settings, STAGES[self.about.get("preset", "cpu")]
         return SceneBatches(self.emojivl, self.nouns, self.tokenizer, stages, s.steps, s.batch, s.seed)
 
+    def sizes_of_batches(self) -> set[int]:
+        return {size for stage in self.batches.stages for size in self.batches.sizes(stage).values()}
+
     def loss(
         self, model: Vilt, batches: Sequence[Batch], workers: Workers = ONE_PROCESS
     ) -> dict[str, Tensor]:
         return pretraining_loss(model, batches, self.settings.wpa_weight, workers)
 
     def new_model(self) -> Vilt:
-        return start_small(super().new_model())
+        return small_init(super().new_model())
 
     def matrices(self, model: Vilt) -> list[nn.Parameter]:
         more = (model.pooler.weight, *([model.mlm.dense.weight] if model.mlm else []))
@@ -106,8 +108,9 @@ class ViltRecipe(Recipe):
         return quick_check(model, self.tokenizer, self._fresh, self.settings.seed + 1)
 
     def evaluate(self, trained: Trained, items: int, seed: int, progress: Callable) -> dict[str, Any]:
-        what = (trained.tokenizer, self.emojivl, self.nouns, trained.canvas, items, -(-items // CANDIDATES))
-        return evaluate(trained.model, *what, seed, progress)
+        """items: of each measure; retrieval has a set of 64 captions for every 128 of them."""
+        what = (trained.tokenizer, self.emojivl, self.nouns, trained.canvas, items)
+        return evaluate(trained.model, *what, -(-items // (2 * CANDIDATES)), seed, progress)
 
     def report(self, results: Mapping[str, Any]) -> str:
         return report(results)

@@ -177,8 +177,18 @@ class SceneBatches:
             for batch, scenes in zip(batches, shown, strict=True)
         ]
 
+    def sizes(self, stage: Stage) -> dict[int, int]:
+        """The examples of the stage's batches, by their canvas."""
+        sizes: dict[int, int] = {}
+        for part in stage.parts:
+            sizes[part.canvas] = sizes.get(part.canvas, 0) + self._examples(part)
+        return sizes
+
+    def _examples(self, part: Part) -> int:
+        return max(1, round(part.share * self.batch))
+
     def _drawn(self, part: Part, step: int, rng: np.random.Generator) -> Drawn:
-        n = max(1, round(part.share * self.batch))
+        n = self._examples(part)
         scenes = [self._scenes[part][step * self.batch + i] for i in range(n)]
         texts, answers = [], []
         match, align, picture = np.full(n, -1), np.zeros(n, np.float32), np.arange(n)

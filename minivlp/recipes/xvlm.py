@@ -37,8 +37,7 @@ from minivlp.evaluation.xvlm import (
 from minivlp.infonce import infonce
 from minivlp.itm import hard_negatives, itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
-from minivlp.models.xvlm import Xvlm, XvlmConfig, whole
-from minivlp.models.xvlm_start import start_xvlm
+from minivlp.models.xvlm import Xvlm, XvlmConfig, small_init, whole_picture
 from minivlp.pictures.ground import ground
 from minivlp.pictures.sheets import grounding_sheet
 from minivlp.recipes.base import Recipe, Settings
@@ -97,7 +96,7 @@ class XvlmRecipe(Recipe):
         )
 
     def new_model(self) -> Xvlm:
-        return start_xvlm(super().new_model())
+        return small_init(super().new_model())
 
     def matrices(self, model: Xvlm) -> list[nn.Parameter]:
         return [*super().matrices(model), model.mlm.dense.weight]
@@ -192,7 +191,7 @@ def _terms(model: Xvlm, batch: RegionBatch, settings: XvlmSettings) -> dict[str,
         terms["mlm"] = mlm_loss(states, model.mlm_weight, model.mlm_bias, batch.labels[masked_rows][masked])
     if settings.box_weight:
         at = batch.located
-        everywhere = whole(patches)[batch.picture[at]]  # (R', 1+N, D)
+        everywhere = whole_picture(patches)[batch.picture[at]]  # (R', 1+N, D)
         fused = model.fuse(
             words[at], batch.text_mask[at], everywhere, everywhere.new_ones(everywhere.shape[:2]) > 0
         )

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from minivlp.core.require import NotFinite
+from minivlp.core.files import write_text
+from minivlp.core.require import NotFinite, fail
 from minivlp.text import WordPiece
 from minivlp.training.run import Run, tensor_bytes, write_json
 from minivlp.training.screen import Screen, progress_line
@@ -49,6 +50,7 @@ class Trainable(Protocol):
     """What the loop needs of a recipe; recipes/base.py has the rest."""
 
     settings: Rates
+    terms: tuple[str, ...]  # of the loss
     tokenizer: WordPiece
     model: nn.Module  # with a dataclass `config` of its sizes
 
@@ -112,7 +114,8 @@ def steps(
     model = recipe.model.to(device).train()
     matrices = recipe.matrices(model)
     tuned = optimizers(model, matrices, settings)
-    clipped = [p for o in tuned for g in o.param_groups if g["weight_decay"] for p in g["params"]]
+    by_muon = {id(p) for p in matrices}
+    clipped = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in by_muon]
     first, seconds, saved, means = 0, 0.0, None, {}
     # Process 0 decides, before it writes a first checkpoint that another might take for an old one.
     state = workers.broadcast(run.load() if workers.rank == 0 and run.checkpoint.exists() else None)
@@ -159,6 +162,8 @@ def steps(
         except NotFinite as error:  # a rung refused what the model computed
             stop(step, f"the forward pass ({error})", math.nan)
         for name, term in terms.items():
+            if name not in recipe.terms:  # it would be summed, and never drawn
+                fail("terms", f"must hold every term of the loss, {', '.join(terms)}", recipe.terms)
             if not torch.isfinite(term):
                 stop(step, f"loss term {name}", float(term.detach()))
         for optimizer in tuned:
@@ -194,6 +199,7 @@ def steps(
 
 def train(recipe: Any, run: Run, screen: Screen, workers: Workers = ONE_PROCESS) -> Trained:
     """All steps, told line by line and with a bar; what they made, on the CPU."""
+    workers.check_sizes(recipe.sizes_of_batches() if workers.size > 1 else ())
     settings, size = recipe.settings, sum(p.numel() for p in recipe.model.parameters())
     what = f"{settings.steps} steps of {settings.batch} rows"
     screen.say(f"{size:,} parameters, {recipe.summary}, {what}, in {run.folder}")
@@ -220,7 +226,7 @@ def finish(recipe: Any, run: Run, trained: Trained, items: int, screen: Screen) 
     """Write eval.json, report.md, the model as one small file, and the pictures of a run that is trained."""
     results = measure(recipe, trained, items, TEST_SEED, run.settings["device"], screen)
     write_json(run.folder / "eval.json", results)
-    (run.folder / "report.md").write_text(recipe.report(results), encoding="utf-8")
+    write_text(run.folder / "report.md", recipe.report(results))
     tensors = recipe.to_published(trained.model)
     write_trained(trained, run.folder / f"{recipe.name}_tiny.safetensors", results, tensors)
     for path in recipe.draw(trained, run.folder, run.records()):

@@ -14,16 +14,18 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minivlp.core.files import whole_file
+from minivlp.core.files import whole_file, write_text
 from minivlp.core.require import fail
 from minivlp.training.workers import Workers
 
 FORMAT = "minivlp-1"
+WRITTEN = ("config.json", "metrics.jsonl", "eval.json", "report.md")
 
 
 class Run:
@@ -40,7 +42,7 @@ class Run:
         need_writable(run.folder / "config.json", make_folder=True)
         run._sweep()
         (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-        write_json(run.folder / "config.json", run.settings)
+        write_json(run.folder / "config.json", {"format": FORMAT} | run.settings)
         return run
 
     @classmethod
@@ -55,7 +57,10 @@ class Run:
         if run.checkpoint.exists():
             run.settings = run.load()["settings"]
         elif config.is_file():
+            if not _is_settings(config):
+                fail(str(config), "must be the settings of a run of minivlp", "another file")
             run.settings = read_json(config)
+            run.settings.pop("format", None)
         else:
             raise FileNotFoundError(
                 f"nothing to resume: {run.folder} holds no run; begin one without --resume"
@@ -75,10 +80,13 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def need_new(self) -> None:
-        """Raise FileExistsError when the folder holds a run."""
+        """Raise FileExistsError when the folder holds a run, or others' files that a run would replace."""
         if self.checkpoint.exists():
             hint = "go on with it by --resume, choose another --name, or delete the folder"
             raise FileExistsError(f"{self.folder} already holds a run: {hint}")
+        theirs = [name for name in WRITTEN if (self.folder / name).exists()]
+        if theirs and not _is_settings(self.folder / "config.json"):
+            raise FileExistsError(f"{self.folder} holds {theirs[0]} of something else: choose another --name")
 
     def need_space(self, checkpoint_bytes: int) -> None:
         """Raise OSError unless the disk has room for two checkpoints of this size."""
@@ -105,21 +113,27 @@ class Run:
         return load_checkpoint(self.checkpoint)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one line to metrics.jsonl. Raises OSError, naming the file, when it cannot be written."""
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def records(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl; a line that a kill cut short is left out."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The whole lines of metrics.jsonl; a line that is none, as a kill may cut it short, is left out."""
+        path, records = self.folder / "metrics.jsonl", []
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            with suppress(ValueError):
+                record = json.loads(line)
+                records += [record] if isinstance(record, dict) and "step" in record else []
+        return records
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run will do again."""
         kept = [json.dumps(r) + "\n" for r in self.records() if r["step"] <= step]
-        with whole_file(self.folder / "metrics.jsonl") as file:
-            file.write("".join(kept).encode())
+        write_text(self.folder / "metrics.jsonl", "".join(kept))
 
 
 class ReadOnlyRun(Run):
@@ -186,8 +200,7 @@ def need_writable(path: Path, make_folder: bool = False) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    with whole_file(path) as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -199,6 +212,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         fail(str(path), "must hold a JSON object", type(content).__name__)
     return content
+
+
+def _is_settings(path: Path) -> bool:
+    """Is this the config.json of a run?"""
+    try:
+        settings = read_json(path)
+        return settings.get("format") == FORMAT or {"command", "train"} <= settings.keys()
+    except (OSError, ValueError):
+        return False
 
 
 def tensor_bytes(state: Any) -> int:

@@ -8,6 +8,13 @@ from contextlib import contextmanager
 Tick = Callable[[int, int], None]  # how much is done in all, of how much
 
 
+def any_terminal() -> None:
+    """Let characters that the terminal lacks be shown as "?": they must not end the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has no need of it
+            stream.reconfigure(errors="replace")
+
+
 class Screen:
     """`say` prints a line; `bar` shows how far a task is."""
 

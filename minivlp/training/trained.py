@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minivlp.core.files import whole_file
+from minivlp.core.files import write_text
 from minivlp.data import Concept, EmojiVL
 from minivlp.models.published.safetensors import read_safetensors, write_safetensors
 from minivlp.text import WordPiece
@@ -66,6 +66,5 @@ def write_trained(
         "model_config": asdict(trained.model.config),
         "tokens": trained.tokenizer.tokens,
     }
-    with whole_file(path.with_suffix(".json")) as file:
-        file.write((json.dumps(about, ensure_ascii=False) + "\n").encode())
+    write_text(path.with_suffix(".json"), json.dumps(about, ensure_ascii=False) + "\n")
     write_safetensors(path, tensors, {"format": "pt"})

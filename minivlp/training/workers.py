@@ -12,7 +12,7 @@ Left out: composing only one's own rows, and processes that join or leave in the
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,13 @@ class Workers:
     rank: int = 0
     size: int = 1
 
+    def check_sizes(self, sizes: Iterable[int]) -> None:
+        """Raise ValueError, before the first step, when a batch of such a size cannot be shared."""
+        if min(sizes, default=self.size) < self.size:
+            fail(
+                "--batch", f"must leave an example of every kind to each of {self.size} processes", min(sizes)
+            )
+
     def parts(self, groups: Sequence[Any]) -> list[Any]:
         """This process's part of each group of rows. Raises ValueError when a group cannot be shared."""
         if self.size == 1:
@@ -45,7 +52,8 @@ class Workers:
         """`step` with gradients that are the means over the processes; its values become those of rank 0."""
         if self.size == 1:
             return step
-        return nn.parallel.DistributedDataParallel(step)
+        # A process whose examples serve no matching, say, leaves that head without a gradient.
+        return nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
 
     def mean(self, counts: Sequence[int], device: torch.device) -> list[float]:
         """Each count, averaged over the processes."""

@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 
 from minivlp.attention import attention, attention_np
 from tests.laws import bug
 
+HARD, SINGLE = "gradients_hold_at_every_score", "float32_is_enough"
+MANY, HELD = "many_tiles_give_one_answer", "no_more_than_tiles_is_held"
 LOOP, HUGE, SLOPES = "equals_the_slow_loop", "stays_exact_at_huge_scores", "gradients_are_the_slopes"
 
 
@@ -138,3 +141,94 @@ def key_gradient_unscaled(q, k, v, mask=None, causal=False, grad=None):
 @bug("attention", SLOPES, "The upstream gradient is ignored.", rung="np")
 def no_upstream(q, k, v, mask=None, causal=False, grad=None):
     return attention_np(q, k, v, mask, causal)
+
+
+def weights(q, k, mask, causal, change=lambda S: S):
+    """P (B, H, Lq, Lk) of scores after a change."""
+    S = change(q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]))
+    allowed = np.ones(S.shape[-2:], bool) if not causal else np.tri(*S.shape[-2:], dtype=bool)
+    S = np.where(allowed if mask is None else allowed & mask, S, -np.inf)
+    P = np.exp(S - S.max(-1, keepdims=True))
+    return P / P.sum(-1, keepdims=True)
+
+
+def with_weights(q, k, v, P, mask, causal, grad):
+    """The right value, the gradients of other weights."""
+    out, _ = attention_np(q, k, v, mask, causal, grad)
+    G = np.ones_like(out) if grad is None else grad
+    dP = G @ v.swapaxes(-1, -2)
+    dS = P * (dP - (P * dP).sum(-1, keepdims=True)) / math.sqrt(q.shape[-1])
+    return out, (dS @ k, dS.swapaxes(-1, -2) @ q, P.swapaxes(-1, -2) @ G)
+
+
+@bug("attention", HARD, "Scores are cut off at ± 20 in the backward pass.", rung="np")
+def clipped_scores(q, k, v, mask=None, causal=False, grad=None):
+    P = weights(q, k, mask, causal, lambda S: S.clip(-20, 20))
+    return with_weights(q, k, v, P, mask, causal, grad)
+
+
+@bug(
+    "attention",
+    HARD,
+    "Weights below 1e-3 are dropped in the backward pass, and the rest not rescaled.",
+    rung="np",
+)
+def small_weights_dropped(q, k, v, mask=None, causal=False, grad=None):
+    P = weights(q, k, mask, causal)
+    return with_weights(q, k, v, np.where(P < 1e-3, 0, P), mask, causal, grad)
+
+
+@bug("attention", SINGLE, "Forbidden scores are −1e300, which float32 does not have.")
+def fill_of_float64(q, k, v, mask=None, causal=False):
+    S = q @ k.mT / math.sqrt(q.shape[-1])
+    allowed = torch.ones(S.shape[-2:], dtype=torch.bool)
+    allowed = allowed.tril() if causal else allowed
+    S = S.masked_fill(~(allowed if mask is None else allowed & mask), -1e300)
+    return S.softmax(-1) @ v
+
+
+@bug("attention", SINGLE, "Computed in float64 and left there.")
+def computed_in_float64(q, k, v, mask=None, causal=False):
+    return attention(q.double(), k.double(), v.double(), mask, causal)
+
+
+@bug(
+    "attention",
+    MANY,
+    "Its own tiles, of 64 keys: what does not fill the last one is never read.",
+    rung="fused",
+)
+def rest_of_its_own_tiles_dropped(q, k, v, mask=None, causal=False):
+    full = k.shape[2] // 64 * 64 or k.shape[2]
+    mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., :full]
+    return attention(q, k[:, :, :full], v[:, :, :full], mask, causal)
+
+
+@bug("attention", HELD, "The plain function: S and P are made whole, and P is kept.", rung="fused")
+def plain(q, k, v, mask=None, causal=False):
+    return attention(q, k, v, mask, causal)
+
+
+@bug(
+    "attention",
+    HELD,
+    "Nothing is kept, but the plain function runs again in the backward pass.",
+    rung="fused",
+)
+def made_twice(q, k, v, mask=None, causal=False):
+    return torch.utils.checkpoint.checkpoint(attention, q, k, v, mask, causal, use_reentrant=False)
+
+
+@bug(
+    "attention",
+    HELD,
+    "One block of queries after another, but autograd keeps the weights of each.",
+    rung="fused",
+)
+def blocks_kept(q, k, v, mask=None, causal=False):
+    Lq, Lk = q.shape[2], k.shape[2]
+    allowed = torch.ones(Lq, Lk, dtype=torch.bool)
+    allowed = allowed.tril() if causal else allowed
+    allowed = (allowed if mask is None else allowed & mask).expand(*q.shape[:2], Lq, Lk)
+    parts = [attention(a, k, v, m) for a, m in zip(q.split(64, 2), allowed.split(64, 2), strict=True)]
+    return torch.cat(parts, 2)

@@ -7,7 +7,9 @@ from minivlp.boxes import box_loss, box_loss_np, cxcywh_to_xyxy, giou, giou_np
 from tests.laws import bug
 
 CELLS, DEGENERATE = "equals_counting_cells", "a_box_without_area_spoils_only_itself"
-SLOPES = "gradients_are_the_slopes"
+SLOPES, SHARED, SINGLE_GIOU = "gradients_are_the_slopes", "a_shared_edge_counts_once", "float32_is_enough"
+SWAPPED, SWAPPED_SLOPES = "swapped_corners_enclose_nothing", "gradients_of_swapped_corners_are_the_slopes"
+EQUAL, LOSS_SINGLE = "equal_numbers_have_no_difference", "float32_is_enough_for_the_loss"
 DEFINITION, SINGLE = "equals_the_definition", "is_the_mean_of_the_losses_of_single_boxes"
 EMPTY, LOSS_SLOPES = "no_box_costs_nothing", "gradients_are_the_slopes_of_the_loss"
 
@@ -144,3 +146,79 @@ def half_forgotten(pred, target):
     side = np.sign(pred - target) / max(len(pred), 1)
     slopes = (g - s for g, s in zip(grads, (side, -side), strict=True))  # of 1 − GIoU alone
     return value, tuple(g * [1, 1, 2, 2] + s for g, s in zip(slopes, (side, -side), strict=True))
+
+
+def own_areas(a, b, area):
+    """GIoU with another area of a single box."""
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    I = (high - low).clamp_min(0).prod(-1)
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    C, U = (high - low).clamp_min(0).prod(-1), area(a) + area(b) - I
+
+    def ratio(top, bottom):
+        return torch.where(bottom > 0, top / torch.where(bottom > 0, bottom, 1), 0)
+
+    return ratio(I, U) - ratio(C - U, C)
+
+
+@bug("giou", SWAPPED, "A box's own area is not cut off at 0: swapped twice it is an area again.")
+def two_negatives(a, b):
+    return own_areas(a, b, lambda z: (z[..., 2:] - z[..., :2]).prod(-1))
+
+
+@bug("giou", SWAPPED, "Swapped corners are put right in silence.")
+def sorted_corners(a, b):
+    a, b = (
+        torch.cat([torch.minimum(z[..., :2], z[..., 2:]), torch.maximum(z[..., :2], z[..., 2:])], -1)
+        for z in (a, b)
+    )
+    return giou(a, b)
+
+
+@bug("giou", SWAPPED_SLOPES, "The slope of an extent that is cut off is kept.", rung="np")
+def slope_of_a_cut_extent(a, b, grad=None):
+    value, (da, db) = giou_np(a, b, grad)
+    ta, tb = (torch.from_numpy(z).requires_grad_() for z in (a, b))
+
+    def area(z):
+        extent = z[..., 2:] - z[..., :2]
+        return (extent.clamp_min(0) + (extent - extent.detach()) * (extent < 0)).prod(-1)
+
+    out = own_areas(ta, tb, area)
+    weight = torch.ones_like(out) if grad is None else torch.from_numpy(grad)
+    da, db = torch.autograd.grad(out, (ta, tb), weight)
+    return value, (da.numpy(), db.numpy())
+
+
+@bug("giou", SHARED, "A shared edge is given to both boxes.", rung="np")
+def edge_given_to_both(a, b, grad=None):
+    value, (da, db) = giou_np(a, b, grad)
+    _, (eb, ea) = giou_np(b, a, grad)  # here b takes what both share
+    shared = a == b
+    return value, (
+        np.where(shared, np.where(np.abs(ea) > np.abs(da), ea, da), da),
+        np.where(shared, np.where(np.abs(eb) > np.abs(db), eb, db), db),
+    )
+
+
+@bug("giou", SHARED, "A shared edge is given to neither box: > where ≥ belongs.", rung="np")
+def edge_given_to_neither(a, b, grad=None):
+    value, (da, db) = giou_np(a, b, grad)
+    return value, (da * (a != b), db * (a != b))
+
+
+@bug("giou", SINGLE_GIOU, "Computed in float64 and left there.")
+def computed_in_float64(a, b):
+    return giou(a.double(), b.double())
+
+
+@bug("box_loss", EQUAL, "The sign of 0 is taken for 1: a number that is right is still pulled.", rung="np")
+def no_zero_sign(pred, target):
+    value, (dpred, dtarget) = box_loss_np(pred, target)
+    off = (pred == target) / max(len(pred), 1)
+    return value, (dpred + off, dtarget - off)
+
+
+@bug("box_loss", LOSS_SINGLE, "Computed in float64 and left there.")
+def loss_in_float64(pred, target):
+    return box_loss(pred.double(), target.double())

@@ -1,12 +1,16 @@
 """Plausible wrong Chamfer alignments."""
 
 import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from minivlp.chamfer import chamfer, chamfer_np, mean_max
 from minivlp.sinkhorn import cosine, unit, unit_np
 from tests.laws import bug
 
 PADDING, LOOP = "padding_never_counts", "equals_the_double_loop"
+PADDED, SHORT, SINGLE = "padded_zero_rows_spoil_nothing", "real_short_rows_have_a_slope", "float32_is_enough"
+MANY, HELD = "many_tiles_give_one_answer", "no_more_than_tiles_is_held"
 SLOPES, TIES = "gradients_are_the_slopes", "the_first_of_equal_partners_wins"
 
 
@@ -113,3 +117,74 @@ def index_within_the_tile(x, y, x_mask=None, y_mask=None):
 def the_last_of_equals(x, y, x_mask=None, y_mask=None):
     flip = [None if m is None else m.flip(-1) for m in (x_mask, y_mask)]
     return 0.5 * sum(halves(cosine(x.flip(-2), y.flip(-2)), *flip))
+
+
+@bug("chamfer", PADDED, "No floor under the lengths: a padded row of zeros makes every gradient NaN.")
+def no_floor(x, y, x_mask=None, y_mask=None):
+    p, q = (z / z.norm(dim=-1, keepdim=True) for z in (x, y))
+    S = p @ q.mT
+    if x_mask is not None:
+        S = S.masked_fill(~x_mask[..., None], -2)
+    if y_mask is not None:
+        S = S.masked_fill(~y_mask[..., None, :], -2)
+    return 0.5 * sum(halves(S, x_mask, y_mask))
+
+
+@bug("chamfer", PADDED, "NaN is put right in the value by one where, and is still there in the gradient.")
+def repaired_value(x, y, x_mask=None, y_mask=None):
+    p, q = (torch.where((z != 0).any(-1, keepdim=True), z / z.norm(dim=-1, keepdim=True), 0) for z in (x, y))
+    return 0.5 * sum(halves(p @ q.mT, x_mask, y_mask))
+
+
+@bug("chamfer", SHORT, "The floor is 1e-12: the slope of a short row is ten million times as large.")
+def lower_floor(x, y, x_mask=None, y_mask=None):
+    return 0.5 * sum(halves(F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT, x_mask, y_mask))
+
+
+@bug(
+    "chamfer",
+    SHORT,
+    "Projected also where the divisor is the constant 1e-5, or no slope there at all.",
+    rung="np",
+)
+def nothing_for_short_rows(x, y, x_mask=None, y_mask=None, grad=None):
+    value, (dx, dy) = chamfer_np(x, y, x_mask, y_mask, grad)
+    return value, (dx * (unit_np(x)[1] > 1e-5), dy * (unit_np(y)[1] > 1e-5))
+
+
+@bug("chamfer", SINGLE, "The cosines are float64, and float32 leaves as float64.")
+def computed_in_float64(x, y, x_mask=None, y_mask=None):
+    return chamfer(x.double(), y.double(), x_mask, y_mask)
+
+
+@bug(
+    "chamfer",
+    MANY,
+    "Its own tiles, of 64: tokens that do not fill the last one are nobody's partner.",
+    rung="fused",
+)
+def rest_of_its_own_tiles_dropped(x, y, x_mask=None, y_mask=None):
+    N = y.shape[-2]
+    S = cosine(x, y)
+    across = torch.where(torch.arange(N) < (N // 64 * 64 or N), S, -2)
+    return 0.5 * (mean_max(across, x_mask, y_mask) + mean_max(S.mT, y_mask, x_mask))
+
+
+@bug("chamfer", HELD, "The plain function: S is made whole, and the gradients of its maxima.", rung="fused")
+def plain(x, y, x_mask=None, y_mask=None):
+    return chamfer(x, y, x_mask, y_mask)
+
+
+@bug("chamfer", HELD, "Partners are looked for without a graph, but in the whole of S.", rung="fused")
+def partners_in_the_whole(x, y, x_mask=None, y_mask=None):
+    p, q = unit(x), unit(y)
+    with torch.no_grad():
+        S = cosine(x, y)
+        down = S if x_mask is None else S.masked_fill(~x_mask[..., None], -torch.inf)
+        across = S if y_mask is None else S.masked_fill(~y_mask[..., None, :], -torch.inf)
+        a, b = across.max(-1).indices, down.max(-2).indices
+    forward = (p * q.gather(-2, a[..., None].expand_as(p))).sum(-1)
+    backward = (q * p.gather(-2, b[..., None].expand_as(q))).sum(-1)
+    w = torch.ones_like(forward) if x_mask is None else x_mask.to(p).expand_as(forward)
+    v = torch.ones_like(backward) if y_mask is None else y_mask.to(q).expand_as(backward)
+    return 0.5 * ((w * forward).sum(-1) / w.sum(-1) + (v * backward).sum(-1) / v.sum(-1))

@@ -1,5 +1,6 @@
 """Plausible wrong late interactions and wrong losses on them."""
 
+import numpy as np
 import torch
 
 from minivlp.chamfer import mean_max
@@ -101,6 +102,9 @@ def split_between_ties(x, y, x_mask=None, y_mask=None):
     return mean_max(S.amax(-1, keepdim=True), wide(x_mask, y_mask)[0], None)
 
 
+PADDED, SHORT, SINGLE = "padded_zero_rows_spoil_nothing", "real_short_rows_have_a_slope", "float32_is_enough"
+LOSS_PADDED, HARD = "padded_zero_rows_spoil_no_loss", "gradients_hold_at_every_scale"
+FIRST, LOSS_SINGLE = "the_first_of_equal_partners_learns", "float32_is_enough_for_the_loss"
 EQUAL, ORDER, ONE = "equal_scores_cost_log_B", "pairs_come_in_any_order", "one_token_each_is_infonce"
 SLOW, LOSS_SLOPES = "equals_the_slow_loop", "loss_gradients_are_the_slopes"
 
@@ -191,3 +195,79 @@ def scale_forgotten(images, texts, scale, image_mask=None, text_mask=None):
 @bug("filip", LOSS_SLOPES, "Texts are frozen: only the image tower learns.")
 def frozen_texts(images, texts, scale, image_mask=None, text_mask=None):
     return filip(images, texts.detach(), scale, image_mask, text_mask)
+
+
+def by_units(p, q, x_mask, y_mask):
+    """Late interaction of rows that are already divided by their lengths; padding is at −2."""
+    S = torch.einsum("amd,bnd->abmn", p, q)
+    if x_mask is not None:
+        S = S.masked_fill(~x_mask[:, None, :, None], -2)
+    if y_mask is not None:
+        S = S.masked_fill(~y_mask[None, :, None], -2)
+    return mean_max(S, *wide(x_mask, y_mask))
+
+
+def bare(z):
+    return z / z.norm(dim=-1, keepdim=True)
+
+
+@bug("late_interaction", PADDED, "No floor under the lengths: a padded row of zeros makes gradients NaN.")
+def no_floor(x, y, x_mask=None, y_mask=None):
+    return by_units(bare(x), bare(y), x_mask, y_mask)
+
+
+@bug("late_interaction", SHORT, "The floor is 1e-12: the slope of a short row is ten million times as large.")
+def lower_floor(x, y, x_mask=None, y_mask=None):
+    return by_units(*(torch.nn.functional.normalize(z, dim=-1) for z in (x, y)), x_mask, y_mask)
+
+
+@bug("late_interaction", SHORT, "A row below the floor receives no gradient.", rung="np")
+def nothing_for_short_rows(x, y, x_mask=None, y_mask=None, grad=None):
+    value, grads = late_interaction_np(x, y, x_mask, y_mask, grad)
+    return value, tuple(g * (unit_np(z)[1] > 1e-5) for g, z in zip(grads, (x, y), strict=True))
+
+
+@bug("late_interaction", SINGLE, "The cosines are float64, and float32 leaves as float64.")
+def computed_in_float64(x, y, x_mask=None, y_mask=None):
+    return late_interaction(x.double(), y.double(), x_mask, y_mask)
+
+
+@bug("filip", LOSS_PADDED, "No floor under the lengths: a padded row of zeros makes gradients NaN.")
+def no_floor_in_the_loss(images, texts, scale, image_mask=None, text_mask=None):
+    p, q = bare(images), bare(texts)
+    image, text = by_units(p, q, image_mask, text_mask), by_units(q, p, text_mask, image_mask).T
+    return choices(image, text, scale)
+
+
+@bug("filip", HARD, "Scores are cut off at ± 20 in the gradient.")
+def clipped_scores(images, texts, scale, image_mask=None, text_mask=None):
+    def near(z):
+        z = scale * z
+        return z.clamp(-20, 20) + (z - z.clamp(-20, 20)).detach()
+
+    image, text = halves(images, texts, image_mask, text_mask)
+    return choices(near(image), near(text), 1)
+
+
+@bug("filip", HARD, "A pair that is sure, right or wrong, receives no gradient.", rung="np")
+def nothing_where_sure(images, texts, scale, image_mask=None, text_mask=None):
+    value, grads = filip_np(images, texts, scale, image_mask, text_mask)
+    return value, tuple(np.asarray(g) * (1e-9 < value < 20) for g in grads)
+
+
+@bug("filip", FIRST, "amax splits the gradient between equal maxima.")
+def split_between_ties_in_the_loss(images, texts, scale, image_mask=None, text_mask=None):
+    S = cosines(images, texts)  # (A, B, M, N)
+    if image_mask is not None:
+        S = S.masked_fill(~image_mask[:, None, :, None], -2)
+    if text_mask is not None:
+        S = S.masked_fill(~text_mask[None, :, None], -2)
+    rows, columns = wide(image_mask, text_mask)
+    image = mean_max(S.amax(-1, keepdim=True), rows, None)
+    text = mean_max(S.mT.amax(-1, keepdim=True), columns, None)
+    return choices(image, text, scale)
+
+
+@bug("filip", LOSS_SINGLE, "The cosines are float64, and float32 leaves as float64.")
+def loss_in_float64(images, texts, scale, image_mask=None, text_mask=None):
+    return filip(images.double(), texts.double(), scale, image_mask, text_mask)

@@ -12,6 +12,11 @@ LOOP, SLOPES, TIES = (
     "gradients_are_the_slopes",
     "the_first_of_equal_negatives_wins",
 )
+ZERO, ONCE, SINGLE = (
+    "a_cost_of_zero_has_no_gradient",
+    "equal_and_large_costs_count_once_each",
+    "float32_is_enough",
+)
 
 
 def costs(images, texts, margin):
@@ -111,3 +116,33 @@ def not_transposed(images, texts, margin=0.2, hardest=True):
 @bug("hinge", TIES, "amax splits the gradient between equally hard negatives.")
 def split_between_ties(images, texts, margin=0.2, hardest=True):
     return sum(c.amax(1).sum() if hardest else c.sum() for c in costs(images, texts, margin))
+
+
+def with_counts(images, texts, margin, hardest, counting):
+    """The right value; G from the costs that `counting(cost)` lets count, the first of equal ones."""
+    B, S = len(images), images @ texts.T
+    G = np.zeros_like(S)
+    for axis in (1, 0):
+        cost = margin + S - np.expand_dims(S.diagonal(), axis)
+        counts = counting(cost) * (1 - np.eye(B))
+        if hardest:
+            cost = np.where(np.eye(B), -np.inf, cost)
+            first = np.expand_dims(cost.argmax(axis), axis)
+            counts = counts * (np.expand_dims(np.arange(B), 1 - axis) == first)
+        G += counts - np.diag(counts.sum(axis))
+    return hinge_np(images, texts, margin, hardest)[0], (G @ texts, G.T @ images)
+
+
+@bug("hinge", ZERO, "≥ 0 in the gradient: a pair that is just content is pushed all the same.", rung="np")
+def at_least_zero(images, texts, margin=0.2, hardest=True):
+    return with_counts(images, texts, margin, hardest, lambda cost: cost >= 0)
+
+
+@bug("hinge", ONCE, "The slope of a large cost is cut off: a pair far behind learns nothing.", rung="np")
+def nothing_where_far_behind(images, texts, margin=0.2, hardest=True):
+    return with_counts(images, texts, margin, hardest, lambda cost: (cost > 0) & (cost < 1e3))
+
+
+@bug("hinge", SINGLE, "The margin is a float64 array of one entry a row: float32 leaves as float64.")
+def margin_in_float64(images, texts, margin=0.2, hardest=True):
+    return hinge(images.double(), texts.double(), margin, hardest)

@@ -13,6 +13,8 @@ ROWS, OPTIMUM, UNITS = (
     "cost_and_beta_share_a_unit",
 )
 SMALL, RECURRENCE = "no_row_is_lost_at_small_beta", "equals_the_plain_recurrence"
+GRAPH, SINGLE, ALIGNED = "the_plan_has_no_graph", "float32_is_enough", "float32_is_enough_for_the_alignment"
+PADDED, SHORT, KEPT = "padded_zero_rows_spoil_nothing", "real_short_rows_have_a_slope", "no_plan_is_kept"
 PADDING, VALUE, SLOPES = "padding_never_counts", "is_the_plan_times_the_cost", "gradients_hold_the_plan_fixed"
 
 
@@ -220,3 +222,58 @@ def nothing_left_out(text_mask):
 def padding_takes_part(text_mask):
     so_far = text_mask.cumsum(1)
     return (so_far > 1) & (so_far < so_far[:, -1:]) | ~text_mask
+
+
+@bug("ipot", GRAPH, "No no_grad: every step of the solver is kept for a backward pass that nobody wants.")
+def with_a_graph(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return ipot(cost, beta, iters, row_mask, col_mask) + 0 * cost
+
+
+@bug("ipot", SINGLE, "Solved in float64, and the plan is left there.")
+def solved_in_float64(cost, beta=0.5, iters=50, row_mask=None, col_mask=None):
+    return ipot(cost.double(), beta, iters, row_mask, col_mask)
+
+
+def by_units(p, q, word_mask, patch_mask, beta, iters):
+    """Alignment of rows that are already divided by their lengths; a NaN among padding has cost 1."""
+    C = 1 - p @ q.mT
+    rows = torch.ones_like(p[..., 0], dtype=torch.bool) if word_mask is None else word_mask
+    columns = torch.ones_like(q[..., 0], dtype=torch.bool) if patch_mask is None else patch_mask
+    C = C.masked_fill(~(rows[..., None] & columns[..., None, :]), 1.0)
+    return (ipot(C.nan_to_num(1.0), beta, iters, word_mask, patch_mask) * C).sum((-2, -1))
+
+
+@bug("wpa", PADDED, "No floor under the lengths: a padded row of zeros makes every gradient NaN.")
+def no_floor(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    p, q = (z / z.norm(dim=-1, keepdim=True) for z in (words, patches))
+    return by_units(p, q, word_mask, patch_mask, beta, iters)
+
+
+@bug("wpa", SHORT, "The floor is 1e-12: the slope of a short row is ten million times as large.")
+def lower_floor(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    p, q = (torch.nn.functional.normalize(z, dim=-1) for z in (words, patches))
+    return by_units(p, q, word_mask, patch_mask, beta, iters)
+
+
+@bug("wpa", SHORT, "A row below the floor receives no gradient.", rung="np")
+def nothing_for_short_rows(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50, grad=None):
+    value, grads = wpa_np(words, patches, word_mask, patch_mask, beta, iters, grad)
+    lengths = (np.linalg.norm(z, axis=-1, keepdims=True) for z in (words, patches))
+    return value, tuple(g * (length > 1e-5) for g, length in zip(grads, lengths, strict=True))
+
+
+@bug("wpa", ALIGNED, "The cosines are float64, and float32 leaves as float64.")
+def computed_in_float64(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    return wpa(words.double(), patches.double(), word_mask, patch_mask, beta, iters)
+
+
+@bug("wpa", KEPT, "The plain function: the plan is kept for the backward pass.", rung="fused")
+def plain(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    return wpa(words, patches, word_mask, patch_mask, beta, iters)
+
+
+@bug("wpa", KEPT, "The gradient by the plan as a coefficient, which autograd keeps.", rung="fused")
+def plan_as_a_coefficient(words, patches, word_mask=None, patch_mask=None, beta=0.5, iters=50):
+    p, q = (z / z.norm(dim=-1, keepdim=True).clamp_min(1e-5) for z in (words, patches))
+    T = ipot(1 - p.detach() @ q.detach().mT, beta, iters, word_mask, patch_mask)
+    return 1 - (p * (T @ q)).sum((-2, -1))

@@ -1,6 +1,7 @@
 """Plausible wrong ways of making false pairs and of scoring them."""
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 from minivlp.itm import derangement, hard_negatives, itm_loss, itm_loss_np
@@ -13,6 +14,7 @@ STAYS, LIKELY, GENERATOR = (
 )
 ITSELF, SOFTMAX = "never_itself_nor_an_equal_id", "drawn_by_the_softmax_of_the_row"
 COLUMNS, SHARP = "the_generator_decides_the_columns", "a_sharp_similarity_still_has_negatives"
+ROWS, HARD, SINGLE = "rows_draw_independently", "gradients_hold_at_every_logit", "float32_is_enough"
 LOOP, SLOPES, OVERFLOW = "equals_the_slow_loop", "gradients_are_the_slopes", "large_logits_do_not_overflow"
 
 
@@ -189,3 +191,53 @@ def plain_exponential(logits, labels):
     value = -np.log(p[rows, labels]).mean()
     p[rows, labels] -= 1
     return value, (p / len(labels),)
+
+
+@bug("hard_negatives", ROWS, "One vector of noise for all rows: they favour the same columns.", rung="plain")
+def one_noise_for_all_rows(similarity, rng, ids=None):
+    ids = np.arange(len(similarity)) if ids is None else ids
+    return np.where(ids[:, None] == ids, -np.inf, similarity + rng.gumbel(size=len(similarity))).argmax(1)
+
+
+@bug("hard_negatives", ROWS, "One uniform number for all rows, by the inverse of the sums.", rung="plain")
+def one_uniform_for_all_rows(similarity, rng, ids=None):
+    ids = np.arange(len(similarity)) if ids is None else ids
+    z = np.where(ids[:, None] == ids, -np.inf, similarity)
+    sums = np.exp(z - z.max(1, keepdims=True)).cumsum(1)
+    return (sums <= rng.random() * sums[:, -1:]).sum(1)
+
+
+@bug("hard_negatives", ROWS, "Columns are drawn without replacement where that is possible.", rung="plain")
+def without_replacement(similarity, rng, ids=None):
+    ids = np.arange(len(similarity)) if ids is None else ids
+    legal = ids[:, None] != ids
+    left, found = np.ones(len(ids), bool), np.zeros(len(ids), np.int64)
+    for row in rng.permutation(len(ids)):
+        open_ = legal[row] & left if (legal[row] & left).any() else legal[row]
+        found[row] = np.where(open_, similarity[row] + rng.gumbel(size=len(ids)), -np.inf).argmax()
+        left[found[row]] = False
+    return found
+
+
+@bug("itm_loss", HARD, "No gradient where an answer is sure and wrong.", rung="np")
+def nothing_where_sure_and_wrong(logits, labels):
+    value, (gradient,) = itm_loss_np(logits, labels)
+    return value, (np.where(np.abs(gradient) * len(labels) > 1 - 1e-9, 0, gradient),)
+
+
+@bug("itm_loss", HARD, "Logits are cut off at ± 20 in the gradient.")
+def clipped_logits(logits, labels):
+    near = logits - logits.mean(1, keepdim=True).detach()
+    kept = near.clamp(-10, 10)
+    return itm_loss(kept + (near - kept).detach(), labels)
+
+
+@bug("itm_loss", HARD, "Probabilities are held above 1e-12 before the log.")
+def clipped_probabilities(logits, labels):
+    p = logits.softmax(1).clamp_min(1e-12)
+    return -p.log().gather(1, labels.long()[:, None]).mean()
+
+
+@bug("itm_loss", SINGLE, "The one-hot labels are float64, and float32 leaves as float64.")
+def labels_in_float64(logits, labels):
+    return -(F.one_hot(labels.long(), 2).to(torch.float64) * logits.log_softmax(1)).sum(1).mean()

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from minivlp.mlm import mask_tokens, mlm_loss, mlm_loss_np
 from tests.laws import bug
@@ -10,7 +11,9 @@ from tests.laws import bug
 TRUE, OUT, WHOLE = "labels_hold_the_true_ids", "special_tokens_stay_out", "words_are_chosen_whole"
 RATES, COINS, GENERATOR = "the_rates_are_p_and_80_10_10", "coins_are_independent", "the_generator_decides"
 LOOP, ZERO, SLOPES = "equals_the_slow_loop", "nothing_masked_is_zero", "gradients_are_the_slopes"
-OVERFLOW = "large_logits_do_not_overflow"
+OVERFLOW, FATES = "large_logits_do_not_overflow", "fates_are_independent"
+HARD, SINGLE = "gradients_hold_at_every_logit", "float32_is_enough"
+MANY, HELD = "many_panels_give_one_answer", "no_more_than_panels_is_held"
 
 
 def hide(ids, chosen, rng, vocab_size, mask_id, special_ids, mask=0.8, keep=0.9, draw=None):
@@ -228,3 +231,107 @@ def gradient_everywhere(hidden, embedding, bias, targets):
     p = np.exp(logits - logits.max(1, keepdims=True))
     G = p / p.sum(1, keepdims=True) / max((targets != -100).sum(), 1)
     return value, (np.where((targets != -100)[:, None], dhidden, G @ embedding), dE, db)
+
+
+def with_fates(fate, ids, word_ids, rng, vocab_size, mask_id, special_ids, p, whole_word):
+    """Tokens chosen as they should be, with fates (B, L) that `fate(coins of words, coin)` makes."""
+    words = rng.random((len(ids), word_ids.max(initial=0) + 1))
+    coin = np.take_along_axis(words, word_ids.clip(0), axis=1) if whole_word else rng.random(ids.shape)
+    chosen = (coin < p) & (word_ids >= 0) & ~np.isin(ids, [*special_ids, mask_id])
+    drawn = fate(coin)
+    inputs = np.where(chosen & (drawn < 0.8), mask_id, ids)
+    swapped = chosen & (drawn >= 0.9)
+    ordinary = np.setdiff1d(np.arange(vocab_size), [*special_ids, mask_id])
+    inputs[swapped] = rng.choice(ordinary, swapped.sum())
+    return inputs, np.where(chosen, ids, -100)
+
+
+@bug("mask_tokens", FATES, "One coin chooses a word and decides its fate: its pieces share it.", rung="plain")
+def one_coin_for_both(ids, word_ids, rng, vocab_size, mask_id, special_ids, p=0.15, whole_word=True):
+    rest = ids, word_ids, rng, vocab_size, mask_id, special_ids, p, whole_word
+    return with_fates(lambda coin: np.minimum(coin / max(p, 1e-9), 1), *rest)
+
+
+@bug("mask_tokens", FATES, "A fate is drawn for a place of the row, the same in all rows.", rung="plain")
+def one_fate_for_all_rows(ids, word_ids, rng, vocab_size, mask_id, special_ids, p=0.15, whole_word=True):
+    rest = ids, word_ids, rng, vocab_size, mask_id, special_ids, p, whole_word
+    return with_fates(lambda coin: np.broadcast_to(rng.random(coin.shape[1]), coin.shape), *rest)
+
+
+@bug("mask_tokens", FATES, "A fate is drawn for a row, and all its chosen tokens share it.", rung="plain")
+def one_fate_for_a_row(ids, word_ids, rng, vocab_size, mask_id, special_ids, p=0.15, whole_word=True):
+    rest = ids, word_ids, rng, vocab_size, mask_id, special_ids, p, whole_word
+    return with_fates(lambda coin: np.broadcast_to(rng.random((len(coin), 1)), coin.shape), *rest)
+
+
+@bug("mask_tokens", FATES, "Random ids are drawn once and dealt out in their order.", rung="plain")
+def sorted_replacements(ids, word_ids, rng, vocab_size, mask_id, special_ids, p=0.15, whole_word=True):
+    inputs, labels = mask_tokens(ids, word_ids, rng, vocab_size, mask_id, special_ids, p, whole_word)
+    swapped = (labels != -100) & (inputs != mask_id) & (inputs != ids)
+    inputs[swapped] = np.sort(inputs[swapped])
+    return inputs, labels
+
+
+def with_slopes(hidden, embedding, bias, targets, change):
+    """The right value, the gradients of softmax − one-hot (K, V) after a change."""
+    masked = targets != -100
+    value = mlm_loss_np(hidden, embedding, bias, targets)[0]
+    logits = hidden[masked] @ embedding.T + bias
+    P = np.exp(logits - np.logaddexp.reduce(logits, 1, keepdims=True))
+    G = change(P, np.eye(len(bias))[targets[masked]]) / max(masked.sum(), 1)
+    dhidden = np.zeros_like(hidden)
+    dhidden[masked] = G @ embedding
+    return value, (dhidden, G.T @ hidden[masked], G.sum(0))
+
+
+@bug("mlm_loss", HARD, "A word that is sure, right or wrong, receives no gradient.", rung="np")
+def nothing_where_sure(*case):
+    return with_slopes(*case, lambda P, one: np.where((P * one).sum(1, keepdims=True) < 1e-9, 0, P - one))
+
+
+@bug("mlm_loss", HARD, "Probabilities are held above 1e-7 in the gradient.", rung="np")
+def clipped_probabilities(*case):
+    return with_slopes(*case, lambda P, one: P.clip(1e-7) - one)
+
+
+@bug("mlm_loss", HARD, "Logits are cut off at ± 50 in the gradient.")
+def clipped_logits(hidden, embedding, bias, targets):
+    masked = targets != -100
+    logits = hidden[masked] @ embedding.T + bias
+    near = logits.clamp(-50, 50)
+    logits = near + (logits - near).detach()
+    return F.cross_entropy(logits, targets[masked], reduction="sum") / max(len(logits), 1)
+
+
+@bug("mlm_loss", SINGLE, "The divisor is a float64 tensor of one entry a row: float32 leaves as float64.")
+def mean_in_float64(hidden, embedding, bias, targets):
+    masked = targets != -100
+    losses = F.cross_entropy(hidden[masked] @ embedding.T + bias, targets[masked], reduction="none")
+    return (losses * torch.full((len(losses),), 1 / max(len(losses), 1), dtype=torch.float64)).sum()
+
+
+@bug("mlm_loss", MANY, "Its own panels, of 256: what does not fill the last one is left out.", rung="fused")
+def rest_of_its_own_panels_dropped(hidden, embedding, bias, targets):
+    K = int((targets != -100).sum())
+    late = (targets != -100).cumsum(0) > (K // 256 * 256 or K)
+    return mlm_loss(hidden, embedding, bias, targets.masked_fill(late, -100))
+
+
+@bug("mlm_loss", HELD, "The plain loss: all logits are made, and their log-softmax is kept.", rung="fused")
+def plain(hidden, embedding, bias, targets):
+    return mlm_loss(hidden, embedding, bias, targets)
+
+
+@bug("mlm_loss", HELD, "Nothing is kept, but all logits are made again in the backward pass.", rung="fused")
+def made_twice(*case):
+    return torch.utils.checkpoint.checkpoint(mlm_loss, *case, use_reentrant=False)
+
+
+@bug("mlm_loss", HELD, "Panel by panel, but autograd keeps the log-softmax of each.", rung="fused")
+def panels_kept(hidden, embedding, bias, targets):
+    masked = (targets != -100).nonzero()[:, 0]
+    total = 0 * (hidden.sum() + embedding.sum() + bias.sum())
+    for rows in masked.split(256):
+        logits = hidden[rows] @ embedding.T + bias
+        total = total + F.cross_entropy(logits, targets[rows], reduction="sum")
+    return total / max(len(masked), 1)

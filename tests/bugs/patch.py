@@ -2,10 +2,12 @@
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 
 from minivlp.patch import patch_embed, patch_embed_np, to_patches
 from tests.laws import bug
 
+SINGLE, COPIED = "float32_is_enough", "no_patch_is_copied"
 LOOP, SLOPES = "equals_the_slow_loop", "gradients_are_the_slopes"
 
 
@@ -90,3 +92,30 @@ def arrays_alone(images, p):
     if isinstance(images, torch.Tensor):
         raise TypeError("transpose() takes two axes")
     return to_patches(images, p)
+
+
+@bug("patch_embed", SINGLE, "Computed in float64 and left there.")
+def computed_in_float64(images, weight, bias):
+    return patch_embed(images.double(), weight.double(), bias.double())
+
+
+@bug(
+    "patch_embed",
+    COPIED,
+    "The plain function: the patches are copied out, and the copy is kept.",
+    rung="fused",
+)
+def plain(images, weight, bias):
+    return patch_embed(images, weight, bias)
+
+
+@bug("patch_embed", COPIED, "unfold copies the windows out, which is the same copy.", rung="fused")
+def unfolded(images, weight, bias):
+    p = weight.shape[-1]
+    windows = torch.nn.functional.unfold(images, p, stride=p)  # (B, C·p·p, N)
+    return windows.mT @ weight.flatten(1).T + bias
+
+
+@bug("patch_embed", COPIED, "The copy is not kept, but made again in the backward pass.", rung="fused")
+def copied_twice(images, weight, bias):
+    return torch.utils.checkpoint.checkpoint(patch_embed, images, weight, bias, use_reentrant=False)

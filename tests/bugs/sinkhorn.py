@@ -16,7 +16,9 @@ from tests.laws import bug
 
 ROWS, COLUMNS, PADDING = "row_sums_are_exact", "column_sums_converge", "padding_takes_no_part"
 LARGE, SMALL = "large_eps_gives_the_independent_plan", "small_eps_solves_the_linear_programme"
-LOOP = "equals_the_loop_on_the_real_tokens"
+LOOP, LOST = "equals_the_loop_on_the_real_tokens", "no_row_is_lost_at_small_eps"
+THROUGH, SINGLE = "the_plan_is_differentiable", "float32_is_enough"
+SHORT, COST, KEPT = "short_rows_have_a_slope", "float32_is_enough_for_the_cost", "no_plan_is_kept"
 VALUE, SLOPES = "is_the_plan_times_the_cost", "gradients_hold_the_plan_fixed"
 
 
@@ -259,3 +261,86 @@ def projected_with_long_rows(unit, length, grad):
 @bug("unit_grad_np", CONSTANT, "Projected also where the divisor is a constant.", rung="plain")
 def short_rows_projected(unit, length, grad):
     return (grad - unit * (unit * grad).sum(-1, keepdims=True)) / length
+
+
+@bug(
+    "sinkhorn",
+    LOST,
+    "exp(−(C − min C)/ε) in product form: right until the range of C/ε passes the exponents.",
+)
+def shifted_kernel(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    a, b = uniform(cost, a, b, row_mask, col_mask)
+    K, u = (-(cost - cost.amin((-2, -1), keepdim=True)) / eps).exp(), (a > 0).to(a)
+    for _ in range(iters):
+        v = b / (K.mT @ u[..., None])[..., 0]
+        u = a / (K @ v[..., None])[..., 0]
+    return u[..., None] * K * v[..., None, :]
+
+
+def potentials_loop(cost, a, b, eps, iters, row_mask, col_mask, u_cut=lambda u: u, v_cut=lambda v: v):
+    a, b = uniform(cost, a, b, row_mask, col_mask)
+    log_a, log_b = (z.clamp_min(1e-300).log().where(z > 0, -1e30) for z in (a, b))
+    K, u = -cost / eps, torch.where(a > 0, 0.0, -1e30).to(a)
+    for _ in range(iters):
+        v = log_b - (K + u_cut(u)[..., None]).logsumexp(-2)
+        u = log_a - (K + v_cut(v)[..., None, :]).logsumexp(-1)
+    return (K + u[..., None] + v[..., None, :]).exp()
+
+
+@bug("sinkhorn", THROUGH, "The plan is made under no_grad: whatever is trained on it learns nothing.")
+def under_no_grad(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    return sinkhorn(cost, a, b, eps, iters, row_mask, col_mask).detach() + 0 * cost.sum()
+
+
+@bug("sinkhorn", THROUGH, "The row potentials are detached between iterations: only the last one is felt.")
+def rows_detached(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    return potentials_loop(cost, a, b, eps, iters, row_mask, col_mask, u_cut=torch.Tensor.detach)
+
+
+@bug("sinkhorn", THROUGH, "The column potentials are detached inside the loop.")
+def columns_detached(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    return potentials_loop(cost, a, b, eps, iters, row_mask, col_mask, v_cut=torch.Tensor.detach)
+
+
+@bug("sinkhorn", SINGLE, "Solved in float64, and the plan is left there.")
+def solved_in_float64(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    a, b = (z if z is None else z.double() for z in (a, b))
+    return sinkhorn(cost.double(), a, b, eps, iters, row_mask, col_mask)
+
+
+@bug("sinkhorn_cost", SHORT, "No floor under the lengths: a row of zeros makes value and gradients NaN.")
+def no_floor(x, y, a=None, b=None, eps=0.05, iters=100):
+    p, q = (z / z.norm(dim=-1, keepdim=True) for z in (x, y))
+    C = (1 - p @ q.T).nan_to_num(1.0)
+    return (sinkhorn(C, a, b, eps, iters).detach() * C).sum()
+
+
+@bug("sinkhorn_cost", SHORT, "The floor is 1e-12: the slope of a short row is ten million times as large.")
+def lower_floor(x, y, a=None, b=None, eps=0.05, iters=100):
+    p, q = (torch.nn.functional.normalize(z, dim=-1) for z in (x, y))
+    C = 1 - p @ q.T
+    return (sinkhorn(C, a, b, eps, iters).detach() * C).sum()
+
+
+@bug("sinkhorn_cost", SHORT, "A row below the floor receives no gradient.", rung="np")
+def nothing_for_short_rows(x, y, a=None, b=None, eps=0.05, iters=100):
+    value, (dx, dy) = sinkhorn_cost_np(x, y, a, b, eps, iters)
+    return value, tuple(d * (np.linalg.norm(z, axis=1) > 1e-5)[:, None] for d, z in ((dx, x), (dy, y)))
+
+
+@bug("sinkhorn_cost", COST, "The cosines are float64, and float32 leaves as float64.")
+def computed_in_float64(x, y, a=None, b=None, eps=0.05, iters=100):
+    return sinkhorn_cost(x.double(), y.double(), a, b, eps, iters)
+
+
+@bug("sinkhorn_cost", KEPT, "The plain function: the plan is kept for the backward pass.", rung="fused")
+def plain(x, y, a=None, b=None, eps=0.05, iters=100):
+    return sinkhorn_cost(x, y, a, b, eps, iters)
+
+
+@bug("sinkhorn_cost", KEPT, "The gradient by the plan as a coefficient, which autograd keeps.", rung="fused")
+def plan_as_a_coefficient(x, y, a=None, b=None, eps=0.05, iters=100):
+    p, q = unit(x), unit(y)
+    with torch.no_grad():
+        T = sinkhorn(1 - p @ q.T, a, b, eps, iters)
+    return T.sum() - (p * (T @ q)).sum()

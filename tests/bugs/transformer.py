@@ -5,6 +5,7 @@ import numpy as np
 from minivlp.transformer import layer_norm, layer_norm_np
 from tests.laws import bug
 
+CONSTANT, LONG, SINGLE = "constant_rows_are_divided_by_root_eps", "long_rows_turn_slowly", "float32_is_enough"
 LOOP, SHIFT, SLOPES = "equals_the_slow_loop", "ignores_a_common_shift", "gradients_are_the_slopes"
 
 
@@ -57,3 +58,39 @@ def weight_applied_late(x, weight, bias, eps=1e-6, grad=None):
 @bug("layer_norm", SLOPES, "The bias detached.")
 def frozen_bias(x, weight, bias, eps=1e-6):
     return layer_norm(x, weight, bias.detach(), eps)
+
+
+@bug(
+    "layer_norm", CONSTANT, "No gradient where a row does not vary: its divisor √eps is forgotten.", rung="np"
+)
+def nothing_for_constant_rows(x, weight, bias, eps=1e-6, grad=None):
+    out, (dx, dweight, dbias) = layer_norm_np(x, weight, bias, eps, grad)
+    return out, (np.where(x.var(-1, keepdims=True) < 1e-20, 0, dx), dweight, dbias)
+
+
+@bug("layer_norm", CONSTANT, "The divisor is a fixed number where the variance is 0, not √eps.", rung="np")
+def another_floor(x, weight, bias, eps=1e-6, grad=None):
+    out, (dx, dweight, dbias) = layer_norm_np(x, weight, bias, eps, grad)
+    return out, (np.where(x.var(-1, keepdims=True) < 1e-20, dx * eps**0.5, dx), dweight, dbias)
+
+
+@bug("layer_norm", LONG, "eps is forgotten in the gradient where it is small: 1/√var.", rung="np")
+def small_eps_forgotten(x, weight, bias, eps=1e-6, grad=None):
+    out, (dx, dweight, dbias) = layer_norm_np(x, weight, bias, eps, grad)
+    variance = x.var(-1, keepdims=True)
+    bare = layer_norm_np(x, weight, bias, 1e-30, grad)[1][0]
+    return out, (np.where((eps < 1e-3) & (variance > 1e-20), bare, dx), dweight, dbias)
+
+
+@bug(
+    "layer_norm", LONG, "The divisor is held below 1,000 in the gradient: long rows turn too fast.", rung="np"
+)
+def divisor_held_below(x, weight, bias, eps=1e-6, grad=None):
+    out, (dx, dweight, dbias) = layer_norm_np(x, weight, bias, eps, grad)
+    root = np.sqrt(x.var(-1, keepdims=True) + eps)
+    return out, (dx * root / root.clip(None, 1e3), dweight, dbias)
+
+
+@bug("layer_norm", SINGLE, "The statistics are float64, and float32 leaves as float64.")
+def statistics_in_float64(x, weight, bias, eps=1e-6):
+    return layer_norm(x.double(), weight, bias, eps)

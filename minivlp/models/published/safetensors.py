@@ -17,12 +17,12 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minivlp.core import require
 from minivlp.core.files import whole_file
@@ -33,6 +33,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+Module = TypeVar("Module", bound=nn.Module)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
 
@@ -160,6 +161,29 @@ def load_state(source: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(config, dict):
         require.fail(str(beside), "must be a JSON object", type(config).__name__)
     return _tensors(state), config
+
+
+def save_state(folder: str | os.PathLike, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    """Write `model.safetensors` and `config.json` to a folder, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode())
+    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
+
+
+def filled(new: Callable[[], Module], tensors: Mapping[str, Tensor], spelling: Mapping[str, str]) -> Module:
+    """A new model, on CPU, with these tensors for its weights; `spelling` is what their source calls them.
+
+    Raises ValueError on a wrong shape.
+    """
+    with torch.device("meta"):  # shapes only: no random numbers are drawn for weights that are replaced
+        model = new()
+    for name, empty in model.state_dict().items():
+        if tensors[name].shape != empty.shape:
+            require.fail(spelling[name], f"must have shape {tuple(empty.shape)}", tuple(tensors[name].shape))
+    model.to_empty(device="cpu").load_state_dict(tensors)
+    return model
 
 
 def _tensors(state: Any) -> dict[str, Tensor]:

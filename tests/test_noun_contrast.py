@@ -5,20 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from minivlp.recipes.curriculum import Part, Stage
-from minivlp.recipes.train import new_model
 
 from minivlp.data import Scenes, scene_pixels
 from minivlp.data.probes import hide_slots
-from minivlp.recipes.noun_contrast import SCALE, apart_loss, encode_apart
-from minivlp.recipes.vilt_batches import SceneRows
-from tests.test_train import CONFIG, EMOJIVL, NOUNS, TOKENIZER
+from minivlp.recipes.noun_contrast import SCALE, encode_separately, noun_contrast_loss
+from minivlp.recipes.vilt_batches import Part, SceneBatches, Stage, Wrong
+from tests.test_train import CONFIG, EMOJIVL, NOUNS, TOKENIZER, new_model
 
 DEEP = replace(CONFIG, layers=3)
 
 
 def model(config=DEEP):
-    return new_model(config, len(TOKENIZER)).double()
+    return new_model(config).double()
 
 
 def batch(B=5, L=7, padded=2):
@@ -31,15 +29,15 @@ def batch(B=5, L=7, padded=2):
     return ids, mask, noun, torch.randn(B, 3, 48, 48, generator=g, dtype=torch.float64)
 
 
-def stage_rows(*parts, apart=1.0, step=0, batch=40):
-    return SceneRows(EMOJIVL, NOUNS, TOKENIZER, (Stage(1.0, parts, apart),), 20, batch, 0)(step)
+def stage_batches(*parts, contrast=1.0, step=0, batch=40):
+    return SceneBatches(EMOJIVL, NOUNS, TOKENIZER, (Stage(1.0, parts, contrast),), 20, batch, 0)(step)
 
 
 def test_neither_sees_the_other():
     net, (ids, mask, _, pixels) = model(), batch()
-    words, patches = encode_apart(net, ids, mask, pixels, 2)
-    other_words, _ = encode_apart(net, ids, mask, -pixels, 2)
-    _, other_patches = encode_apart(net, ids.flip(1), mask, pixels, 2)
+    words, patches = encode_separately(net, ids, mask, pixels, 2)
+    other_words, _ = encode_separately(net, ids, mask, -pixels, 2)
+    _, other_patches = encode_separately(net, ids.flip(1), mask, pixels, 2)
     assert torch.equal(words, other_words) and torch.equal(patches, other_patches)
     assert words.shape == (5, 7, 16) and patches.shape == (5, 36, 16)
 
@@ -53,14 +51,14 @@ def test_they_pass_the_blocks_that_read_pairs():
     z = torch.cat([text, image], 1)
     for layers in (1, 2, 3):
         z = net.encoder.blocks[layers - 1](z, keys)
-        words, patches = encode_apart(net, ids, mask, pixels, layers)
+        words, patches = encode_separately(net, ids, mask, pixels, layers)
         torch.testing.assert_close(words, z[:, :7])
         torch.testing.assert_close(patches, z[:, 8:])  # without the image's [CLS]
 
 
 def by_hand(net, ids, mask, noun, pixels):
     """The definition, one caption, one picture and one piece of its noun at a time."""
-    words, patches = encode_apart(net, ids, mask, pixels, 2)  # half of 3 blocks
+    words, patches = encode_separately(net, ids, mask, pixels, 2)  # half of 3 blocks
     words, patches = (z - z.mean(-1, keepdim=True) for z in (words, patches))
     cos = torch.nn.functional.cosine_similarity
     B, S = len(ids), torch.zeros(len(ids), len(ids), dtype=torch.float64)
@@ -80,7 +78,7 @@ def test_it_is_infonce_of_what_nouns_find(equal):
     """Also when captions are equal: they are no rivals of each other."""
     net, (ids, mask, noun, pixels) = model(), batch()
     ids[list(equal)] = ids[0].clone()
-    loss = float(apart_loss(net, ids, mask, noun, pixels).detach())
+    loss = float(noun_contrast_loss(net, ids, mask, noun, pixels).detach())
     assert math.isclose(loss, by_hand(net, ids, mask, noun, pixels), abs_tol=1e-6)
     assert (loss > 0.1) == (len(equal) < 5)
 
@@ -90,7 +88,7 @@ def test_other_words_say_nothing_by_themselves():
     net, (ids, mask, noun, pixels) = model(), batch()
     for block in net.encoder.blocks:
         torch.nn.init.zeros_(block.proj.weight)  # no word sees another
-    apart_loss(net, ids, mask, noun, pixels).backward()
+    noun_contrast_loss(net, ids, mask, noun, pixels).backward()
     felt = {int(i) for i in net.word.weight.grad.abs().sum(1).nonzero()}
     assert felt == set(ids[noun].tolist())
     assert net.pooler.weight.grad is None and net.encoder.blocks[2].qkv.weight.grad is None
@@ -98,24 +96,24 @@ def test_other_words_say_nothing_by_themselves():
 
 def test_gradients_pull_a_noun_to_its_picture():
     net, data = model(), batch()
-    before = apart_loss(net, *data)
+    before = noun_contrast_loss(net, *data)
     before.backward()
     with torch.no_grad():
         for p in net.parameters():
             if p.grad is not None:
                 p -= 1e-3 * p.grad
-    assert apart_loss(net, *data).item() < before.item()
+    assert noun_contrast_loss(net, *data).item() < before.item()
 
 
 PARTS = (
     Part("one", 0.3, canvas=24),
     Part("pick", 0.3),
-    Part("pair", 0.4, wrong=(0.3, 0.2, 0.2)),
+    Part("pair", 0.4, wrong=Wrong(0.3, 0.2, 0.2)),
 )
 
 
-def test_captions_are_true_of_the_picture_in_their_row():
-    """Whatever is asked of the row: hidden words and wrong pairs change its text, not what is true of it.
+def test_captions_are_true_of_the_picture_in_their_example():
+    """Whatever is asked of the example: hidden words and wrong pairs change its text, not what is true of it.
 
     One noun is marked, and no other shows.
     """
@@ -123,24 +121,24 @@ def test_captions_are_true_of_the_picture_in_their_row():
     drawn = [scenes[p][40 * 3 + i] for p in PARTS for i in range(round(p.share * 40))]
     shown = {scene_pixels([scene]).numpy().tobytes(): scene for scene in drawn}
     exchanged, looked = 0, [0, 0]
-    for rows in stage_rows(*PARTS, step=3):
-        for i, caption in enumerate(rows.captions):
-            scene = shown[rows.pixels[i].numpy().tobytes()]
-            noun = TOKENIZER.decode(caption[rows.noun[i]].tolist())
+    for examples in stage_batches(*PARTS, step=3):
+        for i, caption in enumerate(examples.contrast_ids):
+            scene = shown[examples.pixels[i].numpy().tobytes()]
+            noun = TOKENIZER.decode(caption[examples.noun[i]].tolist())
             which = [slot.split(" ", 1)[1] for slot in scene.slots].index(noun)
             looked[which] += 1
             said = scene.caption if len(scene.slots) == 1 else hide_slots(scene, [1 - which], TOKENIZER)[0]
-            assert caption[rows.caption_mask[i]].tolist() == TOKENIZER.batch([said])[0][0].tolist()
-            exchanged += int(rows.align[i] == -1)
+            assert caption[examples.contrast_mask[i]].tolist() == TOKENIZER.batch([said])[0][0].tolist()
+            exchanged += int(examples.align[i] == -1)
     assert exchanged and looked[0] > looked[1] > 3  # of a pair either noun, by chance
 
 
-def test_a_stage_decides_whether_its_rows_are_read_apart():
-    whole, half, without = (stage_rows(*PARTS, apart=share) for share in (1.0, 0.5, 0.0))
+def test_a_stage_decides_whether_its_examples_are_read_separately():
+    whole, half, without = (stage_batches(*PARTS, contrast=share) for share in (1.0, 0.5, 0.0))
     for a, h, b in zip(whole, half, without, strict=True):
         read = h.noun.any(1)
         assert a.noun.any(1).all() and int(read.sum()) == math.ceil(len(read) / 2)
-        assert b.captions is None and b.noun is None
+        assert b.contrast_ids is None and b.contrast_mask is None and b.noun is None
         assert all(torch.equal(getattr(a, k), v) for k, v in vars(b).items() if v is not None)
 
 
@@ -148,15 +146,15 @@ def test_a_stage_decides_whether_its_rows_are_read_apart():
 def test_a_model_has_no_such_block(layers):
     net, (ids, mask, _, pixels) = model(), batch()
     with pytest.raises(ValueError, match=rf"layers must lie in \[1, 3\], got {layers}"):
-        encode_apart(net, ids, mask, pixels, layers)
+        encode_separately(net, ids, mask, pixels, layers)
 
 
 def test_a_caption_without_a_noun_is_refused():
     net, (ids, mask, noun, pixels) = model(), batch()
     noun[3] = False
     with pytest.raises(ValueError, match="x_mask"):
-        apart_loss(net, ids, mask, noun, pixels)
+        noun_contrast_loss(net, ids, mask, noun, pixels)
 
 
 def test_a_model_of_one_block_has_a_half():
-    assert math.isfinite(apart_loss(model(CONFIG), *batch()).item())
+    assert math.isfinite(noun_contrast_loss(model(CONFIG), *batch()).item())
