@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minivlp.core.precision import without_autocast, working  # noqa: F401, attention.py takes `working` here
+from minivlp.core.precision import without_autocast
 from minivlp.core.require import fail
 
 # Rows and columns of a tile: two tiles of float32 are 4 MB. Larger ones leave the caches before the step has

@@ -109,14 +109,18 @@ def loss(value: Any, **source: Any) -> Any:
     It is not where scores overflow, and then no gradient means anything.
     """
     ((name, array),) = source.items()
-    if isinstance(value, Tensor):
-        value = held = value.to(array.dtype)
-    else:
-        with np.errstate(all="ignore"):
-            value, held = float(value), array.dtype.type(value)
-    if not math.isfinite(_number(name, held)):
-        fail(name, f"must give a loss that is finite in {array.dtype}", _number(name, value))
+    value = value.to(array.dtype) if isinstance(value, Tensor) else float(value)
+    held(value, "loss", name, array.dtype)
     return value
+
+
+def held(value: Any, what: str, name: str, dtype: Any) -> None:
+    """Refuse argument `name` for a loss, or another thing that is made of it, that `dtype` cannot hold."""
+    with np.errstate(all="ignore"):
+        value = value if isinstance(value, Tensor) else np.asarray(value).astype(dtype)
+    if not math.isfinite(_total(value)) and bool((abs(value) == math.inf).any() | (value != value).any()):
+        endless = value[~(abs(value) < math.inf)]
+        fail(name, f"must give a {what} that is finite in {dtype}", float(endless.reshape(-1)[0]))
 
 
 def mask(name: str, array: Any, whole_rows: bool = False) -> None:
