@@ -34,16 +34,18 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
+from minivlp.core.precision import at_least_float32, without_autocast, working, working_np
 
 
-def _check_shapes(q, k, v, mask) -> tuple[int, ...]:
+def _check_shapes(library, q, k, v, mask) -> tuple[int, ...]:
     """Refuse bad arrays and masks that do not fit them; return (B, H, Lq, Lk)."""
-    sizes = require.shapes(q=(q, "B H Lq d"), k=(k, "B H Lk d"), v=(v, "B H Lk d"))
+    sizes = require.shapes(library, q=(q, "B H Lq d"), k=(k, "B H Lk d"), v=(v, "B H Lk d"))
     require.floats(q=q, k=k, v=v)
     if not sizes["Lk"] or not sizes["d"]:
         require.fail("k", "must hold at least one key of width ≥ 1", tuple(k.shape))
     full = tuple(sizes[letter] for letter in ("B", "H", "Lq", "Lk"))
     if mask is not None:
+        require.of_library(library, "mask", mask)
         require.mask("mask", mask)
         trailing = full[len(full) - mask.ndim :]
         if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape, trailing, strict=True)):
@@ -63,9 +65,9 @@ def _allowed(q, k, mask, causal: bool):
     return past if mask is None else mask & past
 
 
-def _check(q, k, v, mask, causal: bool):
+def _check(library, q, k, v, mask, causal: bool):
     """Refuse bad input; return which (query, key) pairs are allowed, or None when all are."""
-    _check_shapes(q, k, v, mask)
+    _check_shapes(library, q, k, v, mask)
     mask = _allowed(q, k, mask, causal)
     if mask is not None:
         require.mask("mask", mask, whole_rows=True)
@@ -77,9 +79,10 @@ def attention_np(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask=None, causal=
 
     q (B, H, Lq, d), k and v (B, H, Lk, d), mask bool broadcasting to (B, H, Lq, Lk), grad (B, H, Lq, d) the
     upstream gradient (None = ones). Returns `(out (B, H, Lq, d), (dq, dk, dv))`. Raises ValueError on bad
-    shapes, dtypes, NaN, and when a query may see no key.
+    shapes, mixed dtypes, NaN, infinities, when a query may see no key and when scores overflow.
     """
-    allowed = _check(q, k, v, mask, causal)
+    allowed, dtype = _check(np.ndarray, q, k, v, mask, causal), q.dtype
+    q, k, v = working_np(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1])
     S = q @ k.swapaxes(-1, -2) * scale  # (B, H, Lq, Lk)
     if allowed is not None:
@@ -87,6 +90,7 @@ def attention_np(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask=None, causal=
     P = np.exp(S - S.max(-1, keepdims=True))  # the largest exponent is 0: nothing overflows
     P /= P.sum(-1, keepdims=True)
     out = P @ v  # (B, H, Lq, d)
+    require.held(out, "result", "q", dtype)
     G = np.ones_like(out) if grad is None else grad
     # O_i = Σ_j P_ij V_j, so V_j collects P_ij G_i over the queries.
     dv = P.swapaxes(-1, -2) @ G
@@ -105,10 +109,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     """Attention: q (B, H, Lq, d), k and v (B, H, Lk, d) → (B, H, Lq, d).
 
     mask is bool, True = may look, and broadcasts to (B, H, Lq, Lk): a key padding mask (B, Lk) comes as
-    `mask[:, None, None]`. Raises ValueError on bad shapes, dtypes, NaN, and when a query may see no key.
+    `mask[:, None, None]`. Errors as in `attention_np`. Half precisions are added up in float32, also under
+    autocast.
     """
-    _check(q, k, v, mask, causal)
-    return attend(q, k, v, mask, causal)
+    _check(Tensor, q, k, v, mask, causal)
+    with at_least_float32(q, k, v) as (x, y, z):
+        out = attend(x, y, z, mask, causal).to(q.dtype)
+    require.held(out, "result", "q", q.dtype)
+    return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -129,8 +137,10 @@ def attention_fused(
     In units of B·H·Lq·Lk numbers the plain rung moves S, its mask, its softmax and the gradients of both
     through memory, some 12; this one keeps tiles of them in the cache, and makes S twice for it.
     """
-    full = _check_shapes(q, k, v, mask)
-    return _Fused.apply(q, k, v, None if mask is None else mask.expand(full), causal)
+    full = _check_shapes(Tensor, q, k, v, mask)
+    out = stream.differentiable(_Fused, q, k, v, None if mask is None else mask.expand(full), causal)
+    require.held(out, "result", "q", q.dtype)
+    return out
 
 
 def _forbid(S: Tensor, rows, columns, mask: Tensor | None, causal: bool) -> Tensor:
@@ -169,11 +179,10 @@ def attend_back_tile(S, spare, rows, columns, v, mask, causal, lse, G, inner, dv
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, causal):
-        x, y, z = (t.flatten(0, 1) for t in stream.working(q, k, v))  # (B·H, L, d)
+        x, y, z = (t.flatten(0, 1) for t in working(q, k, v))  # (B·H, L, d)
         top, total, out = x.new_full(x.shape[:2], -math.inf), x.new_zeros(x.shape[:2]), torch.zeros_like(x)
         ctx.scale, ctx.causal = 1 / math.sqrt(q.shape[-1]), causal
-        with torch.autocast(q.device.type, enabled=False):
-            stream.fold(attend_tile, x, y, z, mask, causal, top, total, out, scale=ctx.scale)
+        stream.fold(attend_tile, x, y, z, mask, causal, top, total, out, scale=ctx.scale)
         if bool((top == -math.inf).any()):
             require.fail("mask", "must have a True in every row", "an all-False row")
         out = out.div_(total[..., None]).view(q.shape).to(q.dtype)
@@ -184,9 +193,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, upstream):
         stream.refuse_create_graph()
         *arrays, mask, out, lse = ctx.saved_tensors
-        x, y, z, O, G = (t.flatten(0, 1) for t in stream.working(*arrays, out, upstream))
+        x, y, z, O, G = (t.flatten(0, 1) for t in working(*arrays, out, upstream))
         inner, dv = (G * O).sum(-1), torch.zeros_like(z)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dq, dk, _ = stream.accumulate(
                 attend_back_tile,
                 x,

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from minivlp import stream
 from minivlp.core import require
-from minivlp.core.precision import working, working_np
+from minivlp.core.precision import without_autocast, working, working_np
 from minivlp.core.transport import alignment_grads, cosines, gibbs, ipot_scalings, within_range
 from minivlp.sinkhorn import (
     LARGEST,
@@ -270,7 +270,7 @@ class _Fused(torch.autograd.Function):
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]  # unpacked once: it may be made anew
         inputs, potentials = saved[:4], saved[4:]
         gradients = [z.new_zeros(z.shape) if n else None for z, n in zip(inputs, wanted, strict=False)]
-        with torch.autocast(upstream.device.type, enabled=False):
+        with without_autocast(upstream):
             for group, u, v in zip(ctx.groups, potentials[::2], potentials[1::2], strict=True):
                 g = _gather(group, *inputs, ctx.beta)
                 T = _plan(g, u, v, ctx.iters).mul_(upstream[group[0], None, None])

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.core.precision import at_least_float32, working_np
 
 
-def _check(images, weight, bias) -> int:
+def _check(library, images, weight, bias) -> int:
     """Refuse what is not `images (B, C, H, W)`, `weight (D, C, p, p)`, `bias (D,)`; return p."""
-    sizes = require.shapes(images=(images, "B C H W"), weight=(weight, "D C p p"), bias=(bias, "D"))
+    sizes = require.shapes(library, images=(images, "B C H W"), weight=(weight, "D C p p"), bias=(bias, "D"))
     require.floats(images=images, weight=weight, bias=bias)
     _check_grid(sizes["H"], sizes["W"], sizes["p"])
     return sizes["p"]
@@ -95,12 +96,15 @@ def patch_embed_np(images: np.ndarray, weight: np.ndarray, bias: np.ndarray, gra
     """Patch embedding and its gradients by hand.
 
     images (B, C, H, W), weight (D, C, p, p), bias (D,), grad (B, N, D) the upstream gradient (None = ones).
-    Returns `(out (B, N, D), (d images, d weight, d bias))`. Raises ValueError on bad shapes, dtypes or NaN.
+    Returns `(out (B, N, D), (d images, d weight, d bias))`. Raises ValueError on bad shapes, mixed
+    dtypes, NaN, infinities and sums that overflow.
     """
-    p = _check(images, weight, bias)
+    p, dtype = _check(np.ndarray, images, weight, bias), images.dtype
+    images, weight, bias = working_np(images, weight, bias)
     u = to_patches(images, p)  # (B, N, C·p·p)
     W = weight.reshape(len(weight), -1)  # (D, C·p·p)
     out = u @ W.T + bias  # (B, N, D)
+    require.held(out, "result", "images", dtype)
     G = np.ones_like(out) if grad is None else grad
     # out_bnd = Σ_k u_bnk W_dk + bias_d: each factor's gradient is G times the other, summed over b and n.
     dW = np.einsum("bnd,bnk->dk", G, u).reshape(weight.shape)
@@ -113,10 +117,13 @@ def patch_embed_np(images: np.ndarray, weight: np.ndarray, bias: np.ndarray, gra
 def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Patch embedding: images (B, C, H, W), weight (D, C, p, p), bias (D,) → (B, N, D), row-major patches.
 
-    Raises ValueError on bad shapes, dtypes or NaN, and when H or W is not a multiple of p.
+    Raises ValueError as `patch_embed_np` does. Half precisions are added up in float32, also under autocast.
     """
-    _check(images, weight, bias)
-    return embed(images, weight, bias)
+    _check(Tensor, images, weight, bias)
+    with at_least_float32(images, weight, bias) as arrays:
+        out = embed(*arrays).to(images.dtype)
+    require.held(out, "result", "images", images.dtype)
+    return out
 
 
 def embed(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,8 +139,11 @@ def patch_embed_fused(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     In PyTorch on CPUs the convolution is the slower one all the same (`python -m minivlp bench --only
     patch`), so models take the plain rung.
     """
-    p = _check(images, weight, bias)
-    return F.conv2d(images, weight, bias, stride=p).flatten(2).mT  # (B, D, rows, columns) → (B, N, D)
+    p = _check(Tensor, images, weight, bias)
+    with at_least_float32(images, weight, bias) as arrays:
+        out = F.conv2d(*arrays, stride=p).flatten(2).mT.to(images.dtype)  # (B, D, rows, columns) → (B, N, D)
+    require.held(out, "result", "images", images.dtype)
+    return out
 
 
 class PatchEmbed(torch.nn.Module):

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minivlp.core.precision import working  # noqa: F401, attention.py takes it from here
+from minivlp.core.precision import without_autocast
 from minivlp.core.require import fail
 
 # Rows and columns of a tile: two tiles of float32 are 4 MB. Larger ones leave the caches before the step has
@@ -134,7 +134,7 @@ def _product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, add:
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
     """⟨xᵢ, yᵢ⟩ (…,) of the rows of x and y (…, D), in their own precision also under autocast."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return torch.linalg.vecdot(x, y)
 
 
@@ -149,8 +149,7 @@ def differentiable(function: type[torch.autograd.Function], *inputs: object) -> 
         fail("torch.func", "must be given the plain rung", "a fused one, whose gradient is made by hand")
     if not torch.is_grad_enabled():
         inputs = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
-    device = next(t.device.type for t in inputs if isinstance(t, Tensor))
-    with torch.autocast(device, enabled=False):
+    with without_autocast(next(t for t in inputs if isinstance(t, Tensor))):
         return function.apply(*inputs)
 
 

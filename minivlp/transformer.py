@@ -29,10 +29,11 @@ from torch.nn.functional import gelu, linear
 
 from minivlp.attention import attend
 from minivlp.core import require
+from minivlp.core.precision import working, working_np
 
 
-def _check(x, weight, bias, eps: float) -> None:
-    require.shapes(x=(x, "… D"), weight=(weight, "D"), bias=(bias, "D"))
+def _check(library, x, weight, bias, eps: float) -> None:
+    require.shapes(library, x=(x, "… D"), weight=(weight, "D"), bias=(bias, "D"))
     require.floats(x=x, weight=weight, bias=bias)
     require.positive(eps=eps)
 
@@ -41,12 +42,15 @@ def layer_norm_np(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: floa
     """LayerNorm over the last axis and its gradients by hand.
 
     x (…, D), weight (D,), bias (D,), eps > 0 added to the variance, grad (…, D) the upstream gradient (None =
-    ones). Returns `(out (…, D), (dx, dweight, dbias))`. Raises ValueError on bad shapes, dtypes, NaN or eps ≤
-    0.
+    ones). Returns `(out (…, D), (dx, dweight, dbias))`. Raises ValueError on bad shapes, mixed
+    dtypes, NaN, infinities, eps ≤ 0 and a variance that overflows.
     """
-    _check(x, weight, bias, eps)
+    _check(np.ndarray, x, weight, bias, eps)
+    x, weight, bias = working_np(x, weight, bias)
     centred = x - x.mean(-1, keepdims=True)  # centre first: E[x²] − E[x]² cancels when the mean is large
-    r = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)  # (…, 1)
+    variance = (centred**2).mean(-1, keepdims=True)  # (…, 1)
+    require.held(variance, "variance", "x", x.dtype)
+    r = 1 / np.sqrt(variance + eps)  # (…, 1)
     x_hat = centred * r  # (…, D)
     out = weight * x_hat + bias
     G = np.ones_like(out) if grad is None else grad
@@ -64,11 +68,14 @@ def layer_norm_np(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: floa
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm over the last axis: x (…, D), weight (D,), bias (D,) → (…, D).
 
-    Raises ValueError on bad shapes, dtypes, NaN or eps ≤ 0.
+    Errors as in `layer_norm_np`. Half precisions are added up in float32.
     """
-    _check(x, weight, bias, eps)
-    centred = x - x.mean(-1, keepdim=True)
-    return weight * centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() + bias
+    _check(Tensor, x, weight, bias, eps)
+    z, w, b = working(x, weight, bias)
+    centred = z - z.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)  # (…, 1)
+    require.held(variance, "variance", "x", z.dtype)
+    return (w * centred * (variance + eps).rsqrt() + b).to(x.dtype)
 
 
 class Block(nn.Module):

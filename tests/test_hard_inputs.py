@@ -166,8 +166,13 @@ def gives(got: list[np.ndarray], case: Case, family: str, dtype: torch.dtype) ->
         assert g.shape == wanted.shape, f"{what} has shape {g.shape}, expected {wanted.shape}"
         too_large = np.abs(wanted) > limits.max  # rounds to ∞
         assert (np.isinf(g) == too_large).all(), f"{what} is {g[~np.isfinite(g)]}, expected {wanted}"
-        # A loss near 0 is a difference of numbers near 1, a gradient of a plan one of its entries.
-        floor = 1.0 if i == 0 else float(family == "sinkhorn") * np.abs(exact[0]).max(initial=0)
+        # A loss near 0 is a difference of numbers near 1; so are the gradients of a plan and of attention of
+        # the size of their parts.
+        floor = float(i == 0)
+        if i and family == "sinkhorn":
+            floor = np.abs(exact[0]).max(initial=0)
+        if i and family == "attention":
+            floor = np.prod([np.abs(x).max(initial=0) for j, x in enumerate(case.arrays) if j != i - 1])
         size = max(np.abs(wanted).max(initial=0, where=~too_large), floor)
         allowed = 2 * np.abs(wanted - unrounded).max(initial=0, where=~too_large)
         work = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -208,7 +213,7 @@ def large(family: str) -> Case:
     return {
         "attention": Case((30 * numbers(1, 1, 40, 64), 30 * numbers(1, 1, 60, 64), numbers(1, 1, 60, 64))),
         "layer_norm": Case((200 * numbers(5, 2000), numbers(2000), numbers(2000))),
-        "patch_embed": Case((100 + numbers(1, 3, 32, 32), 1 + numbers(6, 3, 16, 16), numbers(6))),
+        "patch_embed": Case((60 + numbers(1, 3, 32, 32), 1 + numbers(6, 3, 16, 16), numbers(6))),
         "mlm_loss": Case(
             (300 * numbers(9, 40), numbers(6500, 40) / 3000, numbers(6500)),
             settings={"targets": np.arange(9)},
@@ -261,8 +266,8 @@ def test_zero_rows_in_half_precision(family):
 @every_family
 def test_lengths_at_the_ends_of_the_range(family, dtype, factors):
     """1e±20 leaves float32 when it is squared, 1e±200 float64."""
-    if family in ("sinkhorn", "ipot") and factors[0] > 1:
-        pytest.skip("costs are not lengths")
+    if family == "attention" and factors == (1e-20, 1e20) and dtype != torch.float64:
+        pytest.skip("its scores are near 1, but its gradient is 1e40")
     check(family, case_of(family).times(*factors), dtype, may_refuse=family not in COSINES)
 
 

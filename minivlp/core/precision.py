@@ -5,7 +5,7 @@ answer is rounded to the dtype of the arguments once, at its end.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -22,8 +22,14 @@ def working_np(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(a.astype(np.float32) if a.dtype == np.float16 else a for a in arrays)
 
 
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """`with without_autocast(x):` every operation in the dtype of its arguments."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 @contextmanager
 def at_least_float32(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """`with at_least_float32(images, texts) as (x, y):` the tensors as in `working`, and autocast off."""
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with without_autocast(tensors[0]):
         yield working(*tensors)

@@ -73,15 +73,20 @@ def floats(*, infinite: bool = False, **arrays: Any) -> None:
             fail(name, f"must have the dtype {arrays[first].dtype} of {first}", array.dtype)
         # One cheap pass: the sum is not finite when an entry is not. Large entries may have such a sum too,
         # hence the second look.
-        with np.errstate(all="ignore"):
-            total = _number(name, array.sum())
-        if math.isfinite(total):
+        if math.isfinite(_total(array)):
             continue
         if bool((array != array).any()):
             raise NotFinite(f"{name} must not contain NaN, got {int((array != array).sum())} NaN entries")
         endless = abs(array) == math.inf
         if not infinite and bool(endless.any()):
             raise NotFinite(f"{name} must be finite, got {int(endless.sum())} infinite entries")
+
+
+def _total(array: Any) -> float:
+    if isinstance(array, Tensor):
+        return float(array.detach().sum())
+    with np.errstate(all="ignore"):
+        return float(array.sum())
 
 
 def _meet_under_autocast(*tensors: Any) -> bool:
@@ -104,14 +109,18 @@ def loss(value: Any, **source: Any) -> Any:
     It is not where scores overflow, and then no gradient means anything.
     """
     ((name, array),) = source.items()
-    if isinstance(value, Tensor):
-        value = held = value.to(array.dtype)
-    else:
-        with np.errstate(all="ignore"):
-            value, held = float(value), array.dtype.type(value)
-    if not math.isfinite(_number(name, held)):
-        fail(name, f"must give a loss that is finite in {array.dtype}", _number(name, value))
+    value = value.to(array.dtype) if isinstance(value, Tensor) else float(value)
+    held(value, "loss", name, array.dtype)
     return value
+
+
+def held(value: Any, what: str, name: str, dtype: Any) -> None:
+    """Refuse argument `name` for a loss, or another thing that is made of it, that `dtype` cannot hold."""
+    with np.errstate(all="ignore"):
+        value = value if isinstance(value, Tensor) else np.asarray(value).astype(dtype)
+    if not math.isfinite(_total(value)) and bool((abs(value) == math.inf).any() | (value != value).any()):
+        endless = value[~(abs(value) < math.inf)]
+        fail(name, f"must give a {what} that is finite in {dtype}", float(endless.reshape(-1)[0]))
 
 
 def mask(name: str, array: Any, whole_rows: bool = False) -> None:

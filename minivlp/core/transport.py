@@ -71,13 +71,10 @@ def within_range(*sets: Tensor) -> tuple[Tensor, ...]:
 
 
 def _within_range(x: Tensor) -> Tensor:
-    if not x.numel():
+    if torch.finfo(x.dtype).max < LONG or not bool((x.detach().norm(dim=-1) > LONG).any()):
         return x
-    top = torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True)  # (…, 1)
-    if not bool((top > LONG).any()):
-        return x
-    (part,) = working(top)
-    exponent = torch.frexp(part).exponent.where(top > LONG, 0)
+    (part,) = working(torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True))  # (…, 1)
+    exponent = torch.frexp(part).exponent.where(part > LONG, 0)
     return x * torch.ldexp(torch.ones_like(part), -exponent).to(x.dtype)
 
 
