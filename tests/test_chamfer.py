@@ -110,6 +110,7 @@ def real_short_rows_have_a_slope(f, M, D, seed, short):
     weight = 0.5 / M + 0.5 * (cosines.argmax() == 0)
     close(f(x, y), (cosines.mean() + cosines.max()) / 2)
     close(f.grads(x, y)[0][0], weight * q / 1e-5)
+    close(f.grads(y, x)[1][0], weight * q / 1e-5)
 
 
 @law("chamfer", hint="float32 comes in, float32 goes out.")

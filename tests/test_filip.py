@@ -178,6 +178,7 @@ def real_short_rows_have_a_slope(f, M, D, seed, short):
     rest = x[0, 1:] / np.linalg.norm(x[0, 1:], axis=1, keepdims=True) @ q
     close(f(x, y), [[(x[0, 0] @ q / 1e-5 + rest.sum()) / M]])
     close(f.grads(x, y)[0][0, 0], q / 1e-5 / M)
+    close(f.grads(y, x[:, :1])[1][0, 0], q / 1e-5)
 
 
 @law("late_interaction", hint="float32 comes in, float32 goes out.")
@@ -198,6 +199,22 @@ def padded_zero_rows_spoil_no_loss(f, case):
     for gradient, other, real in zip(found, wanted, (x_mask[..., None], y_mask[..., None], 1), strict=True):
         assert np.isfinite(gradient).all(), "a row of zeros, masked or not, makes a gradient infinite or NaN"
         close(gradient, other * real, atol=1e-10)
+
+
+@law(
+    "filip", hint="A real row shorter than 1e-5 is divided by 1e-5: its slope is that of its unit row / 1e-5."
+)
+@given(B=sizes(4, 2), D=sizes(5, 2), short=st.sampled_from([0.0, 1e-7]), seed=st.integers(0, 99))
+def real_short_rows_have_a_slope_in_the_loss(f, B, D, short, seed):
+    x, y = np.random.default_rng(seed).standard_normal((2, B, D))
+    x[0] *= short
+    y[-1] *= short
+    p, q = (z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-5) for z in (x, y))
+    S = 3.0 * p @ q.T  # with one token a side the loss is InfoNCE
+    G = sum(np.exp(S - np.logaddexp.reduce(S, a, keepdims=True)) for a in (0, 1)) - 2 * np.eye(B)
+    dx, dy, _ = f.grads(x[:, None], y[:, None], 3.0)
+    close(dx[0, 0], 3.0 * (G / (2 * B))[0] @ q / 1e-5, rtol=1e-8, atol=1e-7)
+    close(dy[-1, 0], 3.0 * (G / (2 * B))[:, -1] @ p / 1e-5, rtol=1e-8, atol=1e-7)
 
 
 @law("filip", hint="P is a softmax however large the scale is: clip nothing, and a sure mistake pulls fully.")

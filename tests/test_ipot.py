@@ -166,14 +166,19 @@ def padded_zero_rows_spoil_nothing(f, case, seed):
 def real_short_rows_have_a_slope(f, case, short):
     words, patches, word_mask, patch_mask = case
     words[:, 0] *= short
+    patches[:, -1] *= short
     settings = {"word_mask": word_mask, "patch_mask": patch_mask, "iters": 5}
-    value, (dwords, _) = f(words, patches, **settings), f.grads(words, patches, **settings)
+    value, (dwords, dpatches) = f(words, patches, **settings), f.grads(words, patches, **settings)
     for b, C, T in by_pair(*case, 5):
         close(value[b], (T * C).sum())
+        p, q = (
+            z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-5)
+            for z in (words[b][word_mask[b]], patches[b][patch_mask[b]])
+        )
         if word_mask[b, 0]:
-            q = patches[b][patch_mask[b]]
-            q = q / np.maximum(np.linalg.norm(q, axis=1, keepdims=True), 1e-5)
             close(dwords[b, 0], -T[0] @ q / 1e-5, rtol=1e-8, atol=1e-8)
+        if patch_mask[b, -1]:
+            close(dpatches[b, -1], -T[:, -1] @ p / 1e-5, rtol=1e-8, atol=1e-8)
 
 
 @law("wpa", hint="float32 comes in, float32 goes out.")

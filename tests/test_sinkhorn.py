@@ -186,13 +186,15 @@ def gradients_hold_the_plan_fixed(f, case):
 def short_rows_have_a_slope(f, case, short):
     x, y, a, b = case
     x[0] *= short
+    y[-1] *= short
     C = cosine_cost(x, y)
     T = slow_sinkhorn(C, a, b, 0.3, 20)
     close(f(x, y, a=a, b=b, eps=0.3, iters=20), (T * C).sum())
     dx, dy = f.grads(x, y, a=a, b=b, eps=0.3, iters=20)
-    q = y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-5)
-    assert np.isfinite(dy).all(), "a row of zeros makes a gradient infinite or NaN"
+    p, q = (z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-5) for z in (x, y))
+    assert np.isfinite(dx).all() and np.isfinite(dy).all(), "a row of zeros makes a gradient infinite or NaN"
     close(dx[0], -T[0] @ q / 1e-5, rtol=1e-8, atol=1e-8)
+    close(dy[-1], -T[:, -1] @ p / 1e-5, rtol=1e-8, atol=1e-8)
 
 
 @law("sinkhorn_cost", hint="float32 comes in, float32 goes out.")

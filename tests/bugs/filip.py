@@ -103,6 +103,7 @@ def split_between_ties(x, y, x_mask=None, y_mask=None):
 
 
 PADDED, SHORT, SINGLE = "padded_zero_rows_spoil_nothing", "real_short_rows_have_a_slope", "float32_is_enough"
+LOSS_SHORT = "real_short_rows_have_a_slope_in_the_loss"
 LOSS_PADDED, HARD = "padded_zero_rows_spoil_no_loss", "gradients_hold_at_every_scale"
 FIRST, LOSS_SINGLE = "the_first_of_equal_partners_learns", "float32_is_enough_for_the_loss"
 EQUAL, ORDER, ONE = "equal_scores_cost_log_B", "pairs_come_in_any_order", "one_token_each_is_infonce"
@@ -237,6 +238,19 @@ def no_floor_in_the_loss(images, texts, scale, image_mask=None, text_mask=None):
     p, q = bare(images), bare(texts)
     image, text = by_units(p, q, image_mask, text_mask), by_units(q, p, text_mask, image_mask).T
     return choices(image, text, scale)
+
+
+@bug("filip", LOSS_SHORT, "The floor is 1e-12: the slope of a short row is ten million times as large.")
+def lower_floor_in_the_loss(images, texts, scale, image_mask=None, text_mask=None):
+    p, q = (torch.nn.functional.normalize(z, dim=-1) for z in (images, texts))
+    image, text = by_units(p, q, image_mask, text_mask), by_units(q, p, text_mask, image_mask).T
+    return choices(image, text, scale)
+
+
+@bug("filip", LOSS_SHORT, "A row below the floor receives no gradient.", rung="np")
+def nothing_for_short_rows_in_the_loss(images, texts, scale, image_mask=None, text_mask=None):
+    value, (dimages, dtexts, dscale) = filip_np(images, texts, scale, image_mask, text_mask)
+    return value, (dimages * (unit_np(images)[1] > 1e-5), dtexts * (unit_np(texts)[1] > 1e-5), dscale)
 
 
 @bug("filip", HARD, "Scores are cut off at ± 20 in the gradient.")
