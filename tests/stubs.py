@@ -48,7 +48,8 @@ def stub_file(concept: str) -> str:
     stubs = [stub(one) for one in ours]
     words = set(re.findall(r"\w+", "\n".join(re.sub(r'""".*?"""', "", s, flags=re.DOTALL) for s in stubs)))
     words |= {"np"} | ({"torch", "Tensor"} if any(one.rung in ("torch", "fused") for one in ours) else set())
-    words = (words | set().union(*map(hinted, ours))) - {one.name for one in ours}
+    hints = set().union(*map(hinted, ours)) - {one.name for one in ours}
+    words |= hints
     lines, home, own = {"import torch"} if "torch" in words else set(), set(), []
     if any(one.rung == "fused" for one in ours):
         home.add("from minivlp import stream")
@@ -60,7 +61,7 @@ def stub_file(concept: str) -> str:
                 (home if library else lines).add(ast.unparse(node))
         elif isinstance(node, ast.Assign):
             own += [t.id for t in node.targets if isinstance(t, ast.Name) and t.id in words]
-        elif isinstance(node, ast.FunctionDef) and node.name in words:
+        elif isinstance(node, ast.FunctionDef) and node.name in hints:
             own.append(node.name)
     if own:
         home.add(f"from minivlp.{concept} import {', '.join(sorted(own))}")

@@ -94,10 +94,18 @@ def test_the_table_tells_the_truth(one):
 
 
 @ALL
+def test_no_law_gives_the_formula_away(one):
+    """The graded hints do; a law that is broken for the first time does not say what the gradient is."""
+    load_bugs(one.concept)
+    for law in LAWS[one.family].values():
+        assert not re.search(r"(?<!/)\bd[a-zA-Z]{1,9} = |\bG = |one-hot", law.hint), law.name
+
+
+@ALL
 def test_an_untouched_stub_is_what_the_library_says(one):
     """Signature and docstring; a stub that the learner has begun is the learner's."""
     if one.path.exists() and untouched(one):
-        source = one.path.read_text(encoding="utf-8")
+        source = course.read(one.path)
         now = stubs.segment(source, functions(source)[one.name])
         assert now == stubs.stub(one), "the library has changed: run python -m chapters reset --stubs"
 

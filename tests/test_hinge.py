@@ -56,7 +56,10 @@ def equals_the_slow_loop(f, case):
     close(f(x, y, **settings), slow_loop(x, y, **settings))
 
 
-@law("hinge", hint="G has +1 where a cost counts and −1 on the diagonal for each; dx = G y, dy = Gᵀ x.")
+@law(
+    "hinge",
+    hint="Each cost that counts pushes one negative and pulls the pair: is it pulled as often?",
+)
 @given(B=sizes(), D=sizes(5, 2), data=st.data(), hardest=st.booleans())
 def gradients_are_the_slopes(f, B, D, data, hardest):
     x, y = data.draw(arrays(B, D)), data.draw(arrays(B, D))
