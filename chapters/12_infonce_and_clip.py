@@ -11,11 +11,13 @@
 # You need: chapters 01 and 10; for the model at the end, 02 to 05. Plan for three hours with the exercises.
 
 # %%
+import os
 import sys
 from pathlib import Path
 
 here = Path(globals().get("__file__", "chapter")).resolve()  # a script knows its file, a notebook its folder
-root = next((p for p in (*here.parents, *here.parent.glob("*/")) if (p / "minivlp/ipot.py").is_file()), None)
+places = (*here.parents, *here.parent.glob("*/"))
+root = next((p for p in places if os.path.isfile(p / "minivlp/ipot.py")), None)  # in a closed folder is none
 if root is None:
     raise RuntimeError("minivlp is not here: clone it beside this notebook (Colab) or start in a clone")
 sys.path.insert(0, str(root))

@@ -3,6 +3,7 @@
 import ast
 import re
 from pathlib import Path
+from textwrap import indent
 
 from tests.course import ROOT, Exercise, exercises
 
@@ -42,27 +43,44 @@ def stub(one: Exercise) -> str:
 
 
 def stub_file(concept: str) -> str:
-    """The whole file: what the signatures need is imported as the library does."""
+    """The whole file: what signatures and third hints need is imported as the library does."""
     ours = exercises(concept)
     stubs = [stub(one) for one in ours]
     words = set(re.findall(r"\w+", "\n".join(re.sub(r'""".*?"""', "", s, flags=re.DOTALL) for s in stubs)))
     words |= {"np"} | ({"torch", "Tensor"} if any(one.rung in ("torch", "fused") for one in ours) else set())
-    lines, own = {"import torch"} if "torch" in words else set(), []
+    hints = set().union(*map(hinted, ours)) - {one.name for one in ours}
+    words |= hints
+    lines, home, own = {"import torch"} if "torch" in words else set(), set(), []
+    if any(one.rung == "fused" for one in ours):
+        home.add("from minivlp import stream")
     for node in ast.parse(library_source(concept)).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            own_module = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minivlp")
-            node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in words]
-            if node.names and not own_module:
-                lines.add(ast.unparse(node))
-        elif isinstance(node, ast.Assign):  # constants that signatures name
+            library = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minivlp")
+            node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in words - {"stream"}]
+            if node.names:
+                (home if library else lines).add(ast.unparse(node))
+        elif isinstance(node, ast.Assign):
             own += [t.id for t in node.targets if isinstance(t, ast.Name) and t.id in words]
+        elif isinstance(node, ast.FunctionDef) and node.name in hints:
+            own.append(node.name)
+    if own:
+        home.add(f"from minivlp.{concept} import {', '.join(sorted(own))}")
     standard = sorted(i for i in lines if i.split()[1].split(".")[0] not in ("numpy", "torch"))
     third = sorted(lines - set(standard), key=lambda i: (i.startswith("from"), i))
-    home = ["from minivlp import stream"] if any(one.rung == "fused" for one in ours) else []
-    home += [f"from minivlp.{concept} import {', '.join(own)}"] if own else []
-    blocks = ["\n".join(block) for block in (standard, third, [*home, "from tests import Todo"]) if block]
+    blocks = [
+        "\n".join(block) for block in (standard, third, [*sorted(home), "from tests import Todo"]) if block
+    ]
     header = HEADER.format(names=", ".join(one.name for one in ours), concept=concept)
     return header + "\n\n".join([*blocks, *("\n" + text.rstrip() for text in stubs)]) + "\n"
+
+
+def hinted(one: Exercise) -> set[str]:
+    """The names that the lines of the third hint use and do not give themselves."""
+    whole = stub(one).removesuffix("    raise Todo\n") + indent(one.hints[2], "    ")
+    nodes = list(ast.walk(ast.parse(whole)))
+    given = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    given |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {node.id for node in nodes if isinstance(node, ast.Name)} - given
 
 
 def write_missing(folder: Path) -> list[Path]:

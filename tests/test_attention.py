@@ -62,7 +62,10 @@ def stays_exact_at_huge_scores(f, case):
     assert all(np.isfinite(gradient).all() for gradient in f.grads(q, k, v, **settings))
 
 
-@law("attention", hint="dS = P ∘ (dP − rowsum(P ∘ dP)); do not forget √d, nor the upstream gradient.")
+@law(
+    "attention",
+    hint="Walk back through product, softmax, product; do not forget √d, nor the upstream.",
+)
 @given(case=cases(), seed=st.integers(0, 99))
 def gradients_are_the_slopes(f, case, seed):
     arguments, settings = case

@@ -118,6 +118,16 @@ def test_the_first_cell_finds_the_clone(tmp_path, monkeypatch):
     assert len(firsts) == 1 and opening in firsts.copy().pop()
     (cell,) = firsts
     (tmp_path / "minivlp").symlink_to(ROOT)  # where a clone lies in Colab
+    (tmp_path / "closed").mkdir()
+    see = os.stat
+
+    def stat(path, *args, **settings):
+        """Folders that one may not read, as `chmod 0` makes them for all but root."""
+        if "closed" in Path(path).parts[:-1]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return see(path, *args, **settings)
+
+    monkeypatch.setattr(os, "stat", stat)
     script = {"__file__": str(SOURCES[0])}
     for start, given in ((ROOT, {}), (ROOT / "chapters", {}), (tmp_path, {}), (Path("/"), script)):
         monkeypatch.chdir(start)

@@ -13,10 +13,11 @@ import pytest
 from minivlp import infonce
 from minivlp.recipes import MODELS
 from tests import check, course, stubs
-from tests.attempts import broken, fault_at_import, load
+from tests.attempts import broken, fault_at_import
 from tests.course import ROOT, exercises, find, functions, table, untouched
 from tests.laws import BUGS, LAWS, Law, attempt_obeys, load_bugs
 from tests.notebook import hold
+from tests.watched import load, solution
 
 ALL = pytest.mark.parametrize("one", exercises(), ids=lambda one: one.name)
 
@@ -93,10 +94,18 @@ def test_the_table_tells_the_truth(one):
 
 
 @ALL
+def test_no_law_gives_the_formula_away(one):
+    """The graded hints do; a law that is broken for the first time does not say what the gradient is."""
+    load_bugs(one.concept)
+    for law in LAWS[one.family].values():
+        assert not re.search(r"(?<!/)\bd[a-zA-Z]{1,9} = |\bG = |one-hot", law.hint), law.name
+
+
+@ALL
 def test_an_untouched_stub_is_what_the_library_says(one):
     """Signature and docstring; a stub that the learner has begun is the learner's."""
     if one.path.exists() and untouched(one):
-        source = one.path.read_text(encoding="utf-8")
+        source = course.read(one.path)
         now = stubs.segment(source, functions(source)[one.name])
         assert now == stubs.stub(one), "the library has changed: run python -m chapters reset --stubs"
 
@@ -106,6 +115,39 @@ def test_stubs_can_be_run_and_do_nothing(desk):
         ours = exercises(concept)
         assert fault_at_import(ours[0]) is None
         assert all(untouched(one) for one in ours)
+
+
+def with_third_hint(name: str):
+    """The learner's function after the third hint was pasted; what else is to write in the file is there."""
+    one = find(name)
+    write(name, one.hints[2])
+    function = load(one)
+    others = [other for other in exercises(one.concept) if other != one]
+    function.__globals__.update({other.name: solution(other) for other in others})
+    return one, function
+
+
+def obeys_or_goes_on(one, laws, function) -> None:
+    for law in laws:
+        try:
+            assert (found := broken(function, one, law, diagnose=False)) is None, found.lines()
+        except course.Todo:
+            assert one.difficulty == 3 and "raise Todo" in one.hints[2]
+
+
+@ALL
+def test_the_third_hint_runs_when_it_is_pasted(desk, one):
+    one, function = with_third_hint(one.name)
+    load_bugs(one.concept)
+    obeys_or_goes_on(one, list(LAWS[one.family].values())[:1], function)
+
+
+@ALL
+@pytest.mark.slow
+def test_the_third_hint_obeys_all_laws_or_goes_on(desk, one):
+    one, function = with_third_hint(one.name)
+    load_bugs(one.concept)
+    obeys_or_goes_on(one, LAWS[one.family].values(), function)
 
 
 def test_the_readme_shows_what_a_learner_is_told(desk):

@@ -138,7 +138,7 @@ def equals_the_slow_loop(f, case):
     close(f(x, y, scale, image_mask=x_mask, text_mask=y_mask), total / (2 * len(x)), atol=1e-8)
 
 
-@law("filip", hint="Softmax minus identity, over 2B, goes to the best partners; dscale = ⟨it, similarity⟩.")
+@law("filip", hint="Each of the two choices pulls at the best partners of its direction, and at the scale.")
 @given(case=pairs())
 def loss_gradients_are_the_slopes(f, case):
     x, y, scale, x_mask, y_mask = case

@@ -57,7 +57,7 @@ def equals_the_slow_loop(f, case):
     close(f(x, y, **settings), slow_loop(x, y, **settings))
 
 
-@law("hinge", hint="G has +1 where a cost counts and −1 on the diagonal for each; dx = G y, dy = Gᵀ x.")
+@law("hinge", hint="Each cost that counts pushes one negative and pulls the pair: is it pulled as often?")
 @given(
     B=sizes(),
     D=sizes(5, 2),

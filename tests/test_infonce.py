@@ -136,7 +136,7 @@ def scale_and_images_share_one_slope(f, case):
 
 @law(
     "infonce",
-    hint="G = (P_row + P_col − 2I) / 2B; then dx = scale · G y, dy = scale · Gᵀ x, dscale = ⟨G, x yᵀ⟩.",
+    hint="What do two softmaxes give a score, and what does the diagonal take? Then product and scale.",
 )
 @given(case=cases(scales=(0.3, 1.0, 3.0), lengths=(1.0,)))
 def gradients_are_the_slopes(f, case):

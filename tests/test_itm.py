@@ -162,7 +162,7 @@ def equals_the_slow_loop(f, case):
     close(f(*case), np.mean(losses))
 
 
-@law("itm_loss", hint="(softmax − one-hot) / B.")
+@law("itm_loss", hint="By how much does each probability miss the truth? And the mean?")
 @given(case=cases())
 def gradients_are_the_slopes(f, case):
     close(f.grads(*case)[0], central_differences(f, case, 0), rtol=1e-6, atol=1e-8)

@@ -186,7 +186,7 @@ def nothing_masked_is_zero(f, case):
 
 @law(
     "mlm_loss",
-    hint="(softmax − one-hot) / number of masked tokens, times the other factor.",
+    hint="By how much does each probability miss the truth, in the mean over masked tokens?",
 )
 @given(case=cases())
 def gradients_are_the_slopes(f, case):

@@ -92,7 +92,7 @@ def the_true_density_is_stationary(f, world):
 
 @law(
     "nce",
-    hint="dL/dh = (σ(h) − label) / B, label 1 for data, 0 for noise; score +dh, noise density −dh.",
+    hint="By how much is the label missed, 1 for data, 0 for noise? The density pulls the other way.",
 )
 @given(case=cases(lengths=(1.0,)))
 def gradients_are_the_slopes(f, case):

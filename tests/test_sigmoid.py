@@ -107,7 +107,7 @@ def scale_and_images_share_one_slope(f, case):
 
 @law(
     "sigmoid_loss",
-    hint="G = −z σ(−z S) / B; then dx = scale · G y, dy = scale · Gᵀ x, dscale = ⟨G, x yᵀ⟩, dbias = ΣG.",
+    hint="By how much does each answer miss yes or no? Then the product, the scale and the bias.",
 )
 @given(case=cases(scales=(0.3, 1.0, 3.0), lengths=(1.0,)))
 def gradients_are_the_slopes(f, case):

@@ -5,6 +5,8 @@ answers. The laws ask with good input only: leave out the refusals that the docs
 else in the library may be imported.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivlp.boxes import cxcywh_to_xyxy
 from tests import Todo
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from minivlp import stream
+from minivlp.chamfer import mean_max, mean_max_np
+from minivlp.sinkhorn import cosine, unit, unit_grad_np, unit_np
 from tests import Todo
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivlp.chamfer import mean_max, mean_max_np
+from minivlp.sinkhorn import logsumexp_np, unit, unit_grad_np, unit_np
 from tests import Todo
 
 

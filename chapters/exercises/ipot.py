@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from minivlp import stream
+from minivlp.core.transport import cosines, gibbs, ipot_scalings
+from minivlp.sinkhorn import cosine, log_weights, log_weights_np, logsumexp_np, unit_grad_np, unit_np
 from tests import Todo
 
 

@@ -7,6 +7,7 @@ else in the library may be imported.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests import Todo

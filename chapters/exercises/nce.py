@@ -5,8 +5,11 @@ answers. The laws ask with good input only: leave out the refusals that the docs
 else in the library may be imported.
 """
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minivlp import stream

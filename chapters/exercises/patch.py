@@ -7,9 +7,11 @@ else in the library may be imported.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minivlp import stream
+from minivlp.patch import from_patches
 from tests import Todo
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from minivlp import stream
+from minivlp.core.transport import MIN_NORM, alignment_grads, cosines, sinkhorn_scaled
+from minivlp.sinkhorn import cosine, log_weights, log_weights_np
 from tests import Todo
 
 

@@ -5,10 +5,13 @@ answers. The laws ask with good input only: leave out the refusals that the docs
 else in the library may be imported.
 """
 
+from collections import Counter
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 
+from minivlp.text import SPECIALS
 from tests import Todo
 
 
