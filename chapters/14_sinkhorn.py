@@ -96,9 +96,9 @@ assert (nearest.sum(0) > 0).sum() < 30
 #   \text{price } \langle T, C\rangle = \sum_{ij} T_{ij} C_{ij}.$$
 #
 # Unless something is known, the weights are equal, $a_i = 1/M$ and $b_j = 1/N$. A price and its constraints
-# are all linear in $T$, so to find the cheapest plan is a **linear programme**: its minimum is found at a
-# corner of the set of plans. For equal weights and $M = N$ the corners are the $N!$ permutations, divided by
-# $N$. Three by three, they can all be tried.
+# are all linear in $T$. The search for the cheapest plan is therefore a **linear programme**, whose minimum
+# is found at a corner of the set of plans. For equal weights and $M = N$ the corners are the $N!$
+# permutations, divided by $N$. Three by three, they can all be tried.
 
 # %%
 C = np.array([[0.1, 0.4, 0.9], [0.2, 0.8, 0.9], [0.6, 0.5, 0.3]])

@@ -5,10 +5,10 @@
 # 32-bit numbers, and plain code holds several arrays like it at once. How can the loss and its gradients be
 # computed exactly without ever holding $S$?
 #
-# By walking over it in tiles that are made, used and forgotten. A running state per row and per column is all
-# that survives a tile. Chapter 01 promised that one such walk serves all objectives of this course; here it
-# is built from nothing, measured, and handed to five of them. The same walk, in another language, is the
-# library's GPU code.
+# By walking over it in tiles that are made, used and forgotten. Only a running state per row and per column
+# is kept from one tile to the next. Chapter 01 promised that one such walk serves all objectives of this
+# course; here it is built from nothing, measured, and handed to five of them. The same walk, in another
+# language, is the library's GPU code.
 #
 # You need: chapters 01, 04, 06, 10, 12, 13 and 16. Plan for seven hours with the five exercises.
 
@@ -63,6 +63,7 @@ for k in (6, 12, 18):
 left.set(xlabel="caption j", ylabel="picture i", title="S in tiles of 6 × 6")
 fig.colorbar(image, ax=left, label="score")
 seen = np.stack([np.logaddexp.reduce(S[:, : 6 * t], axis=1) for t in range(1, 5)])  # (4, 24)
+assert (np.diff(seen, axis=0) >= 0).all() and np.allclose(seen[-1], np.logaddexp.reduce(S, axis=1))
 for i in (1, 9, 16, 22):
     right.plot(range(1, 5), seen[:, i], ".-", label=f"row {i}")
 right.set(xlabel="tiles seen", ylabel="log Σ exp of what was seen", xticks=range(1, 5))
@@ -70,8 +71,8 @@ right.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# What to see: each line only rises, and the last point is the normaliser of the whole row. Nothing of the
-# earlier tiles is needed to go on but the height of the line.
+# What to see: each line only rises, and the last point is the normaliser of the whole row. To go on, nothing
+# of the earlier tiles is needed but the height of the line.
 #
 # ## The running sum, three numbers at a time
 #
@@ -80,10 +81,10 @@ plt.show()
 #
 # $$m' = \max(m, \max_j t_j), \qquad l' = l\, e^{m - m'} + \sum_j e^{t_j - m'}.$$
 #
-# The factor $e^{m - m'}$ is the whole trick. What was summed was measured from $m$; when the top rises, it
-# shrinks, because $e^{S - m} e^{m - m'} = e^{S - m'}$. So after every tile $l = \sum_{\text{seen}} e^{S - m}$
-# with the present $m$, and at the end $\log\sum_j e^{S_{ij}} = m + \log l$ up to rounding, in any order of
-# tiles.
+# The factor $e^{m - m'}$ is the essential part. The sum so far was measured from $m$. When the top rises to
+# $m'$, it must shrink, because $e^{S - m} e^{m - m'} = e^{S - m'}$. So after every tile $l =
+# \sum_{\text{seen}} e^{S - m}$ with the present $m$, and at the end $\log\sum_j e^{S_{ij}} = m + \log l$ up
+# to rounding, in any order of tiles.
 
 # %%
 row = np.array([1.0, 2.0, 0.5, 5.0, 4.0, 3.0, 1.0, 2.0, 2.5])
@@ -95,6 +96,7 @@ for tile in row.reshape(3, 3):
     m = top
     print(f"tile {tile}: m = {m:.0f}, l = {l:.4f}, m + log l = {m + np.log(l):.4f}")
 print(f"whole row {np.log(np.exp(row).sum()):.4f}; without shrinking {m + np.log(forgetful):.4f}")
+assert np.isclose(m + np.log(l), np.log(np.exp(row).sum())) and m + np.log(forgetful) > m + np.log(l) + 0.5
 
 # %% [markdown]
 # On a logarithmic scale the two numbers are one, $r = m + \log l$, and taking in a tile is $r' = \log(e^r +
@@ -140,6 +142,7 @@ print(f"L = {(r + c - 2 * own).mean() / 2:.6f}, infonce_np {infonce.infonce_np(X
 slopes = central_differences(lambda *z: infonce.infonce_np(*z)[0], (X, Y, scale), 0)
 x, y, s = (torch.tensor(z, requires_grad=True) for z in (X, Y, scale))
 infonce.infonce(x, y, s).backward()
+assert np.abs(dX - slopes).max() < 1e-8 and np.allclose(dX, x.grad) and np.allclose(dY, y.grad)
 print(f"dX differs from the slopes by {np.abs(dX - slopes).max():.0e}; equal to autograd:", end=" ")
 print([np.allclose(a, b.grad, atol=1e-12) for a, b in ((dX, x), (dY, y), (dscale, s))])
 
@@ -183,6 +186,7 @@ s = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 losses = PushApart.apply(x, y, s), (s * x @ y.T).clamp(min=0).square().sum() / 2
 both = [(loss, *torch.autograd.grad(loss, (x, y, s))) for loss in losses]
 print("value, dx, dy and dscale equal:", [torch.allclose(a, b) for a, b in zip(*both, strict=True)])
+assert all(torch.allclose(a, b) for a, b in zip(*both, strict=True))
 
 # %% [markdown]
 # ## Five losses
@@ -215,7 +219,9 @@ for name, f in (
     ("values not shrunk when the top rises", values_not_rescaled),
     ("a softmax of its own for each tile, then the mean", softmax_by_tile),
 ):
-    print(f"{name:<50} off by {(f(q, k, v) - right).abs().max():.2f}")
+    off = (f(q, k, v) - right).abs().max()
+    print(f"{name:<50} off by {off:.2f}")
+    assert off < 1e-5 if f is attention.attention_fused else off > 0.2
 
 # %% [markdown]
 # Both wrong answers have the right shape and a plausible size. The law `equals_the_slow_loop` refuses them.
@@ -281,6 +287,7 @@ for name, (ask, rungs, inputs) in five.items():
         answers.append([value.detach(), *torch.autograd.grad(value, tensors)])
     same = all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(*answers, strict=True))
     print(f"{name:<13} equal: {same}; kept for the way back: plain {kept[0]:.2f} MB, fused {kept[1]:.2f} MB")
+    assert same and kept[1] < 0.6 * kept[0]
 print("path and reason:", stream.choose_backend(rows[0]))
 
 # %% [markdown]
@@ -294,22 +301,26 @@ from minivlp.bench import fresh
 
 sides = (1024, 2048)
 task = {"do": "memory", "case": "infonce", "sizes": [{"B": B, "D": 64} for B in sides], "threads": 1}
+grown = {}
 for rung in ("torch", "fused"):
     answer = fresh(task | {"variants": [rung]})
+    grown[rung] = answer["points"][1] / answer["points"][0]
     for B, held in zip(sides, answer["points"], strict=False):
         print(f"InfoNCE, {rung}, B = {B}: {held / 2**20:6.1f} MB at the peak; S alone {B * B / 2**18:.0f} MB")
+assert grown["torch"] > 3 and grown["fused"] < 2.2
 
 # %% [markdown]
 # What to see: doubling $B$ multiplies the plain rung's memory by about four and the fused rung's by much
 # less: its two tiles do not grow, `dx` and `dy` grow with $B$. The larger sizes are in [bench.md](bench.md).
 #
-# ## Bytes predict time, roughly
+# ## What bytes predict of time
 #
 # A chip multiplies at some rate and moves bytes at another, and plain rungs move many: each operation reads
 # and writes an array like $S$. `traffic.passes` counts these passes by running the plain rung on a small
-# input under a counter; the tile loop moves only rows of $y$ and $dy$, and tiles stay in the cache. Done one
-# after the other, both take at least products over rate plus bytes over bandwidth. The cell measures the
-# speeds:
+# input under a counter; the tile loop moves only rows of $y$ and $dy$, and tiles stay in the cache. Predict
+# the time of each rung as products over rate plus bytes over bandwidth, as if one were done after the other
+# and nothing else. The cell measures the speeds of this machine, works out the ratio that is predicted, and
+# measures it:
 
 # %% tags=["measured"]
 from timeit import repeat
@@ -333,20 +344,24 @@ for case in traffic.CASES:
         told = [2 * n * B * B * D / rate + 4 * p * B * B / band for n, p in counts]
         took = [best(lambda f=rungs[r], ask=ask: ask(f, *pair).backward()) for r in ("torch", "fused")]
         print(f"{case.name:<12} passes {counts[0][1]:.0f} and {counts[1][1]:.1f};", end=" ")
-        print(f"plain over fused: bound {told[0] / told[1]:.1f}, measured {took[0] / took[1]:.1f}")
+        print(f"plain over fused: predicted {told[0] / told[1]:.1f}, measured {took[0] / took[1]:.1f}")
 
 # %% [markdown]
-# What to see: the bound gives a direction, not a figure. Where it is far above 1, as for Chamfer, the tile
-# loop is clearly faster, if less so than the bound; nearer to 1 they differ either way. It leaves out work of
-# both rungs, exponentials and maxima, which pulls the ratio towards 1, and the fresh pages of memory for
-# arrays like $S$, which only the plain rung needs. Wider vectors add products and no passes.
+# What to see: the prediction gives a direction and no figure. Each of the two times that it divides is a
+# lower bound, since both leave out work, and a quotient of two lower bounds bounds nothing. The measured
+# ratio can be above it or below. For Chamfer, where it is far above 1, the tile loop is clearly faster.
+# Exponentials and maxima, which both rungs make, pull the measured ratio towards 1. Fresh pages of memory for
+# arrays like $S$, which only the plain rung needs, push it up. Wider vectors add products and no passes.
 #
 # ## The same walk on a GPU
 #
-# `minivlp/kernels/walks.py` holds fold and accumulate once more, in Triton. A program owns a strip of rows,
-# walks along it, and keeps tile and state on the chip. For the columns it is called with the sides exchanged,
-# so that every number has one writer: no atomic additions, the same bits in every run, at the price of making
-# $S$ once more a side. A step is compiled into the kernel. These two are all that is InfoNCE's own:
+# `minivlp/kernels/walks.py` holds fold and accumulate once more, in Triton. A program owns a strip of 64 rows
+# and walks along it. Tile and state stay in its registers. The strip of $dx$ does not: with hundreds of
+# columns it is too wide for them, so `accumulate` reads it from memory, adds the share of the tile and writes
+# it back, for every tile. No other program touches these rows, so this needs no atomic additions, and the
+# strip stays in the chip's cache. For the columns the kernel is called with the sides exchanged. So every
+# number has one writer and the same bits in every run, at the price of making $S$ once more a side. A step is
+# compiled into the kernel. These two are all that is InfoNCE's own:
 
 # %%
 source = (root / "minivlp" / "kernels" / "walks.py").read_text(encoding="utf-8").split("@triton.jit\n")
@@ -354,15 +369,36 @@ for name in ("logsumexp", "infonce"):
     print(next(part for part in source if part.startswith(f"def {name}(")).strip() + "\n")
 print("Predicted, not measured, 32-bit, for a laptop GPU:")
 print("\n".join(line for line in traffic.table() if " 16 " not in line))
+case = {case.name: case for case in traffic.CASES}
+moved = {name: (traffic.plain_bytes(c, 4), traffic.kernel_bytes(c, 4)) for name, c in case.items()}
+assert all(moved[name][0] > 20 * moved[name][1] for name in ("InfoNCE", "sigmoid loss", "Chamfer"))
+assert (
+    moved["masked words"][0] > 5 * moved["masked words"][1]
+    and moved["word-patch"][0] < 2 * moved["word-patch"][1]
+)
+assert (
+    2 * case["masked words"].accumulates + case["masked words"].folds == 5
+)  # products, of 3 in the plain rung
 
 # %% [markdown]
-# The steps are the formulas of this chapter. In the table bytes shrink by much and times mostly by less,
-# since at widths of 512 and more the products count; word-patch alignment (chapter 15), whose plain rung
-# passes over small matrices again and again, is bound by bytes. For masked words kernels would move *more*:
-# the vocabulary outgrows the cache, so `mlm_loss_fused` has none. **No GPU time was measured here**: this
-# project was made on processors without a GPU. What can be tested is the arithmetic. Triton's interpreter
-# runs a kernel program by program in NumPy, slowly. The environment chooses it when Triton is imported, so it
-# gets a process of its own. 20 pairs of width 24, in float32, tiles of 16 × 16 with ragged edges:
+# The steps are the formulas of this chapter. The table counts launch by launch. A launch reads its rows once.
+# It reads its columns once if they fit the cache of 32 MB, and otherwise once for each round of programs: 24
+# programs, one on each multiprocessor, start at column 0 together and share what they read as long as they
+# keep step. In the first four lines bytes shrink by much and predicted times by less, since at widths of 512
+# and more the products count. In the last line, word-patch alignment (chapter 15), the arrays of the plain
+# rung fit the cache, so by this count neither rung moves much through memory. What its kernel saves are
+# passes over the cache and launches, which the model does not time.
+#
+# For masked words the vocabulary outgrows the cache, and still kernels would move a ninth of the bytes. But
+# two walks make five products where the plain rung makes three, and by the prediction they are no faster. So
+# `mlm_loss_fused` has none here. Kernels for this loss exist: Cut Cross-Entropy (Wijmans et al. 2024) makes
+# $S$ again on the way back and leaves out tiles whose gradient is too small to count, and Liger's fused
+# linear cross-entropy goes by chunks of rows, as our panels do.
+#
+# **No GPU time was measured here**: this project was made on processors without a GPU. What can be tested is
+# the arithmetic. Triton's interpreter runs a kernel program by program in NumPy, slowly. The environment
+# chooses it when Triton is imported, so it gets a process of its own. 20 pairs of width 24, in float32, tiles
+# of 16 × 16 with ragged edges:
 
 # %% tags=["measured"]
 import importlib.util
@@ -402,4 +438,5 @@ else:
 #
 # Milakov and Gimelshein 2018, the running normaliser. Rabe and Staats 2021 and Dao et al. 2022
 # (FlashAttention), appendix B.2 for $dO \cdot O$. Cheng et al. 2024 (Inf-CL), tiles for the contrastive loss.
-# Tillet, Kung and Cox 2019 (Triton). Radford et al. 2021 (CLIP), the batch of 32,768.
+# Tillet, Kung and Cox 2019 (Triton). Wijmans et al. 2024 (Cut Cross-Entropy). Hsu et al. 2024 (Liger Kernel).
+# Radford et al. 2021 (CLIP), the batch of 32,768.

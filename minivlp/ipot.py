@@ -19,7 +19,10 @@ suffice (`ipot_potentials_np`).
 
 Word-patch alignment: wpa = ⟨T, C⟩ with C = 1 − cos. Gradient: T is held fixed, so dC = T.
 
-Rungs (M × N pairs, everything in logarithms, because T falls to exp(−t·range(C)/β)):
+Entries of T fall as exp(−t (C − f − g) / β) with the potentials f, g of the best plan. C − f − g can be twice
+the range of C, so they fall to exp(−2 t·range(C)/β): exp(−400) for cosines and t/β = 100.
+
+Rungs (M × N pairs, everything in logarithms, since float32 ends near exp(−103)):
     ipot_np, ipot         log T is carried; three M × N arrays
     ipot_potentials_np    only potentials are carried, by the identity above; the same plan
     wpa_np, wpa           the cost, the detached plan, and the gradient through the cosine

@@ -1,6 +1,6 @@
 """Time of the fused rungs beside the plain ones on this machine's GPU: `python -m tests.kernel_times`.
 
-Forward and backward at the sizes of `traffic.CASES`, medians of ten, and the bounds that `traffic` predicts
+Forward and backward at the sizes of `traffic.CASES`, medians of ten, and the times that `traffic` predicts
 for its laptop.
 """
 

@@ -97,13 +97,36 @@ def test_passes_over_an_array_are_counted():
 
 
 def test_bytes_of_the_kernels():
-    """Width 10, two strips: a fold reads M + N rows, or N for each strip; an accumulate writes M as well."""
+    """Width 10, two strips: a fold reads M + N rows, or N each round of programs; an accumulate writes M."""
     fold = traffic.Case("", 1, 100, 30, 10, 1, 0, lambda x, y: x, 3)
     gather = 3 * (100 + 30) * 4
-    assert traffic.kernel_bytes(fold, 2, True) == ((100 + 30) * 2 + gather) * 10
-    assert traffic.kernel_bytes(fold, 2, False) == ((100 + 2 * 30) * 2 + gather) * 10
+    large, none, pair = (
+        traffic.LAPTOP._replace(cache=c, programs=p) for c, p in ((10**9, 1), (0, 1), (0, 2))
+    )
+    for chip in (large, pair):  # in the cache, or two programs that share what they read
+        assert traffic.kernel_bytes(fold, 2, chip) == ((100 + 30) * 2 + gather) * 10
+    assert traffic.kernel_bytes(fold, 2, none) == ((100 + 2 * 30) * 2 + gather) * 10
     both = fold._replace(folds=0, accumulates=2, P=3)
-    assert traffic.kernel_bytes(both, 2, False) == 3 * 10 * ((100 + 2 * 30 + 30 + 100) * 2 + 130 * 4)
+    assert traffic.kernel_bytes(both, 2, none) == 3 * 10 * ((100 + 2 * 30 + 30 + 100) * 2 + 130 * 4)
+
+
+def test_each_launch_has_columns_of_its_own():
+    """The smaller side fits the cache and the larger one does not: only one of two launches reads again."""
+    both = traffic.Case("", 1, 200, 1000, 10, 2, 2, lambda x, y: x, 3)
+    chip = traffic.LAPTOP._replace(cache=200 * 10 * 4, programs=3)
+    assert traffic.rounds(200, 1000 * 10 * 4, chip) == 2  # four strips, three at a time
+    assert traffic.rounds(1000, 200 * 10 * 4, chip) == 1
+    read = 2 * ((200 + 2 * 1000) + (1000 + 200))
+    assert traffic.kernel_bytes(both, 4, chip) == (read + 1200) * 10 * 4
+
+
+def test_arrays_that_fit_the_cache_move_nothing_through_memory():
+    case = next(case for case in traffic.CASES if case.name == "word-patch")
+    rows = case.products * case.P * (case.M + case.N) * case.D * 4
+    assert traffic.plain_bytes(case, 4) == rows
+    small = traffic.LAPTOP._replace(cache=case.P * case.M * case.N * 4 - 1)
+    passes = traffic.passes(case) * case.P * case.M * case.N * 4
+    assert traffic.plain_bytes(case, 4, small) == rows + passes
 
 
 def test_the_backend_can_be_asked(monkeypatch):

@@ -11,8 +11,8 @@ T · K they are the marginals, and K ≥ exp(−2/β); single entries may, and a
 float32. Hence β ≥ 1/32. What is written are ⟨T, C⟩ and log Πa, log Πb, from which T = diag(Πa) Kᵗ diag(Πb):
 the gradient −T ŷ is then a walk of `walks.accumulate`, with t/β times the cosine for S.
 
-The table in `traffic` has a row for it. The arrays of the plain rung fit the cache too, so the ratio of bytes
-in that row is one of cache traffic; beside it the program saves hundreds of launches.
+The table in `traffic` has a row for it. The arrays of the plain rung fit the cache, so neither rung moves
+much through memory; the program saves passes over the cache and hundreds of launches.
 
 Source: Xie et al. 2020 (IPOT), algorithm 1; the identity is that of `ipot.ipot_potentials_np`.
 Left out: larger pairs, which take the tiles of `stream`.
