@@ -72,6 +72,7 @@ ids, mask, words = tokens_of([item.caption for item in items])
 own = layers(trained.model, ids, mask, pixels)
 S = sinkhorn.cosine(own[3][0][2, words[2]], own[3][1][2]).numpy()  # after block 3: (words, patches)
 names = [trained.tokenizer.tokens[i] for i in ids[2, words[2]]]
+assert np.bincount(S.argmax(1)).max() == 3
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.4), constrained_layout=True, width_ratios=[1, 3.4])
 left.imshow(items[2].image)
@@ -88,7 +89,8 @@ plt.show()
 
 # %% [markdown]
 # What to see: a red ring in every row, the word's best patch, and a white dot in every column, the patch's
-# best word. The answer is the mean cosine at both. Three words choose one and the same patch: they may.
+# best word. The answer is the mean cosine at both. Several words may choose one and the same patch, and here
+# three do.
 #
 # ## Three by three, with numbers
 #
@@ -113,6 +115,8 @@ square = ((X[:, None] - Y[None]) ** 2).sum(-1)  # (3, 3)
 print(f"distance {square.min(1).mean() + square.min(0).mean():.4f} = 4 (1 − s) = {4 * (1 - s):.4f}")
 cost = (sinkhorn.sinkhorn_np(1 - S, eps=0.01, iters=2000) * (1 - S)).sum()
 print(f"1 − S: words choose {1 - forward:.3f}, patches choose {1 - backward:.3f}, transport {cost:.3f}")
+assert 1 - forward < cost - 0.1 and abs(1 - backward - cost) < 1e-3
+assert np.isclose(square.min(1).mean() + square.min(0).mean(), 4 * (1 - s))
 
 # %% [markdown]
 # Every word has a good patch. The patch at 170° has no good word, and only the columns notice: with one
@@ -124,8 +128,10 @@ print(f"1 − S: words choose {1 - forward:.3f}, patches choose {1 - backward:.3
 # $4 (1 - s)$. Whoever *minimises* $s$ as a distance pushes pairs apart.
 #
 # **Half of a transport.** The last line links this chapter to chapter 14. A plan must use up both sides. Rows
-# that choose freely are a plan which keeps only the row sums: fewer rules, smaller cost. So one minus a half
-# is at most the cost of transport. Two words share a patch; the patches choose three different words: a plan.
+# that choose freely are a plan which keeps only the row sums, and a minimum under fewer constraints is
+# smaller or equal. So one minus each half is at most the cost of transport. Here the patches choose three
+# different words, which makes a plan, and their half equals the cost. Two words choose the same patch, and
+# their half is smaller.
 #
 # ## The gradient goes to the winner
 #
@@ -148,6 +154,7 @@ dX, dY = sinkhorn.unit_grad_np(X, np.ones((3, 1)), G @ Y), sinkhorn.unit_grad_np
 slopes = central_differences(lambda *z: chamfer.chamfer_np(*z)[0], (X, Y), 0)
 x, y = (torch.tensor(z, requires_grad=True) for z in (X, Y))
 chamfer.chamfer(x, y).backward()
+assert np.abs(dX - slopes).max() < 1e-8 and np.allclose(dX, x.grad) and np.allclose(dY, y.grad)
 print(f"largest difference from the slopes {np.abs(dX - slopes).max():.0e}; equal to autograd:", end=" ")
 print(np.allclose(dX, x.grad, atol=1e-12), np.allclose(dY, y.grad, atol=1e-12))
 
@@ -170,6 +177,7 @@ pair = torch.tensor([[-0.6, 0.8], [0.0, 0.0]])
 S = sinkhorn.cosine(word, pair)  # the second token is padding: a vector of zeros
 wrong = (S.max(1).values.mean() + S[:, :1].max(0).values.mean()) / 2
 print(f"padding at −∞: s = {chamfer.chamfer(word, pair, None, real):.2f}; padding at 0: s = {wrong:.2f}")
+assert wrong > chamfer.chamfer(word, pair, None, real) + 0.2
 
 # %% [markdown]
 # **Exercise 1** · `chamfer_np` · difficulty 2 of 3 · 35 minutes. Open `chapters/exercises/chamfer.py`.
@@ -190,7 +198,8 @@ rng, sizes = np.random.default_rng(0), [1, 2, 4, 8, 16, 32, 64, 128, 256]
 fig, ax = plt.subplots(figsize=(5, 2.7), constrained_layout=True)
 for D, colour in ((16, "tab:blue"), (96, "tab:orange")):
     x, y = (torch.from_numpy(rng.standard_normal((32, 256, D))) for _ in range(2))
-    s = [chamfer.chamfer(x[:, :n], y[:, :n]).mean() for n in sizes]
+    s = [chamfer.chamfer(x[:, :n], y[:, :n]).mean().item() for n in sizes]
+    assert (np.diff(s) > 0).all() and (np.array(s[1:]) < np.sqrt(2 * np.log(sizes[1:]) / D)).all()
     ax.semilogx(sizes, s, ".-", color=colour, label=f"unrelated sets, D = {D}")
     ax.semilogx(sizes, np.sqrt(2 * np.log(sizes) / D), ":", color=colour, label=f"√(2 ln n / {D})")
 ax.set(xlabel="n tokens on each side (logarithmic)", ylabel="Chamfer similarity s", ylim=(-0.1, 1))
@@ -212,6 +221,7 @@ for name, y in (("unrelated", z), ("equal", x)):
     S = p @ (y / torch.norm(p, 1, keepdim=True)).T
     posted = (S.amax(1).mean() + S.amax(0).mean()) / 2
     print(f"{name} sets: rows over their lengths {chamfer.chamfer(x, y):.4f}, as posted {posted:.4f}")
+assert torch.isclose(chamfer.chamfer(x, x), torch.tensor(1.0)) and posted < 0.1
 
 # %% [markdown]
 # ## FILIP: a contrastive loss made of maxima
@@ -222,8 +232,9 @@ for name, y in (("unrelated", z), ("equal", x)):
 # $$I_{ab} = \tfrac1M \sum_m \max_n \cos(x_{am}, y_{bn}), \qquad
 #   T_{ab} = \tfrac1N \sum_n \max_m \cos(x_{am}, y_{bn}),$$
 #
-# because they differ. Take three scenes of two objects whose captions name one of them, let the tokens of a
-# picture be its objects and those of a caption its nouns, one coordinate a noun:
+# because they differ. (As in the paper, $I$ is for images and $T$ for texts; neither is the identity or a
+# plan here.) Take three scenes of two objects whose captions name one of them, let the tokens of a picture be
+# its objects and those of a caption its nouns, one coordinate a noun:
 
 # %%
 picks = Scenes(emojivl, trained.nouns(emojivl), kinds={"pick": 1}, seed=3)
@@ -235,11 +246,13 @@ I, T = filip.late_interaction(x, y), filip.late_interaction(y, x).T  # (3, 3) ea
 for item in some:
     print(f"{item.caption:<28} also there: {nouns[item.objects[1]]}")
 print("I, pictures ask =\n", I.numpy(), "\n\nT, captions ask =\n", T.numpy())
+assert (T.diagonal() == 1).all() and (I.diagonal() == 0.5).all()
 
 # %% [markdown]
 # $T_{aa} = 1$: all that was said is shown. $I_{aa} = \frac12$: not all that is shown was said. Elsewhere a
 # picture holds the object of another caption. Pictures choose captions by $I$ and captions choose pictures by
-# $T$, with a scale $\sigma = 1/\tau$ and InfoNCE's two sums:
+# $T$, with a scale and InfoNCE's two sums. The scale is called $\sigma$ here, since $s$ is the similarity; it
+# is no logistic function, and the paper's temperature is $1/\sigma$:
 #
 # $$L = \frac1{2B}\sum_i \Big[\log\sum_j e^{\sigma I_{ij}} - \sigma I_{ii}
 #   + \log\sum_j e^{\sigma T_{ji}} - \sigma T_{ii}\Big].$$
@@ -313,11 +326,18 @@ for name, call in calls.items():
 # | swapped | picture $i$ with its own two nouns exchanged | the same, with the words kept |
 # | crossed | as *true*; then words of pass $j$ with patches of pass $i$ | do tokens fit *their own* pass? |
 #
-# In *true*, *other* and *swapped* words and patches have mixed alike: a gap is due to the truth of the
-# caption. *Crossed* takes finished states of two true pairs that never met: its gap holds the contents and
-# whatever mixing alone makes alike; an untrained ViLT shows how much. The other caption has equally many
-# tokens and no object of the picture. No pair of nouns here occurred in training. Bars are 95 % intervals of
-# a mean over scenes that hang together when they share their pair of nouns (`interval.py`).
+# In *true*, *other* and *swapped* words and patches have passed the blocks together, so a gap between these
+# is due to the truth of the caption. *Crossed* takes finished states of two true pairs that never met. Its
+# gap has two causes: the tokens speak of different things, and tokens that pass the blocks together become
+# alike whatever they speak of. An untrained ViLT shows how large the second cause is by itself. The other
+# caption has equally many tokens and no object of the picture. No pair of nouns here occurred in training.
+#
+# Bars are 95 % intervals of a mean. Scenes with the same pair of nouns resemble each other, so they form a
+# *cluster* that counts as one draw (Liang and Zeger 1986; `minivlp/evaluation/interval.py`). Let $d_i$ be the
+# difference of scene $i$, $\bar d$ the mean of $n$ scenes, and let there be $K$ clusters $c$. The standard
+# error of the mean is
+#
+# $$\frac1n \sqrt{\frac{K}{K - 1} \sum_c \Big(\sum_{i \in c} (d_i - \bar d)\Big)^2}.$$
 
 # %%
 objects, length, partner = [set(item.objects) for item in items], mask.sum(1).tolist(), []
@@ -367,6 +387,21 @@ for kind in ("crossed", "other", "swapped"):
     gaps = [mean_and_reach(s) for s in found["true"] - found[kind]]
     print(f"true − {kind:<7}", *(f"{mean:>6.3f} ± {reach:.3f}" for mean, reach in gaps))
 print("embeddings, other equals crossed:", np.array_equal(found["other"][0], found["crossed"][0]))
+assert np.allclose(found["other"][0], found["crossed"][0])
+level = {kind: s.mean(1) for kind, s in found.items()}  # (depth,) each
+for kind in ("true", "other", "swapped"):
+    assert level[kind][1] > level[kind][0] + 0.1  # risen steeply after block 1
+for kind in ("other", "swapped"):
+    gaps = [mean_and_reach(s) for s in found["true"] - found[kind]]
+    assert all(reach < mean < 0.2 for mean, reach in gaps[2:])  # lower, and by little
+assert all(level["crossed"][2:] < level["other"][2:] - 0.05)
+gaps = {
+    kind: [mean_and_reach(s) for s in untrained["true"] - untrained[kind]] for kind in ("crossed", "other")
+}
+assert (
+    all(abs(mean) < 0.01 for mean, _ in gaps["other"]) and gaps["crossed"][4][0] > gaps["crossed"][4][1] > 0
+)
+assert gaps["crossed"][4][0] > gaps["crossed"][1][0]
 
 # %% [markdown]
 # What to see, and what it shows. At the embeddings no word has met a patch: *other* equals *crossed*.
@@ -378,12 +413,15 @@ print("embeddings, other equals crossed:", np.array_equal(found["other"][0], fou
 # * **But it was told to.** Its training loss contained chapter 15's alignment term, which pulls words and
 #   patches of true pairs together and pushes those of random pairs apart, at the states after the norm. A
 #   gap there shows that this term was learned. It is no discovery.
-# * **A correspondence more than a verdict.** *Crossed* is made of true pairs only, and from block 2 on it is
-#   far lower than *other*, which is false. So the height depends less on the truth than on whether words and
-#   patches have met. This too was trained: with words and patches read apart, a noun had to find its picture
-#   by its states after block 2 (chapter 08), and hence to carry what tells its picture from others.
+# * **Having met counts more than being true.** Both halves of *crossed* come from true pairs, and from block
+#   2 on it is far lower than *other*, whose captions are false. So the height depends less on the truth of
+#   the caption than on whether words and patches have passed the blocks together. This too was trained: with
+#   words and patches apart, a noun had to find its picture by its states after block 2 (chapter 08), and
+#   hence to carry what tells its picture from others.
 # * **Mixing alone makes a gap.** The untrained model has no clear gap to *other*, but a small one to
-#   *crossed* that grows with depth: wrong pairs of a single stream must be encoded as wrong pairs.
+#   *crossed* that grows with depth. So for a model that reads words and patches in one sequence, a wrong pair
+#   should be passed through the model as a wrong pair, as *other* is, and not put together from finished
+#   states.
 #
 # One model, one seed, icons on plain backgrounds. In VILA a language model reads the picture's tokens before
 # the text: its words have seen the picture too, and the same questions can be asked of its curve.

@@ -64,11 +64,13 @@ ax.plot([], [], color=BLUE, label="the true box")
 ax.set(title=phrase.text, xlabel="x in pixels", ylabel="y in pixels, downwards")
 fig.legend(loc="outside right center", fontsize=8)
 plt.show()
+shared = [iou(true + move, true) for move in moves.values()]
+assert shared[0] > 0.3 and shared[1] == shared[2] == 0
 
 # %% [markdown]
 # What to see: three answers in red. Their score is **intersection over union** (IoU), the area that two boxes
-# share over the area that they cover together: 1 for the right box, 0 for two of these. There is the trouble.
-# Beside the dog is better than across the picture, and IoU says the same of both.
+# share over the area that they cover together: 1 for the right box, 0 for two of these. A box beside the dog
+# is a better answer than one across the picture, and IoU gives both the same.
 #
 # ## Boxes, areas, numbers
 #
@@ -106,10 +108,13 @@ for ax, what in zip(axes, ("value", "slope"), strict=True):
     ax.set(xlabel="distance of the two squares", ylabel=what)
 axes[0].legend()
 plt.show()
+flat = np.abs(x) > 1.01
+assert (curves["IoU"][flat] == 0).all() and (np.diff(curves["GIoU"][x > 1.01]) < 0).all()
+assert (curves["GIoU"] <= curves["IoU"] + 1e-12).all()
 
 # %% [markdown]
-# What to see: beyond a distance of 1 the squares do not touch, IoU is flat, and nothing is to be learnt from
-# it. GIoU falls on. A **kink** is a place where the slope jumps: IoU has three, GIoU here one.
+# What to see: beyond a distance of 1 the squares do not touch, IoU is flat, and its slope says nothing. GIoU
+# goes on falling. A **kink** is a place where the slope jumps: IoU has three, GIoU here one.
 #
 # ## The gradient by hand
 #
@@ -145,6 +150,8 @@ print("d a =\n", da)
 print(f"pairs 0 and 2 are within 1e-8 of the slopes: {np.abs(da - slopes)[[0, 2]].max() < 1e-8}")
 print(f"all are within 1e-12 of autograd:            {np.abs(da - ta.grad.numpy()).max() < 1e-12}")
 up, down = ((giou_np(a[1] + k * h[1], b[1])[0] - value[1]) / (k * 1e-6) for k in (1, -1))
+assert np.abs(da - slopes)[[0, 2]].max() < 1e-8 and np.abs(da - ta.grad.numpy()).max() < 1e-12
+assert da[1, 2] > 0 > da[1, 0] and np.allclose(np.abs(da[2]), np.abs(da[2, 0])) and up * down < 0
 print(f"pair 1, y1: slope {down:+.3f} before the kink, {up:+.3f} after it; giou_np gives {da[1, 1]:+.3f}")
 
 # %% [markdown]
@@ -169,6 +176,7 @@ point = torch.zeros(1, 4, requires_grad=True)
 flat = (point[:, 2:] - point[:, :2]).prod(-1)
 (late,) = torch.autograd.grad(torch.where(flat > 0, flat / flat, 0).sum(), point)
 (library,) = torch.autograd.grad(giou(point, point.detach()).sum(), point)
+assert late.isnan().all() and (library == 0).all()
 print(f"0/0 replaced after dividing: gradient {late.numpy()[0]}; the library's {library.numpy()[0] + 0}")
 
 # %% [markdown]
@@ -195,6 +203,7 @@ p, t = np.array([[0.2, 0.25, 0.15, 0.15]]), np.array([[0.7, 0.6, 0.2, 0.3]])
 d1, d2 = np.split(giou_np(cxcywh_to_xyxy(p), cxcywh_to_xyxy(t))[1][0], 2, axis=1)
 dp = np.sign(p - t) - np.concatenate([d1 + d2, (d2 - d1) / 2], 1)
 slopes = [(box_loss_np(p + step, t)[0] - box_loss_np(p - step, t)[0]) / 2e-6 for step in h]
+assert np.abs(dp - slopes).max() < 1e-8
 print("d p =", dp[0], f"  within 1e-8 of the slopes: {np.abs(dp - slopes).max() < 1e-8}")
 
 target = torch.tensor(t, dtype=torch.float32)
@@ -205,6 +214,7 @@ losses = {
     "L1 + 1 − GIoU": lambda p: box_loss(p, target),
 }
 fig, axes = plt.subplots(2, 3, figsize=(6.6, 4.2), constrained_layout=True, sharex=True, sharey=True)
+ended = {}
 for row, (start, first) in zip(axes, starts.items(), strict=True):
     for ax, (name, loss) in zip(row, losses.items(), strict=True):
         p = torch.tensor([first], requires_grad=True)
@@ -217,9 +227,12 @@ for row, (start, first) in zip(axes, starts.items(), strict=True):
         outline(ax, other, BLUE, "--")
         ax.set(xlim=(0, 1), ylim=(1, 0))
         ax.set_title(f"{name}\nIoU at the end {iou(one, other):.2f}", fontsize=9)
+        ended[start, name] = iou(one, other)
     row[0].set_ylabel(f"start: {start}\ny, downwards")
 plt.setp(axes[1], xlabel="x")
 plt.show()
+assert all(value > 0.8 for (_, name), value in ended.items() if "L1" in name)
+assert ended["around it", "1 − GIoU"] < 0.4 and ended["disjoint", "1 − GIoU"] > 0.5
 
 # %% [markdown]
 # What to see: pale boxes come first, dark ones last, the target is dashed. From a disjoint start GIoU first
@@ -232,6 +245,7 @@ for side in (0.8, 0.08):
     one, two = torch.tensor([[0.5, 0.5, side, side]]), torch.tensor([[0.54, 0.5, side, side]])
     far = 1 - giou(cxcywh_to_xyxy(one), cxcywh_to_xyxy(two)).item()
     print(f"boxes of side {side:.2f}, shifted by 0.04: L1 {(one - two).abs().sum():.2f}, 1 − GIoU {far:.2f}")
+    assert torch.isclose((one - two).abs().sum(), torch.tensor(0.04)) and (far > 0.5) == (side < 0.1)
 
 # %% [markdown]
 # **Exercise 3** · `box_loss_np` · difficulty 2 of 3 · 25 minutes. **Exercise 4** · `box_loss` · difficulty 1
@@ -290,10 +304,11 @@ print("gradient of the first mean:\n", dv[0].reshape(3, 3))
 # words are filled in (06). The **box** is read with the *whole* picture, or the region would give it away:
 # $\hat b = \sigma(\mathrm{MLP}(\text{fused [CLS]}))$. All weights are 1.
 #
-# A wrong pair must be wrong. "A dog" is true of dogs elsewhere too, so only names are compared, each once a
-# batch. To match is harder: patches have seen their whole picture, and another region of the *same* one is a
-# doubtful negative. So one region a picture takes part, and `hard_negatives` (chapter 07) draws no equal
-# name. What would a careless draw do?
+# The text of a wrong pair must be false of its region. "A dog" is true of dogs in other pictures too, so the
+# contrast compares names only, each once a batch. Matching has a further difficulty: patches have seen their
+# whole picture, so another region of the *same* picture is a doubtful negative. Therefore one region a
+# picture takes part, and `hard_negatives` (chapter 07) draws no equal name. How often would a draw that
+# ignores both be wrong?
 
 # %%
 small = dict(canvas=32, patch=16, dim=64, heads=2, hidden=128, embed=64, image_layers=1, cross_layers=1)
@@ -314,6 +329,7 @@ for step in range(20):
     counts += [fails.sum() - R, R * R - R, drawn.sum(), len(drawn)]
 print(f"any other row: {counts[0] / counts[1]:.2f} of the pairs are of one picture or of one name")
 print(f"the library's wrong pairs in 20 steps: {counts[3]:.0f}, of them {counts[2]:.0f}")
+assert counts[2] == 0 and counts[0] > 0.1 * counts[1]
 
 # %% [markdown]
 # ## Watch it find
@@ -354,6 +370,8 @@ axes[1].set(xlabel="step", ylabel="boxes right", ylim=(0, 1), title="64 fresh ph
 axes[0].legend(fontsize=8)
 axes[1].legend(fontsize=8, loc="upper left")
 plt.show()
+final = {kind: records[-1][kind] for kind in asked}
+assert final["name"] > best_guess(truth["name"]) + 0.2 and final["place"] > best_guess(truth["place"]) + 0.15
 print(", ".join(f"{kind} {records[-1][kind]:.2f} (chance {best_guess(truth[kind]):.2f})" for kind in asked))
 
 # %%
@@ -371,9 +389,9 @@ plt.show()
 
 # %% [markdown]
 # What to see: dotted lines are chance, blue boxes true, red ones found. In this run names end highest, then
-# places, then relations. In the last two kinds two objects share a name: who reads no further is right about
-# half as often as on names. Places end well above that half; for relations 64 phrases hardly tell. All four
-# terms, more nouns and steps are `python -m minivlp train --model xvlm`.
+# places, then relations. In the last two kinds two objects share a name, and a model that reads only the name
+# is right about half as often as on names. Places end well above that half. For relations 64 phrases are too
+# few to tell. All four terms, more nouns and steps are `python -m minivlp train --model xvlm`.
 #
 # ## Where to go from here
 #

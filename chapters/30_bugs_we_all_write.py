@@ -97,6 +97,7 @@ C = torch.tensor([[0.1, 0.4, 0.9], [0.2, 0.8, 0.9], [0.6, 0.5, 0.3]], dtype=torc
 for n in (1, 3, 10, 50):
     T = plan_a(C, iters=n)
     print(f"{n:>2} steps: row sums {T.sum(1).numpy()}, price {(T * C).sum():.3f}")
+assert (T * C).sum() < 0.3 and np.allclose(T.sum(1), 1 / 3)
 
 # %% [markdown]
 # **B** makes an entropic plan by Sinkhorn's sweeps, in logarithms (chapter 14).
@@ -177,9 +178,10 @@ print("the loss falls:", *(f"{value:.2f}" for value in descend(distance_e)[0][:3
 #
 # A law is a statement about *all* inputs, which a program tries to refute with small random ones. `hold` asks
 # the library's own laws, prints which are obeyed, and for the first that is broken the smallest
-# counterexample it found and a hint. Call the function at the counterexample, in a cell of your own, and look
-# for the number that it got: the answer, an entry, or a sum of some. All but A's 200 steps can be worked by
-# hand. Then mend the function in its cell, run that, and ask again. Mended, all five obey all their laws.
+# counterexample it found and a hint. Call the function at the counterexample, in a cell of your own, and find
+# the number after *got*. It is the answer, one of its entries, or a sum of entries. All but A's 200 steps can
+# be worked by hand. Then mend the function in its cell, run that, and ask again. Mended, all five obey all
+# their laws.
 #
 # C's law is about who gets whose picture, so C is handed numbers again. For E the library has a similarity
 # $s$, which counts $\cos$ where a distance by cosines counts $1 - \cos$. The distance must be $1 - s$, and so
@@ -200,6 +202,7 @@ for letter, (function, laws) in suspects.items():
 pictures = np.arange(4)
 pictures_c(pictures, np.random.default_rng(11))
 print("C was given the pictures [0 1 2 3]; afterwards they are", pictures)
+assert pictures.tolist() != [0, 1, 2, 3]
 
 # %% [markdown]
 # (Of a function of your own, `hold(…, diagnose=True)` also names a known mistake that gives the same answers,
@@ -236,18 +239,20 @@ def paint(ax, plan, title):
     ax.set(title=title, xticks=[], yticks=[])
 
 
-axes = new_axes(1, 3, 7, 2.7)
+axes, prices = new_axes(1, 3, 7, 2.7), []
 for ax, name, solve in zip(axes, ("ipot", "A"), (ipot, reset_scaling), strict=False):
     T = solve(costs, iters=300)  # (36, 36)
     paint(ax, T, f"{name}: price {(T * costs).sum():.4f}")
+    prices.append((T * costs).sum())
 heat = axes[2].imshow(36 * T.sum(0).reshape(6, 6), cmap="coolwarm", vmin=0.6, vmax=1.4)
 axes[2].set(title="A: what arrives", xlabel="column of patches", ylabel="row of patches")
 plt.colorbar(heat, ax=axes[2], label="of its share")
 plt.show()
+assert prices[1] < prices[0] and (36 * T.sum(0)).min() < 0.9 and (36 * T.sum(0)).max() > 1.1
 
 # %% [markdown]
-# What to see: under A the light is uneven. Red patches got more than their share and blue ones less, and the
-# price is lower because of it.
+# What to see: the second picture differs little from the first, and the third shows what is wrong with it.
+# Red patches received more than their share and blue ones less, and the price is lower because of it.
 #
 # ## Answer B: two units
 #
@@ -269,12 +274,15 @@ temperatures = np.geomspace(0.02, 1, 40)
 for name, solve in {"sinkhorn": sinkhorn, "B": unscaled_potentials}.items():
     axes[3].loglog(temperatures, [solve(C, eps=eps).sum() for eps in temperatures], label=name)
 axes[3].set(xlabel="ε", ylabel="mass, nine costs")
+mass = np.array([unscaled_potentials(C, eps=eps).sum().item() for eps in temperatures])
+assert mass.max() > 1.1 and mass.min() < 0.5 and abs(mass[-1] - 1) < 1e-6  # the last is ε = 1
 axes[3].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# What to see: at 1 all is right. A little below, there is light that nobody sent. On the nine costs mass is
-# made at some temperatures and lost at others. One sum, at two values of $\varepsilon$, finds it.
+# What to see: at 1 all is right. A little below, the pictures are too bright, because more arrives than was
+# sent. On the nine costs mass is made at some temperatures and lost at others. The sum of the plan at two
+# values of $\varepsilon$ finds the mistake.
 #
 # ## Answer C: a batch that changes under the loop
 #
@@ -300,6 +308,7 @@ for n in (4, 16, 64):
     own = [sum((f(n, rng) == np.arange(n)).sum() for _ in range(1000)) for f in (in_place, derangement)]
     derived = (n / (n - 1)) ** n - 1 - n / (n - 1)
     print(f"own pictures of {n:>2}: C {own[0] / 1000:.2f}, derived {derived:.2f}; derangement {own[1]}")
+    assert abs(own[0] / 1000 - derived) < 0.15 and own[1] == 0
 index = in_place(4, np.random.default_rng(11))
 after = [f"caption {i} after C: picture {j}" + ", its own" * int(i == j) for i, j in enumerate(index)]
 draw(scenes[:4] + [scenes[j] for j in index], texts + after, rows=2)
@@ -336,16 +345,18 @@ for name, loss, style in (("mlm_loss", mlm_loss, "-"), ("D", mean_over_nothing, 
     for ax, curve in zip(axes, (log, smooth), strict=True):
         ax.plot(curve, style, label=name)
     print(f"{name}: NaN in {np.isnan(log).sum()} losses and in {np.isnan(smooth).sum()} running means of 150")
+    assert 0 < np.isnan(log).sum() < 20 < np.isnan(smooth).sum() if name == "D" else not np.isnan(log).any()
 for ax, name in zip(axes, ("loss of the step, nats", "running mean"), strict=True):
     ax.set(xlabel="step", ylabel=name, xlim=(0, 150), ylim=(0, None))
 axes[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# What to see: on the left, a few gaps in the dashed curve, where the library's falls to 0; on the right, it
-# ends for good. PyTorch's gradients are zeros there, so this training itself goes on, blind: no early stop,
-# no "best so far", since every comparison with NaN is false. A mean by hand, over `weight.sum()`, does not
-# even survive (chapter 06). The fix: the *sum* of the losses over $\max(K, 1)$, with $K$ the words asked for.
+# What to see: on the left, the dashed curve has a few gaps, where the library's falls to 0. On the right, the
+# running mean is NaN from the first gap to the end. PyTorch's gradients are zeros there, so this training
+# itself goes on. But nothing that compares the mean works any more, neither early stopping nor "best so far",
+# since every comparison with NaN is false. A mean by hand, over `weight.sum()`, does not even survive
+# (chapter 06). The fix: the *sum* of the losses over $\max(K, 1)$, with $K$ the words asked for.
 #
 # ## Answer E: a name with the wrong sign
 #
@@ -358,6 +369,7 @@ axes = new_axes(1, 4, 8, 2.5)
 for last, name, loss in ((2, "E", chamfer), (3, "1 − s", lambda x, y: 1 - chamfer(x, y))):
     log, before, after = descend(loss)
     axes[0].plot(log, label=f"{name}, to {log[-1]:.2f}")
+    assert log[-1] < log[0] and (chamfer(*after) < -0.5 if name == "E" else chamfer(*after) > 0.95)
     for ax, sets, title in ((axes[1], before, "before"), (axes[last], after, f"{name}, after")):
         ax.plot(*sets[0].T, "C0o", *sets[1].T, "C3^")
         ax.set(title=title, xlabel="first coordinate", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
