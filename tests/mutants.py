@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.attempts import is_float, solution
+from tests.attempts import solution
 from tests.course import Exercise, exercises
+from tests.held import is_float_array
 from tests.stubs import library_source
 
 SMALL = {"BLOCK": 4, "GROUP": 3, "PANEL": 2}  # in place of the library's, so that small arrays have several
@@ -427,7 +428,7 @@ def _turned(one: Exercise, which: int, change: Callable) -> Callable:
 def _turned_np(one: Exercise, which: int, change: Callable) -> Callable:
     def function(*args: Any, **settings: Any) -> Any:
         value, grads = solution(one)(*args, **settings)
-        x = [np.asarray(a) for a in args if is_float(a)][which]
+        x = [np.asarray(a) for a in args if is_float_array(a)][which]
         changed = change(np.asarray(grads[which]), x)
         return value, tuple(changed if i == which else g for i, g in enumerate(grads))
 

@@ -20,7 +20,7 @@ def attention_np(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask=None, causal=
 
     q (B, H, Lq, d), k and v (B, H, Lk, d), mask bool broadcasting to (B, H, Lq, Lk), grad (B, H, Lq, d) the
     upstream gradient (None = ones). Returns `(out (B, H, Lq, d), (dq, dk, dv))`. Raises ValueError on bad
-    shapes, dtypes, NaN, and when a query may see no key.
+    shapes, mixed dtypes, NaN, infinities, when a query may see no key and when scores overflow.
     """
     raise Todo
 
@@ -29,7 +29,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     """Attention: q (B, H, Lq, d), k and v (B, H, Lk, d) → (B, H, Lq, d).
 
     mask is bool, True = may look, and broadcasts to (B, H, Lq, Lk): a key padding mask (B, Lk) comes as
-    `mask[:, None, None]`. Raises ValueError on bad shapes, dtypes, NaN, and when a query may see no key.
+    `mask[:, None, None]`. Errors as in `attention_np`. Half precisions are added up in float32, also under
+    autocast.
     """
     raise Todo
 

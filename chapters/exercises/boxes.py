@@ -17,7 +17,8 @@ def giou_np(a: np.ndarray, b: np.ndarray, grad: np.ndarray | None = None):
     """GIoU of boxes a and b (…, 4) as corners x₁ y₁ x₂ y₂, pair by pair, and its gradients by hand.
 
     grad (…) is the upstream gradient (None = ones). A box with swapped corners has no area. Returns `(value
-    (…) in [−1, 1], (d a, d b))`. Raises ValueError on bad or different shapes, dtypes or NaN.
+    (…) in [−1, 1], (d a, d b))`. Raises ValueError on bad or different shapes, mixed dtypes, NaN or
+    infinities.
     """
     raise Todo
 
@@ -31,7 +32,7 @@ def box_loss_np(pred: np.ndarray, target: np.ndarray):
     """L1 plus GIoU loss of pred and target (n, 4), centre and size in fractions of the image; gradients too.
 
     Returns `(value ≥ 0, (d pred, d target))`; 0 with zero gradients for n = 0. Raises ValueError on bad
-    shapes, dtypes, NaN, and targets outside [0, 1].
+    shapes, mixed dtypes, NaN, infinities, and targets outside [0, 1].
     """
     raise Todo
 

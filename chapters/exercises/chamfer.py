@@ -26,7 +26,7 @@ def chamfer_np(
 
     x (…, M, D), y (…, N, D), masks (…, M) and (…, N) with True = real; grad (…) is the upstream gradient
     (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (…) in [−1, 1], (d x, d y))`. Raises
-    ValueError on bad shapes, dtypes, NaN, an empty set and an all-False mask row.
+    ValueError on bad shapes, mixed dtypes, NaN, infinities, an empty set and an all-False mask row.
     """
     raise Todo
 

@@ -20,7 +20,7 @@ def late_interaction_np(x: np.ndarray, y: np.ndarray, x_mask=None, y_mask=None, 
     x (A, M, D), y (B, N, D), masks (A, M) and (B, N) with True = real; grad (A, B) the upstream
     gradient (None = ones). Rows are divided by max(‖row‖, 1e-5). Returns `(value (A, B) in [−1, 1], (dx,
     dy))`: entry (a, b) is the mean over a's tokens of the largest cosine with one of b's. Raises
-    ValueError on bad shapes, dtypes, NaN, no set or no token, and an all-False mask row.
+    ValueError on bad shapes, mixed dtypes, NaN, infinities, no set or no token, and an all-False mask row.
     """
     raise Todo
 

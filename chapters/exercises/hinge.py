@@ -18,7 +18,8 @@ def hinge_np(images: np.ndarray, texts: np.ndarray, margin: float = 0.2, hardest
     images (B, D) and texts (B, D), row i of one the partner of row i of the other; margin > 0 in units of S.
     With `hardest` one negative counts in each row and column, else all. Returns `(loss, (dimages, dtexts))`,
     the loss summed over the batch.
-    Raises ValueError on bad shapes, dtypes, NaN, B = 0 or margin ≤ 0.
+    Raises ValueError on bad shapes, mixed dtypes, NaN, infinities, B = 0, margin ≤ 0 and scores that
+    overflow.
     """
     raise Todo
 
@@ -26,6 +27,7 @@ def hinge_np(images: np.ndarray, texts: np.ndarray, margin: float = 0.2, hardest
 def hinge(images: Tensor, texts: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
     """The hinge loss: images (B, D), texts (B, D) → scalar, summed over the batch.
 
-    With `hardest` one negative counts in each row and column, else all. Errors as in `hinge_np`.
+    With `hardest` one negative counts in each row and column, else all. Errors as in `hinge_np`. Half
+    precisions are added up in float32, also under autocast.
     """
     raise Todo

@@ -20,7 +20,7 @@ def infonce_np(images: np.ndarray, texts: np.ndarray, scale: float):
 
     images (B, D) and texts (B, D), row i of one the partner of row i of the other; scale = 1/τ > 0.
     Returns `(loss in nats, (dimages, dtexts, dscale))`.
-    Raises ValueError on bad shapes, dtypes, NaN, B = 0 or scale ≤ 0.
+    Raises ValueError on bad shapes, mixed dtypes, NaN, infinities, B = 0, scale ≤ 0 and scores that overflow.
     """
     raise Todo
 
@@ -28,7 +28,7 @@ def infonce_np(images: np.ndarray, texts: np.ndarray, scale: float):
 def infonce(images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
     """InfoNCE: images (B, D), texts (B, D), scale = 1/τ > 0 → scalar in nats.
 
-    Raises ValueError on bad shapes, dtypes, NaN, B = 0 or scale ≤ 0.
+    Errors as in `infonce_np`. Half precisions are added up in float32, also under autocast.
     """
     raise Todo
 

@@ -25,8 +25,8 @@ def ipot_np(
     """The plan (…, M, N) after `iters` proximal steps on cost (…, M, N), uniform over the real tokens.
 
     Masks (…, M) and (…, N) are bool, True = real; padded rows and columns of the plan are 0. beta > 0 is in
-    units of cost. Row sums are exact. Raises ValueError on bad shapes, dtypes, NaN, infinite costs, an
-    all-False mask row, beta ≤ 0 and iters < 1.
+    units of cost. Row sums are exact. Raises ValueError on bad shapes, dtypes, NaN, infinities, an
+    all-False mask row, iters < 1, and beta ≤ 0 or below the rounding of the costs.
     """
     raise Todo
 

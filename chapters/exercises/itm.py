@@ -40,7 +40,8 @@ def itm_loss_np(logits: np.ndarray, labels: np.ndarray):
     """Matching loss and its gradient by hand.
 
     logits (B, 2), column 1 speaks for a match; labels (B,) integers, 1 = match; loss in nats.
-    Returns `(loss, (d logits,))`. Raises ValueError on bad shapes, dtypes, labels, NaN, and for B = 0.
+    Returns `(loss, (d logits,))`. Raises ValueError on bad shapes, dtypes, labels, NaN, infinities, and for
+    B = 0.
     """
     raise Todo
 
@@ -48,6 +49,6 @@ def itm_loss_np(logits: np.ndarray, labels: np.ndarray):
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Matching loss: logits (B, 2), labels (B,) with 1 = match → scalar, in nats, the mean over pairs.
 
-    Raises ValueError on bad shapes, dtypes, labels, NaN, and for B = 0.
+    Errors as in `itm_loss_np`. Half precisions are added up in float32.
     """
     raise Todo

@@ -45,7 +45,8 @@ def mlm_loss_np(hidden: np.ndarray, embedding: np.ndarray, bias: np.ndarray, tar
 
     hidden (M, D), embedding (V, D), bias (V,), targets (M,) ids, −100 = not predicted; loss in nats.
     Returns `(loss, (d hidden, d embedding, d bias))`, all zero when every target is −100.
-    Raises ValueError on bad shapes, dtypes, targets or NaN.
+    Raises ValueError on bad shapes, mixed dtypes, targets, NaN, infinities and logits that overflow; rows of
+    hidden that are not predicted may be infinite.
     """
     raise Todo
 
@@ -54,7 +55,7 @@ def mlm_loss(hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor) -
     """Masked-word cross-entropy: hidden (M, D), embedding (V, D), bias (V,), targets (M,) → scalar, in nats.
 
     The mean over targets ≠ −100. Without any it is 0, still part of the graph, so that backward gives zeros.
-    Raises ValueError on bad shapes, dtypes, targets or NaN.
+    Errors as in `mlm_loss_np`. Half precisions are added up in float32, also under autocast.
     """
     raise Todo
 

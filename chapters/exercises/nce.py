@@ -22,7 +22,7 @@ def nce_np(score_data: np.ndarray, score_noise: np.ndarray, logp_data: np.ndarra
     score_data (B,), score_noise (B, K) the model's log-densities, normalised or not; logp_data (B,),
     logp_noise (B, K) the noise log-densities of the same samples; all in nats.
     Returns `(loss, (d score_data, d score_noise, d logp_data, d logp_noise))`.
-    Raises ValueError on bad shapes, dtypes or NaN, and when B or K is 0.
+    Raises ValueError on bad shapes, mixed dtypes or NaN, when B or K is 0, and when the loss is not finite.
     """
     raise Todo
 
@@ -30,7 +30,7 @@ def nce_np(score_data: np.ndarray, score_noise: np.ndarray, logp_data: np.ndarra
 def nce(score_data: Tensor, score_noise: Tensor, logp_data: Tensor, logp_noise: Tensor) -> Tensor:
     """Noise-contrastive estimation: scores and noise log-densities, (B,) at data, (B, K) at noise → scalar.
 
-    Raises ValueError on bad shapes, dtypes or NaN, and when B or K is 0.
+    Errors as in `nce_np`. Half precisions are added up in float32.
     """
     raise Todo
 

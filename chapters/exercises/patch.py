@@ -27,7 +27,8 @@ def patch_embed_np(images: np.ndarray, weight: np.ndarray, bias: np.ndarray, gra
     """Patch embedding and its gradients by hand.
 
     images (B, C, H, W), weight (D, C, p, p), bias (D,), grad (B, N, D) the upstream gradient (None = ones).
-    Returns `(out (B, N, D), (d images, d weight, d bias))`. Raises ValueError on bad shapes, dtypes or NaN.
+    Returns `(out (B, N, D), (d images, d weight, d bias))`. Raises ValueError on bad shapes, mixed
+    dtypes, NaN, infinities and sums that overflow.
     """
     raise Todo
 
@@ -35,7 +36,7 @@ def patch_embed_np(images: np.ndarray, weight: np.ndarray, bias: np.ndarray, gra
 def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Patch embedding: images (B, C, H, W), weight (D, C, p, p), bias (D,) → (B, N, D), row-major patches.
 
-    Raises ValueError on bad shapes, dtypes or NaN, and when H or W is not a multiple of p.
+    Raises ValueError as `patch_embed_np` does. Half precisions are added up in float32, also under autocast.
     """
     raise Todo
 

@@ -19,7 +19,7 @@ def sigmoid_loss_np(images: np.ndarray, texts: np.ndarray, scale: float, bias: f
 
     images (B, D) and texts (B, D), row i of one the partner of row i of the other; scale = 1/τ > 0; bias
     finite. Returns `(loss in nats, (dimages, dtexts, dscale, dbias))`. Raises ValueError on bad
-    shapes, dtypes, NaN, B = 0, scale ≤ 0 or a bias that is not finite.
+    shapes, mixed dtypes, NaN, infinities, B = 0, scale ≤ 0 and scores that overflow.
     """
     raise Todo
 
@@ -27,7 +27,7 @@ def sigmoid_loss_np(images: np.ndarray, texts: np.ndarray, scale: float, bias: f
 def sigmoid_loss(images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
     """The sigmoid loss: images (B, D), texts (B, D), scale = 1/τ > 0, bias → scalar in nats.
 
-    Raises ValueError on bad shapes, dtypes, NaN, B = 0, scale ≤ 0 or a bias that is not finite.
+    Errors as in `sigmoid_loss_np`. Half precisions are added up in float32, also under autocast.
     """
     raise Todo
 

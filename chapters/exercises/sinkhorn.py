@@ -42,8 +42,9 @@ def sinkhorn_np(
     """The entropic transport plan (…, M, N) of cost (…, M, N), with exact row sums.
 
     a (…, M) and b (…, N) are the marginals, each summing to one; None is uniform over the real tokens (mask
-    True). eps > 0 is in units of cost. Raises ValueError on bad shapes, dtypes, NaN, infinite costs, an
-    all-False mask row, eps ≤ 0, and marginals that are negative, do not sum to one or put weight on padding.
+    True). eps > 0 is in units of cost. Raises ValueError on bad shapes, dtypes, NaN, infinities, an
+    all-False mask row, eps ≤ 0 or below the rounding of the costs, and marginals that are negative, do not
+    sum to one or put weight on padding.
     """
     raise Todo
 

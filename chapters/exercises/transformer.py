@@ -16,8 +16,8 @@ def layer_norm_np(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: floa
     """LayerNorm over the last axis and its gradients by hand.
 
     x (…, D), weight (D,), bias (D,), eps > 0 added to the variance, grad (…, D) the upstream gradient (None =
-    ones). Returns `(out (…, D), (dx, dweight, dbias))`. Raises ValueError on bad shapes, dtypes, NaN or eps ≤
-    0.
+    ones). Returns `(out (…, D), (dx, dweight, dbias))`. Raises ValueError on bad shapes, mixed
+    dtypes, NaN, infinities, eps ≤ 0 and a variance that overflows.
     """
     raise Todo
 
@@ -25,6 +25,6 @@ def layer_norm_np(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: floa
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm over the last axis: x (…, D), weight (D,), bias (D,) → (…, D).
 
-    Raises ValueError on bad shapes, dtypes, NaN or eps ≤ 0.
+    Errors as in `layer_norm_np`. Half precisions are added up in float32.
     """
     raise Todo
