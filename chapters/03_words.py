@@ -325,6 +325,7 @@ np.add.at(dE, t, G)
 lost = np.zeros_like(E)
 lost[t] += G
 print("X =\n", E[t], "\n\ndE =\n", dE, "\n\nwith dE[t] += G:\n", lost)
+assert np.allclose(dE[2], G[0] + G[2]) and (dE[1] == 0).all() and np.allclose(lost[2], G[2])
 
 # %% [markdown]
 # What to see: row 2 is the sum of rows 0 and 2 of $G$, row 1 is zero. The last array is a trap of NumPy.

@@ -313,6 +313,8 @@ for which, row in enumerate(axes):
     gridded(row[0], text, 7)
     share = read_by_masks([text], [scene])[0].mean(1).reshape(-1, side, side)  # (blocks, …)
     x1, y1, x2, y2 = scene.boxes[which] / patch - 0.5
+    in_box = share.reshape(len(share), -1) @ patches_inside(scene, patch)[which]  # (blocks,)
+    assert (in_box[2:] > 0.5).all()
     for number, (ax, heat) in enumerate(zip(row[1:], share, strict=True), 1):
         image = ax.imshow(heat, vmin=0, vmax=0.5, cmap="magma")
         ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="white", linestyle=":"))
@@ -430,11 +432,14 @@ rungs = {"np": lambda *arrays: attention_np(*(a.detach().numpy() for a in arrays
 rungs["torch"] = lambda *arrays: attention(*arrays).sum().backward()
 rungs["fused"] = lambda *arrays: attention_fused(*arrays).sum().backward()
 print("   L   rung       ms")
+took = {}
 for L in (128, 256, 512, 1024):
     arrays = [torch.randn(1, 3, L, 32).requires_grad_() for _ in range(3)]
     for name, rung in rungs.items():
         best = 1000 * min(repeat(partial(rung, *arrays), number=1, repeat=4))
         print(f"{L:>4} {name:>6} {best:>8.1f}")
+        took[name, L] = best
+assert all(took[name, 1024] > 8 * took[name, 128] for name in ("np", "torch"))
 
 # %% [markdown]
 # What to see: each doubling of $L$ costs the plain rungs about four times as much in the long run, and more

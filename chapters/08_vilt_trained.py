@@ -317,6 +317,7 @@ times = {canvas: min(seconds(canvas) for _ in range(3)) for canvas in (24, 48, 9
 for canvas, time in times.items():
     patches = f"{(canvas // settings.patch) ** 2} patches, {1000 * time / 20:.2f} ms a row"
     print(f"{canvas} pixels: {patches}, {time / times[24]:.1f} times the smallest")
+assert times[48] < 4 * times[24] < 4 * times[96]
 
 # %% [markdown]
 # What to see: patches grow with the square of the side, and at first the time grows less, because words and

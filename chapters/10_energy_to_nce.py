@@ -50,6 +50,7 @@ for row, share, name in zip(axes, (p_data, q), ("bag 1", "bag 2"), strict=True):
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(name)
 plt.show()
+assert (p_data**2).sum() > 1.5 * (q**2).sum()  # the probability that two drawings of a bag are the same
 
 # %% [markdown]
 # What to see: the first row repeats itself more. One drawing alone decides nothing; a rare one of bag 1 that

@@ -372,6 +372,7 @@ axes[1].legend(fontsize=8, loc="upper left")
 plt.show()
 final = {kind: records[-1][kind] for kind in asked}
 assert final["name"] > best_guess(truth["name"]) + 0.2 and final["place"] > best_guess(truth["place"]) + 0.15
+assert final["place"] > final["name"] / 2 + 0.1 and final["relation"] < final["name"]
 print(", ".join(f"{kind} {records[-1][kind]:.2f} (chance {best_guess(truth[kind]):.2f})" for kind in asked))
 
 # %%
