@@ -148,11 +148,11 @@ def test_small_changes_are_caught(one: Exercise, pytestconfig: pytest.Config) ->
     assert not set(listed) - alive, f"caught or gone, so not to be listed: {sorted(set(listed) - alive)}"
 
 
-def test_of_all_changes_98_percent_are_caught() -> None:
+def test_of_all_changes_97_percent_are_caught() -> None:
     if len(TRIED) < len(exercises()):
         pytest.skip("not all exercises were tried")
     tried, alive = (sum(column) for column in zip(*TRIED.values(), strict=True))
-    assert tried - alive >= 0.98 * tried, f"{alive} of {tried} small changes survive"
+    assert tried - alive >= 0.97 * tried, f"{alive} of {tried} small changes survive"
 
 
 def test_every_survivor_has_a_reason() -> None:
