@@ -151,7 +151,8 @@ def check_temperature(costs, dtype, **temperature: float) -> None:
     require.positive(**temperature)
     ((name, value),) = temperature.items()
     rounding = 2.0**-52 if "float64" in str(dtype) else 2.0**-23
-    if bool((abs(costs) > value / rounding).any()):
+    over = abs(costs) > value / rounding  # costs: an array, or one number
+    if bool(over.any() if hasattr(over, "any") else over):
         require.fail(
             name, f"must be at least the rounding of the costs, {rounding:.2g} of the largest", value
         )
@@ -177,7 +178,7 @@ def check_weights(name: str, weights, mask, leading: tuple[int, ...], length: in
         require.fail(name, "must be zero where the mask is False", "weight on a padded token")
 
 
-LARGEST = np.float64(2)  # 1 − cos is no larger
+LARGEST = 2.0  # 1 − cos is no larger
 
 
 def unit_np(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

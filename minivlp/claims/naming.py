@@ -72,7 +72,7 @@ def _drawings(size: NamingSize) -> EmojiVL:
 def _named(model: Dual, recipe: Clip) -> Sample:
     """For every training drawing, plain and centred: is its own name first among all?"""
     matcher, concepts = Matcher(model, recipe.tokenizer), recipe.concepts
-    artists = [next(a for a in recipe.batches.artists if a in c.artists) for c in concepts]
+    artists = [next(a for a in recipe.emojivl.seen_artists if a in c.artists) for c in concepts]
     pixels = recipe.batches.portraits.plain([c.id for c in concepts], artists)
     S = similarities(matcher.pictures(pixels), matcher.texts([named(c, "en") for c in concepts]))
     own = np.eye(len(concepts), dtype=bool)
