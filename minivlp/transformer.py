@@ -24,6 +24,7 @@ over composed scenes) and stochastic depth.
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
@@ -121,6 +122,15 @@ class Block(nn.Module):
             k, v = linear(z, Wkv, bkv).chunk(2, -1)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         return x + self.proj(join_heads(attend(q, k, v, mask, causal)))
+
+    def follow(self, x: Tensor, past: list[Tensor]) -> Tensor:
+        """The last row of a causal pass: one more token x (B, 1, D), behind those in `past`.
+
+        past: the keys and values (B, heads, L, d) of the tokens before, [] of none; those of x join them.
+        """
+        q, k, v = (split_heads(z, self.heads) for z in self.qkv(self.norm1(x)).chunk(3, -1))
+        past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True)] if past else [k, v]
+        return self.transform(x + self.proj(join_heads(attend(q, *past))))
 
     def transform(self, x: Tensor) -> Tensor:
         """The second half: the MLP, each token by itself."""

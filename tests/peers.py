@@ -1,6 +1,8 @@
 """What several tests compare with, and the rows on which they do."""
 
+import importlib.util
 import math
+import sys
 from types import ModuleType
 
 import pytest
@@ -27,3 +29,21 @@ def unit_rows(B: int, D: int, dtype: torch.dtype = torch.float64) -> list[torch.
 def softplus(t: float) -> float:
     """log(1 + exp(t)), one number at a time."""
     return max(t, 0.0) + math.log1p(math.exp(-abs(t)))
+
+
+def open_clip_coca() -> type:
+    """open_clip's CoCa, or a skip. Its package asks for torchvision, of which CoCa needs one class."""
+    pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        pytest.skip("open_clip is not installed: see tests/requirements-peers-nodeps.txt")
+    bare = ModuleType("open_clip")
+    bare.__path__ = list(spec.submodule_search_locations)
+    misc = ModuleType("torchvision.ops.misc")
+    misc.FrozenBatchNorm2d = torch.nn.BatchNorm2d
+    stubs = {"open_clip": bare, "torchvision": ModuleType("torchvision"), "torchvision.ops.misc": misc}
+    stubs["torchvision.ops"] = ModuleType("torchvision.ops")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in stubs.items():
+            patch.setitem(sys.modules, name, module)
+        return importlib.import_module("open_clip.coca_model").CoCa

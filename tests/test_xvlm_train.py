@@ -9,7 +9,7 @@ import torch
 from minivlp.boxes import cxcywh_to_xyxy
 from minivlp.data import load_emojivl
 from minivlp.data.names import scene_tokenizer
-from minivlp.data.probes import meaning
+from minivlp.data.probes import first_of_each, meaning
 from minivlp.models.xvlm import Xvlm, whole_picture
 from minivlp.recipes.xvlm import (
     ABLATIONS,
@@ -17,7 +17,6 @@ from minivlp.recipes.xvlm import (
     RegionBatches,
     XvlmRecipe,
     XvlmSettings,
-    first_of_each,
     matching_pairs,
     xvlm_loss,
 )

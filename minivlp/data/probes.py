@@ -19,7 +19,7 @@ Left out: attributes (every object has its artist's colours) and paraphrases (on
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -172,6 +172,15 @@ def meaning(scene: Scene) -> tuple[int, int, int, bool]:
     _check(scene, scene.kind == "pair", "be a pair")
     (a, b), (axis, in_order) = scene.objects, RELATIONS[scene.relation]
     return (a, b, axis, in_order) if a < b else (b, a, axis, not in_order)
+
+
+def first_of_each(keys: Sequence[Hashable], rows: Sequence[int]) -> list[int]:
+    """Of rows with a key each, the first of every key but None."""
+    first: dict[Hashable, int] = {}
+    for key, row in zip(keys, rows, strict=True):
+        if key is not None:
+            first.setdefault(key, int(row))
+    return list(first.values())
 
 
 def false_captions(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:

@@ -135,6 +135,11 @@ class Scenes:
         kind = self.kinds[bisect(self._weights, rng.random() * self._weights[-1], hi=len(self.kinds) - 1)]
         return getattr(self, f"_{kind}")(rng)
 
+    @property
+    def pairs_of_nouns(self) -> int:
+        """How many pairs of nouns may meet."""
+        return len(self._pairs)
+
     def partners(self, concept_id: int) -> list[int]:
         """The ids of the nouns that may meet this one in a scene, ascending."""
         return sorted(self._partners[concept_id])

@@ -22,6 +22,7 @@ RECIPES = {
     "vse": ".dual:Vse",
     "filip": ".dual:Filip",
     "xvlm": ".xvlm:XvlmRecipe",
+    "coca": ".coca:CocaRecipe",
 }
 TASKS = ("vqa", "nlvr2")  # begin from a trained ViLT
 MODELS = tuple(name for name in RECIPES if name not in (*TASKS, "captions"))
@@ -33,7 +34,7 @@ FLAGS = {
     "images": (("captions",), "--captions"),
     "on_error": (("captions",), "--captions"),
     "language": (DUAL, "a dual encoder, as in --model clip"),
-    "without": (("xvlm",), "--model xvlm"),
+    "without": (("xvlm", "coca"), "--model xvlm or coca"),
 }
 
 

@@ -19,7 +19,7 @@ Left out: random crops around a box, spans of hidden words, gathering negatives 
 own captions, which have no boxes.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from minivlp.core.require import fail
 from minivlp.data import CPU_NOUNS, Concept, EmojiVL, Scene, Scenes, scene_pixels
 from minivlp.data.crowds import Crowds, Phrase, phrases
 from minivlp.data.names import read_caption
-from minivlp.data.probes import meaning
+from minivlp.data.probes import first_of_each, meaning
 from minivlp.evaluation.splits import Progress
 from minivlp.evaluation.xvlm import (
     ask_phrases,
@@ -164,15 +164,6 @@ class RegionBatches:
         arrays["boxes"] = (xyxy_to_cxcywh(boxes.astype(np.float64)) / [W, H, W, H]).astype(np.float32)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return RegionBatch(**tensors, pixels=scene_pixels(scenes), step=step)
-
-
-def first_of_each(keys: Sequence[Hashable], rows: Sequence[int]) -> list[int]:
-    """The row at the first appearance of each key but None."""
-    first: dict[Hashable, int] = {}
-    for key, row in zip(keys, rows, strict=True):
-        if key is not None:
-            first.setdefault(key, int(row))
-    return list(first.values())
 
 
 class XvlmRecipe(Recipe):
