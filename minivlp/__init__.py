@@ -7,6 +7,7 @@ Pictures and words become rows, and rows look at rows.
     attention    every query takes a mean of the values, weighted by how its match with their keys compares
     masks        who sees whom: one small table says what kind of model a transformer is
     transformer  LayerNorm, the block, the encoder, and blocks that look across at other tokens
+    decoder      RMSNorm, rotary positions, QK-norm; and writing, one token after the other
 
 What is hidden, and what is matched.
 
