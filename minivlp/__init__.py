@@ -13,6 +13,7 @@ What is hidden, and what is matched.
 
     mlm          masked words
     targets      one array of labels: next words, hidden patches, spans moved to the end
+    vq           a vector becomes the number of its nearest code: pictures as words
     itm          does the caption belong to the picture? Wrong pairs, and hard ones
 
 From densities to partners.
