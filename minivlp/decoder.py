@@ -154,15 +154,14 @@ class GatedMlp(nn.Module):
 class HeadNorm(nn.Module):
     """LayerNorm over the width of each head, with a scale and a shift a head: (B, H, L, d) → the same."""
 
-    def __init__(self, heads: int, width: int, eps: float):
+    def __init__(self, heads: int, width: int):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(heads, 1, width))
         self.bias = nn.Parameter(torch.zeros(heads, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, H, L, d) → (B, H, L, d)."""
-        return layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
+        return layer_norm(x, x.shape[-1:], eps=1e-5) * self.weight + self.bias
 
 
 Kept = tuple[Tensor, Tensor]  # keys and values (B, H, n, d) of the tokens so far
@@ -178,7 +177,7 @@ class DecoderBlock(nn.Module):
         self.heads = heads
         self.norm1 = nn.RMSNorm(dim, eps)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)  # its rows are those of queries, keys and values
-        self.q_norm, self.k_norm = (HeadNorm(heads, dim // heads, eps) for _ in range(2))
+        self.q_norm, self.k_norm = (HeadNorm(heads, dim // heads) for _ in range(2))
         self.proj = nn.Linear(dim, dim, bias=False)
         self.norm2 = nn.RMSNorm(dim, eps)
         self.mlp = GatedMlp(dim, hidden)
