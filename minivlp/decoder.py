@@ -265,6 +265,8 @@ def decode(
         require.fail("prefix", "must hold at least one token", tuple(prefix.shape))
     if beams < 1 or (beams > 1 and rng is not None):
         require.fail("beams", "must be at least 1, and 1 beside rng", beams)
+    if end is not None and not 0 <= end < V:
+        require.fail("end", f"must be None or lie in [0, {V})", end)
     if rng is not None:
         require.generator(rng)
     fresh, cache = prefix.repeat_interleave(beams, 0), None  # (B·beams, P)
@@ -282,7 +284,7 @@ def decode(
             log_p[finished, end] = 0
         if rng is None:
             sums = (total.view(-1, 1) + log_p).view(B, -1)  # (B, beams · V)
-            best = sums.argsort(1, descending=True, stable=True)[:, :beams]
+            best = sums.argsort(dim=1, descending=True, stable=True)[:, :beams]
             rows, fresh = (first + best // V).view(-1), (best % V).view(-1, 1)
             if beams > 1:
                 written, cache = written[rows], _select(cache, rows)
