@@ -234,7 +234,7 @@ def restrict(scores: Tensor, allowed: Tensor) -> Tensor:
     return scores.masked_fill(~allowed, -torch.inf).log_softmax(-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(
     model: Writer,
     prefix: Tensor,
