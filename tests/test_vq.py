@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minivlp import vq
+from minivlp.data import CPU_NOUNS, Scenes, load_emojivl, scene_pixels
 from tests.held import enough, holds_tiles_only, tiles
 from tests.laws import Subject, close, law, obeys, refuses
 from tests.strategies import arrays, sizes
@@ -328,3 +329,50 @@ def test_half_precision_keeps_its_dtype_and_its_codes(f, dtype):
     assert torch.equal(quantised, low[1][ids])
     (quantised.sum() + loss).backward()
     assert all(torch.isfinite(a.grad).all() for a in low)
+
+
+def trained_vqvae(pixels, held, restart, steps=200, width=32, K=256):
+    """A small convolutional VQ-VAE → how many of its codes the held-out pictures use, and their PSNR."""
+    torch.manual_seed(0)
+    rng, side = np.random.default_rng(0), pixels.shape[-1] // 8
+    encoder = nn.Sequential(
+        nn.Conv2d(3, width, 4, 4), nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1), nn.ReLU(),
+        nn.Conv2d(width, width, 2, 2),
+    )  # fmt: skip
+    decoder = nn.Sequential(
+        nn.ConvTranspose2d(width, width, 2, 2), nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1), nn.ReLU(),
+        nn.ConvTranspose2d(width, 3, 4, 4),
+    )  # fmt: skip
+    codes = nn.Parameter(torch.randn(K, width))
+    adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters(), codes], lr=2e-3)
+
+    def through(x):
+        z = encoder(x).permute(0, 2, 3, 1).flatten(0, 2)  # (B · side², width)
+        quantised, loss = vq.vq_fused(z, codes)
+        y = decoder(quantised.unflatten(0, (len(x), side, side)).permute(0, 3, 1, 2))
+        return z, loss, (y - x).square().mean()
+
+    for _ in range(steps):
+        z, loss, error = through(pixels[torch.from_numpy(rng.integers(len(pixels), size=32))])
+        adam.zero_grad()
+        (loss + error).backward()
+        adam.step()
+        if restart:
+            codes.data.copy_(vq.restart_dead(codes, vq.nearest_fused(z, codes), z, rng))
+    with torch.no_grad():
+        z, _, error = through(held)
+    return vq.perplexity(vq.nearest_fused(z, codes), K), float(10 * (4 / error).log10())
+
+
+@pytest.mark.slow
+def test_a_vqvae_collapses_without_restarts_and_not_with_them():
+    """Of 256 codes N(0, 1) one wins all vectors, and the others never have a gradient again."""
+    emojivl = load_emojivl()
+    nouns = emojivl.nouns(CPU_NOUNS)
+    train, held = Scenes(emojivl, nouns), Scenes(emojivl, nouns, pairs="held_out", seed=1)
+    pictures = (scene_pixels([source[i] for i in range(n)]) for source, n in ((train, 1000), (held, 100)))
+    pictures = tuple(pictures)
+    collapsed, blurred = trained_vqvae(*pictures, restart=False)
+    used, sharp = trained_vqvae(*pictures, restart=True)
+    assert collapsed <= 4 and used >= 150, (collapsed, used)
+    assert sharp > blurred + 2, (blurred, sharp)

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from minivlp.core import require
 from minivlp.decoder import DecoderBlock, Kept, turns
 from minivlp.masks import Table, real_keys, visible
+from minivlp.mlm import IGNORE
 from minivlp.models.parts import alike, check_text, sine_cosine_positions
 from minivlp.models.published import chameleon as names
 from minivlp.models.published.safetensors import filled, load_state
 from minivlp.patch import check_pixels, from_patches, patches_a_side, to_patches
+from minivlp.targets import next_words
 from minivlp.transformer import normal_init
 from minivlp.vq import nearest_fused
 
@@ -139,6 +141,23 @@ class Chameleon(nn.Module):
     def scores(self, states: Tensor) -> Tensor:
         """Scores of the next token: states (…, D) → (…, V)."""
         return self.head(states)
+
+    def nats(self, text: Tensor, text_mask: Tensor, image: Tensor, image_first: Tensor) -> Tensor:
+        """−log p of each text and of each picture, (B, 2) in nats; arguments as of `encode`.
+
+        With the image first they are those of p(text | image) and p(image), else of p(text) and p(image |
+        text). A text is made of words alone and a picture of codes alone: other ids have probability 0, or a
+        caption would be charged for codes that nobody would write.
+        """
+        begin, L = self.config.begin, text.shape[1]
+        scores, labels = (
+            self.scores(self.encode(text, text_mask, image, image_first)),
+            next_words(text, text_mask),
+        )
+        words, codes = scores[:, :L, :begin].log_softmax(-1), scores[:, L:-1, begin + 1 :].log_softmax(-1)
+        told = words.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * (labels != IGNORE)  # (B, L)
+        drawn = codes.gather(-1, image[..., None] - begin - 1)[..., 0]  # (B, N)
+        return -torch.stack([told.sum(1), drawn.sum(1)], 1)
 
     def layout(self, text: int, image_first: bool = False) -> Tensor:
         """Where the tokens of a text of this length and of a picture stand, (text + N + 1,), in an order."""

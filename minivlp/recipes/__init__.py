@@ -22,6 +22,7 @@ RECIPES = {
     "vse": ".dual:Vse",
     "filip": ".dual:Filip",
     "xvlm": ".xvlm:XvlmRecipe",
+    "chameleon": ".chameleon:ChameleonRecipe",
 }
 TASKS = ("vqa", "nlvr2")  # begin from a trained ViLT
 MODELS = tuple(name for name in RECIPES if name not in (*TASKS, "captions"))
