@@ -5,11 +5,15 @@ Pictures and words become rows, and rows look at rows.
     patch        a picture becomes rows of patches
     text         a caption becomes ids: WordPiece, cut greedily from a vocabulary that is learned
     attention    every query takes a mean of the values, weighted by how its match with their keys compares
+    masks        who sees whom: one small table says what kind of model a transformer is
     transformer  LayerNorm, the block, the encoder, and blocks that look across at other tokens
+    decoder      RMSNorm, rotary positions, QK-norm; and writing, one token after the other
 
 What is hidden, and what is matched.
 
     mlm          masked words
+    targets      one array of labels: next words, hidden patches, spans moved to the end
+    vq           a vector becomes the number of its nearest code: pictures as words
     itm          does the caption belong to the picture? Wrong pairs, and hard ones
 
 From densities to partners.

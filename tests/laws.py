@@ -96,19 +96,27 @@ class Subject:
             out = self.function(*args, **settings)
             return out[0] if isinstance(out, tuple) else out
         out = self.function(*(_tensor(a) for a in args), **{k: _setting(v) for k, v in settings.items()})
-        return _array(out)
+        return tuple(map(_array, out)) if isinstance(out, tuple) else _array(out)
 
     def grads(self, *args: Any, grad: np.ndarray | None = None, **settings: Any) -> tuple[np.ndarray, ...]:
-        """Gradients of sum(value * grad) over the positional float arguments, in order."""
+        """Gradients of sum(value * grad) over the positional float arguments, in order.
+
+        Of several values each has its own `grad`, in a tuple.
+        """
         if self.rung == "np":
             if grad is not None:
                 settings["grad"] = grad
             return self._named(self.function(*args, **settings)[1], args)
         tensors = [_tensor(a).requires_grad_(_is_float(a)) for a in args]
         out = self.function(*tensors, **{k: _setting(v) for k, v in settings.items()})
-        upstream = torch.ones_like(out) if grad is None else torch.as_tensor(grad, dtype=out.dtype)
+        outs = out if isinstance(out, tuple) else (out,)
+        given = [None] * len(outs) if grad is None else grad if isinstance(out, tuple) else [grad]
+        upstream = [
+            torch.ones_like(o) if g is None else torch.as_tensor(g, dtype=o.dtype)
+            for o, g in zip(outs, given, strict=True)
+        ]
         wanted = [t for t in tensors if t.requires_grad]
-        found = torch.autograd.grad(out, wanted, upstream, allow_unused=True)
+        found = torch.autograd.grad(outs, wanted, upstream, allow_unused=True)
         zeros = (torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))
         return self._named(map(_array, zeros), args)
 

@@ -21,6 +21,7 @@ from minivlp import (
     attention,
     boxes,
     chamfer,
+    decoder,
     filip,
     hinge,
     infonce,
@@ -33,13 +34,33 @@ from minivlp import (
     sigmoid,
     sinkhorn,
     transformer,
+    vq,
 )
 
 IDEAS = [
-    attention, boxes, chamfer, filip, hinge, infonce, ipot, itm, mlm, nce, patch, regions, sigmoid, sinkhorn,
-    transformer,
+    attention, boxes, chamfer, decoder, filip, hinge, infonce, ipot, itm, mlm, nce, patch, regions, sigmoid,
+    sinkhorn, transformer, vq,
 ]  # fmt: skip
 RUNGS = {family: ladder for idea in IDEAS for family, ladder in idea.RUNGS.items() if "torch" in ladder}
+del RUNGS["nearest"]  # it has no gradient, and vq calls it
+
+
+def in_one(function: Callable) -> Callable:
+    """vq with its two values in one vector: the quantised numbers, then the loss."""
+
+    def of_arrays(z, codes, grad=None):
+        grad = None if grad is None else (grad[:-1].reshape(z.shape), grad[-1])
+        (quantised, loss), gradients = function(z, codes, grad=grad)
+        return np.append(quantised, np.asarray(loss, quantised.dtype)), gradients
+
+    def of_tensors(z, codes):
+        quantised, loss = function(z, codes)
+        return torch.cat([quantised.flatten(), loss[None]])
+
+    return of_arrays if function is vq.vq_np else of_tensors
+
+
+RUNGS["vq"] = {rung: in_one(function) for rung, function in RUNGS["vq"].items()}
 CELLS = [(family, rung) for family, ladder in RUNGS.items() for rung in ladder]
 FUSED = [family for family, ladder in RUNGS.items() if "fused" in ladder]
 
@@ -76,6 +97,9 @@ def case_of(family: str, n: int = 5, D: int = 6) -> Case:
     return {
         "attention": Case((numbers(2, 1, n, D), numbers(2, 1, m, D), numbers(2, 1, m, D + 1)[..., :D])),
         "layer_norm": Case((numbers(n, D), numbers(D), numbers(D + 1)[:D])),
+        "rms_norm": Case((numbers(n, D), numbers(D))),
+        "rotary": Case((numbers(2, 1, n, D),), settings={"positions": labels * 7}),
+        "vq": Case((2 * numbers(n, D), numbers(m, D))),
         "patch_embed": Case((numbers(2, 3, 4, 6), numbers(D, 3, 2, 2), numbers(D))),
         "mlm_loss": Case(
             (numbers(n, D), numbers(m, D), numbers(m)),
@@ -213,6 +237,9 @@ def large(family: str) -> Case:
     return {
         "attention": Case((30 * numbers(1, 1, 40, 64), 30 * numbers(1, 1, 60, 64), numbers(1, 1, 60, 64))),
         "layer_norm": Case((200 * numbers(5, 2000), numbers(2000), numbers(2000))),
+        "rms_norm": Case((200 * numbers(5, 2000), numbers(2000))),
+        "rotary": Case((200 * numbers(1, 1, 9, 64),), settings={"positions": np.arange(9) * 5000}),
+        "vq": Case((60 * numbers(40, 300), 60 * numbers(50, 300)[:, ::-1])),
         "patch_embed": Case((60 + numbers(1, 3, 32, 32), 1 + numbers(6, 3, 16, 16), numbers(6))),
         "mlm_loss": Case(
             (300 * numbers(9, 40), numbers(6500, 40) / 3000, numbers(6500)),
@@ -367,7 +394,13 @@ def test_arrays_of_the_other_library_are_refused(family):
 def test_an_empty_batch(family):
     """No row at all: a sum over nothing, or a refusal, of all rungs alike."""
     case = case_of(family)
-    keep = {"mlm_loss": (1, 2), "layer_norm": (1, 2), "patch_embed": (1, 2)}.get(family, ())
+    keep = {
+        "mlm_loss": (1, 2),
+        "layer_norm": (1, 2),
+        "rms_norm": (1,),
+        "vq": (1,),
+        "patch_embed": (1, 2),
+    }.get(family, ())
     arrays = tuple(x if i in keep else x[:0] for i, x in enumerate(case.arrays))
     rowwise = {n: x[:0] if isinstance(x, np.ndarray) else x for n, x in case.settings.items()}
     check(family, case._replace(arrays=arrays, settings=rowwise), torch.float64, may_refuse=True)

@@ -22,8 +22,9 @@ from minivlp.__main__ import main
 from minivlp.data import EmojiVL, Scene, emojivl, load_emojivl
 from minivlp.evaluation import dual as dual_evaluation
 from minivlp.evaluation import vilt as vilt_evaluation
-from minivlp.recipes import dual, tasks, vilt, xvlm
+from minivlp.recipes import chameleon, dual, tasks, vilt, xvlm
 from minivlp.recipes.captions import CaptionsRecipe
+from minivlp.recipes.chameleon import ChameleonRecipe
 from minivlp.recipes.dual import DualRecipe, Filip
 from minivlp.recipes.tasks import Nlvr2Recipe, VqaRecipe
 from minivlp.recipes.vilt import ViltRecipe
@@ -36,6 +37,7 @@ DUAL_SIZES = SIZES | {f"text_{name}": SIZES[name] for name in ("dim", "layers", 
 DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
+CHAMELEON_SIZES = SIZES | dict(codes=8, clustered=4)
 DRAW = ViltRecipe.draw
 
 
@@ -51,13 +53,14 @@ def few() -> EmojiVL:
 def shrink(put=setattr) -> None:
     """Make every preset, the checks during training and the candidates of the evaluation small."""
     families = {ViltRecipe: SIZES, CaptionsRecipe: SIZES, DualRecipe: DUAL_SIZES, XvlmRecipe: XVLM_SIZES}
+    families[ChameleonRecipe] = CHAMELEON_SIZES
     for recipe, sizes in families.items():
         put(recipe, "presets", {name: replace(preset, **sizes) for name, preset in recipe.presets.items()})
     put(Filip, "overrides", {"patch": 7})
     put(tasks, "OVERRIDES", {"batch": 16, "warmup": 2})
     for recipe in (VqaRecipe, Nlvr2Recipe):
         put(recipe, "overrides", {**recipe.overrides, "steps": 6})
-    for module in (vilt, tasks, dual, xvlm):
+    for module in (vilt, tasks, dual, xvlm, chameleon):
         put(module, "CHECKED", 16)
     for module in (vilt, vilt_evaluation, dual, dual_evaluation):
         put(module, "CANDIDATES", 4)
@@ -80,7 +83,7 @@ def trained(model: str = "vilt", *flags: str) -> Path:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         command, flags = commands_with(patch, draw=True), ("--name", home / model, "--items", 16, *flags)
-        if model not in ("vilt", "xvlm"):
+        if model not in ("vilt", "xvlm", "chameleon"):
             use_few(patch)
         if model != "vilt":
             flags = ("--model", model, *flags)
@@ -114,6 +117,7 @@ def kill_at(place: str, times: int) -> None:
         "renamed": (os, "replace", True, lambda old, new: new.name == "checkpoint.pt"),
         "logged": (Run, "log", True, lambda *a: True),
         "step": (vilt, "pretraining_loss", False, lambda *a: True),
+        "chameleon": (ChameleonRecipe, "loss", False, lambda *a: True),
     }[place]
     real, seen = getattr(owner, name), 0
 

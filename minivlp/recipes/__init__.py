@@ -23,6 +23,7 @@ RECIPES = {
     "filip": ".dual:Filip",
     "xvlm": ".xvlm:XvlmRecipe",
     "coca": ".coca:CocaRecipe",
+    "chameleon": ".chameleon:ChameleonRecipe",
 }
 TASKS = ("vqa", "nlvr2")  # begin from a trained ViLT
 MODELS = tuple(name for name in RECIPES if name not in (*TASKS, "captions"))
