@@ -25,7 +25,7 @@ Rungs (attention_blocks):
     attention_blocks         attention under M, (L, L) bool
     attention_blocks_fused   a walk over the blocks of the table that count: no M, no work on the others
 
-Sources: Dong et al. 2019 (UniLM), section 2.3: one network, three masks; Li et al. 2023 (BLIP-2), figure 2.
+Sources: Dong et al. 2019 (UniLM), figure 1: one network, three masks; Li et al. 2023 (BLIP-2), figure 2.
 Left out: tables for one head or one layer alone, which no model here has. Attention across, to tokens that
 are not in the sequence, has no table: all of them may be seen.
 """
@@ -127,7 +127,7 @@ def real_keys(mask: Tensor, real: Tensor) -> Tensor:
 
 
 def _check(library, q, k, v, lengths, sees, causal) -> tuple[np.ndarray, np.ndarray]:
-    """Refuse bad arrays, and tables that do not fit or leave a token nothing to see; otherwise as `_table`."""
+    """Refuse bad arrays, and tables that do not fit or leave a token nothing to see; then as `_table`."""
     full = require.shapes(library, q=(q, "B H L d"), k=(k, "B H L d"), v=(v, "B H L d"))
     require.floats(q=q, k=k, v=v)
     if not full["L"] or not full["d"]:
