@@ -30,6 +30,7 @@ from minivlp import (
     mlm,
     nce,
     patch,
+    pooling,
     regions,
     sigmoid,
     sinkhorn,
@@ -37,8 +38,8 @@ from minivlp import (
 )
 
 IDEAS = [
-    attention, boxes, chamfer, filip, hinge, infonce, ipot, itm, masks, mlm, nce, patch, regions, sigmoid,
-    sinkhorn, transformer,
+    attention, boxes, chamfer, filip, hinge, infonce, ipot, itm, masks, mlm, nce, patch, pooling, regions,
+    sigmoid, sinkhorn, transformer,
 ]  # fmt: skip
 RUNGS = {family: ladder for idea in IDEAS for family, ladder in idea.RUNGS.items() if "torch" in ladder}
 CELLS = [(family, rung) for family, ladder in RUNGS.items() for rung in ladder]
@@ -80,6 +81,7 @@ def case_of(family: str, n: int = 5, D: int = 6) -> Case:
             tuple(numbers(2, 1, n, D + k)[..., :D] for k in range(3)),
             settings={"lengths": (2, n - 2), "sees": masks.PREFIX, "causal": (1,)},
         ),
+        "attention_pool": masked(Case((numbers(n, D), numbers(2, m, D))), mask=words),
         "layer_norm": Case((numbers(n, D), numbers(D), numbers(D + 1)[:D])),
         "patch_embed": Case((numbers(2, 3, 4, 6), numbers(D, 3, 2, 2), numbers(D))),
         "mlm_loss": Case(
@@ -221,6 +223,7 @@ def large(family: str) -> Case:
             (30 * numbers(1, 1, 60, 64), 30 * numbers(1, 1, 60, 65)[..., 1:], numbers(1, 1, 60, 64)),
             settings={"lengths": (20, 40), "sees": masks.PREFIX, "causal": (1,)},
         ),
+        "attention_pool": Case((30 * numbers(7, 64), numbers(2, 60, 64))),
         "layer_norm": Case((200 * numbers(5, 2000), numbers(2000), numbers(2000))),
         "patch_embed": Case((60 + numbers(1, 3, 32, 32), 1 + numbers(6, 3, 16, 16), numbers(6))),
         "mlm_loss": Case(
