@@ -23,6 +23,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +59,17 @@ class CocaConfig:
     hidden: int = 192
     text_layers: int = 1  # of the first half
     layers: int = 2  # of the second half
-    queries: int = 37  # that pool the picture: one for the contrast, the others for the words
+    queries: int = 1  # that pool the picture: one for the contrast, the others for the words; with 1 alone
+    # the words look at all of the picture's states themselves
     pool_heads: int = 3
     eps: float = 1e-5
 
     def __post_init__(self):
         patches_a_side(self.image_size, self.patch)
-        if self.queries < 2:
-            require.fail("queries", "must be at least 2, one of them for the contrast", self.queries)
+        if self.queries < 1:
+            require.fail("queries", "must be at least 1, for the contrast", self.queries)
+        if self.queries == 1 and self.image_dim != self.dim:
+            require.fail("image_dim", f"must be dim={self.dim}, as words look at the picture", self.image_dim)
 
     @property
     def grid(self) -> int:
@@ -146,7 +150,8 @@ class Coca(nn.Module):
         return self.contrast.scale
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B, 3, S, S), normalised, S = image_size → unit rows (B, dim), tokens (B, queries − 1, dim).
+        """pixels (B, 3, S, S), normalised, S = image_size → unit rows (B, dim), tokens (B, K, dim), of
+        which K = queries − 1, or with one query 1 + N, [CLS] and the patches.
 
         Raises ValueError on other shapes, dtypes and NaN.
         """
@@ -155,8 +160,10 @@ class Coca(nn.Module):
         if size != [c.image_size] * 2:
             require.fail("pixels", f"must be {c.image_size} × {c.image_size}", tuple(pixels.shape))
         z = torch.cat([self.cls.expand(B, 1, -1), self.patch(pixels)], 1)  # (B, 1+N, D)
-        pooled = self.pool(self.image(self.image_norm(z + self.position)))  # (B, queries, dim)
-        return normalize(self.image_project(pooled[:, 0]), dim=-1), pooled[:, 1:]
+        states = self.image(self.image_norm(z + self.position))  # (B, 1+N, D)
+        pooled = self.pool(states)  # (B, queries, dim)
+        tokens = states if self.config.queries == 1 else pooled[:, 1:]
+        return normalize(self.image_project(pooled[:, 0]), dim=-1), tokens
 
     def encode_text(self, ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, L) integers; text_mask (B, L) bool, True = a word → unit rows (B, dim), words (B, L, dim).
@@ -187,19 +194,38 @@ class Coca(nn.Module):
         """Scores of the word after each one; arguments as of `hidden` → (B, L, V)."""
         return self.vocabulary(self.hidden(words, tokens))
 
-    def follow(self, ids: Tensor, tokens: Tensor, past: dict) -> Tensor:
-        """The last row of `next_logits` for a text that grows by one word a call: ids (B,) → (B, V).
+    def follow(self, ids: Tensor, tokens: Tensor, cache: Sequence[list] | None) -> tuple[Tensor, list]:
+        """The last row of `next_logits` for texts that grow: ids (B,) their newest word → (B, V), cache.
 
-        `past` holds the keys and values of the words before, begins empty and grows. Unchecked.
+        cache: what the call before gave, the keys and values of the words before; None at the first word.
+        Unchecked.
         """
-        length = past.setdefault("length", 0)
+        layers = len(self.text) + len(self.blocks)
+        past = [list(pair) for pair in cache] if cache else [[] for _ in range(layers)]
+        length = past[0][0].shape[2] if cache else 0
         z = self.word(ids)[:, None] + self.text_position[length]  # (B, 1, dim)
-        for block in self.text:
-            z = block.follow(z, past.setdefault(block, []))
-        for block, across in zip(self.blocks, self.across, strict=True):
-            z = across(block.follow(z, past.setdefault(block, [])), tokens)
-        past["length"] = length + 1
-        return self.vocabulary(self.norm(z[:, 0]))
+        for block, pair in zip(self.text, past, strict=False):
+            z = block.follow(z, pair)
+        for block, across, pair in zip(self.blocks, self.across, past[len(self.text) :], strict=True):
+            z = across(block.follow(z, pair), tokens)
+        return self.vocabulary(self.norm(z[:, 0])), past
+
+
+@dataclass
+class Captioner:
+    """What `decoder.decode` asks to write about pictures: a model and the tokens (B, K, dim) of each."""
+
+    model: Coca
+    tokens: Tensor
+
+    def next_scores(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """As of `decoder.Writer`; the cache holds the pictures too, so that beams keep theirs."""
+        tokens, past = (self.tokens.repeat_interleave(len(ids) // len(self.tokens), 0), None)
+        if cache is not None:
+            tokens, past = cache
+        for word in ids.unbind(1):
+            scores, past = self.model.follow(word, tokens, past)
+        return scores, (tokens, past)
 
 
 @torch.no_grad()
@@ -222,8 +248,6 @@ def small_init(model: Coca) -> Coca:
         nn.init.orthogonal_(block.fc1.weight)
     for block in model.across:
         mean_of_seen(block.qkv.weight.chunk(3)[2], block.proj.weight)
-    model.pool.query[1:] = sine_cosine_positions(c.grid, c.dim)
-    alike(model.pool.q.weight, model.pool.k.weight)
     mean_of_seen(model.pool.v.weight, model.pool.proj.weight)
     for project in (model.image_project, model.text_project):
         nn.init.orthogonal_(project.weight)

@@ -13,27 +13,35 @@ Left out: several processes, own captions.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from minivlp.core.images import upright_rgb
+from minivlp.core.require import fail
 from minivlp.data import CPU_NOUNS, Scene, Scenes, scene_pixels
 from minivlp.data.probes import first_of_each, meaning, swapped
+from minivlp.decoder import decode
 from minivlp.evaluation.captions import evaluate_captions, report_captions, true_captions
 from minivlp.evaluation.reading import BATCH, equal_lengths, fitting_rows
 from minivlp.evaluation.splits import Progress
 from minivlp.infonce import infonce
 from minivlp.mlm import mlm_loss
-from minivlp.models.coca import Coca, CocaConfig, small_init
+from minivlp.models.coca import Captioner, Coca, CocaConfig, small_init
+from minivlp.pictures.sheets import contact_sheet
 from minivlp.recipes.base import Batch, Recipe, Settings, Terms, load_trained
 from minivlp.targets import next_words
 from minivlp.text import WordPiece
+from minivlp.training.screen import Screen
 from minivlp.training.trained import Trained
 from minivlp.training.workers import ONE_PROCESS, Workers
 
 CHECKED = 128  # scenes captioned twenty times during training
+DRAWN, DRAWN_SEED = 18, 7  # pictures whose captions are drawn
 BLIND_STEPS = 0.4  # of the run's
 ABLATIONS = {"contrast": {"contrast_weight": 0.0}, "captions": {"caption_weight": 0.0}}
 
@@ -52,7 +60,7 @@ class CocaSettings(Settings):
     hidden: int = 192
     text_layers: int = 1
     layers: int = 2
-    queries: int = 37
+    queries: int = 1
     vocab_size: int = 512
     steps: int = 1600
     contrast_weight: float = 1.0
@@ -166,6 +174,41 @@ class CocaRecipe(Recipe):
 
     report = staticmethod(report_captions)
 
+    def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
+        """curves.png, and captions.png with what is written about pictures by unseen artists."""
+        artists = self.emojivl.shown_artists
+        about = {"canvas": trained.canvas, "pairs": "held_out", "seed": DRAWN_SEED}
+        source = Scenes(self.emojivl, self.nouns, artists, **about)
+        scenes = [source[i] for i in range(DRAWN)]
+        written = CocaWriter(self, trained.model).write(scenes)
+        rows = [(s.image, text, text in true_captions(s)) for s, text in zip(scenes, written, strict=True)]
+        title = f"pictures by {', '.join(artists)}; green: the sentence is true"
+        contact_sheet(folder / "captions.png", [(title, rows)])
+        return [*super().draw(trained, folder, records), folder / "captions.png"]
+
+    def demo(self, trained: Trained, query: str, folder: Path, device: str, screen: Screen) -> None:
+        """Write about a picture file: the likeliest sentence word by word, then what beams and chance find.
+
+        Raises ValueError for a file that is no picture.
+        """
+        try:
+            with Image.open(query) as picture:
+                square = Image.fromarray(upright_rgb(picture)).resize((trained.canvas,) * 2, Image.BOX)
+        except (OSError, ValueError) as error:
+            fail("picture", "must be a file with a picture", f"{query} ({error})")
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+        writer = CocaWriter(self, trained.model.to(device))
+        with torch.inference_mode():
+            _, tokens = trained.model.encode_image(pixels.to(device))
+        (text, log_p), *_ = writer.sentences(tokens)
+        screen.say(f"{text}   (log probability {log_p:.2f})")
+        for word, value in writer.words(text, tokens):
+            screen.say(f"  {value:7.3f}  {word}")
+        screen.say("by beams of 8, and drawn at random:")
+        drawn = (writer.sentences(tokens, rng=np.random.default_rng(i)) for i in range(3))
+        for row in (writer.sentences(tokens, beams=8), *drawn):
+            screen.say(f"  {row[0][1]:7.3f}  {row[0][0]}")
+
 
 @dataclass(frozen=True)
 class CocaWriter:
@@ -203,15 +246,27 @@ class CocaWriter:
     @torch.inference_mode()
     def write(self, scenes: Sequence[Scene]) -> list[str]:
         """The most probable word after each, until the end."""
-        _, tokens = self._pictures(scenes)
-        t, past = self.tokenizer, {}
-        ids = torch.full((len(scenes), 1), t.cls_id, device=self._device)
-        for _ in range(self.model.config.max_text_len - 1):
-            ids = torch.cat([ids, self.model.follow(ids[:, -1], tokens, past).argmax(-1)[:, None]], 1)
-        texts = []
-        for row in ids[:, 1:].tolist():
-            texts.append(t.decode(row[: row.index(t.sep_id)] if t.sep_id in row else row))
-        return texts
+        return [text for text, _ in self.sentences(self._pictures(scenes)[1])]
+
+    def sentences(self, tokens: Tensor, **how: Any) -> list[tuple[str, float]]:
+        """A sentence and its log probability for each picture's tokens; how: of `decoder.decode`."""
+        t, places = self.tokenizer, self.model.config.max_text_len - 1
+        allowed = torch.ones(places, len(t), dtype=torch.bool, device=tokens.device)
+        allowed[:, [i for i in t.special_ids if i != t.sep_id]] = False
+        begin = torch.full((len(tokens), 1), t.cls_id, device=tokens.device)
+        ids, log_p = decode(Captioner(self.model, tokens), begin, allowed, end=t.sep_id, **how)
+        return [(t.decode(row), value) for row, value in zip(ids.tolist(), log_p.tolist(), strict=True)]
+
+    @torch.inference_mode()
+    def words(self, text: str, tokens: Tensor) -> list[tuple[str, float]]:
+        """The pieces of a text and its end, each with its log probability, for one picture's tokens."""
+        ids, mask = map(
+            torch.from_numpy, fitting_rows(self.tokenizer, [text], self.model.config.max_text_len)
+        )
+        _, states = self.model.encode_text(ids.to(self._device), mask.to(self._device))
+        log_p = self.model.next_logits(states, tokens)[0].log_softmax(-1)
+        following = ids[0, 1:].tolist()
+        return [(self.tokenizer.tokens[i], log_p[at, i].item()) for at, i in enumerate(following)]
 
     @torch.inference_mode()
     def contrast(self, captions: Sequence[str], scenes: Sequence[Scene]) -> np.ndarray:
