@@ -81,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", "Train a model, evaluate it, draw pictures.", "train --captions my_pictures")
     train("--model", default="vilt", choices=MODELS)
     train("--language", choices=["en", "zh"], help="of the names, for dual encoders (default: en)")
-    train("--without", choices=["boxes", "regions"], help="what xvlm is to do without")
+    parts = "what xvlm (boxes, regions), flava (unpaired) or maskvlm (turns) is to do without"
+    train("--without", choices=["boxes", "regions", "unpaired", "turns"], help=parts)
     train("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
     train("--task", choices=TASKS, help="fine-tune a trained run on this task")
     train("--start", type=given, metavar="RUN", help=f"where --task starts: {RUN}")

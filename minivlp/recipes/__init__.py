@@ -22,6 +22,8 @@ RECIPES = {
     "vse": ".dual:Vse",
     "filip": ".dual:Filip",
     "xvlm": ".xvlm:XvlmRecipe",
+    "flava": ".flava:FlavaRecipe",
+    "maskvlm": ".maskvlm:MaskVlmRecipe",
 }
 TASKS = ("vqa", "nlvr2")  # begin from a trained ViLT
 MODELS = tuple(name for name in RECIPES if name not in (*TASKS, "captions"))
@@ -33,7 +35,7 @@ FLAGS = {
     "images": (("captions",), "--captions"),
     "on_error": (("captions",), "--captions"),
     "language": (DUAL, "a dual encoder, as in --model clip"),
-    "without": (("xvlm",), "--model xvlm"),
+    "without": (("xvlm", "flava", "maskvlm"), "--model xvlm, flava or maskvlm"),
 }
 
 
