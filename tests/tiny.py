@@ -22,9 +22,11 @@ from minivlp.__main__ import main
 from minivlp.data import EmojiVL, Scene, emojivl, load_emojivl
 from minivlp.evaluation import dual as dual_evaluation
 from minivlp.evaluation import vilt as vilt_evaluation
-from minivlp.recipes import dual, tasks, vilt, xvlm
+from minivlp.recipes import DUAL, dual, hiding, tasks, vilt, xvlm
 from minivlp.recipes.captions import CaptionsRecipe
 from minivlp.recipes.dual import DualRecipe, Filip
+from minivlp.recipes.flava import FlavaRecipe
+from minivlp.recipes.maskvlm import MaskVlmRecipe
 from minivlp.recipes.tasks import Nlvr2Recipe, VqaRecipe
 from minivlp.recipes.vilt import ViltRecipe
 from minivlp.recipes.xvlm import XvlmRecipe
@@ -36,6 +38,9 @@ DUAL_SIZES = SIZES | {f"text_{name}": SIZES[name] for name in ("dim", "layers", 
 DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
+FLAVA_SIZES = XVLM_SIZES | dict(fusion_layers=1, codes=16, unpaired=4, vilt=False)
+del FLAVA_SIZES["cross_layers"]
+MASKVLM_SIZES = XVLM_SIZES | dict(decoder_layers=1)
 DRAW = ViltRecipe.draw
 
 
@@ -51,13 +56,14 @@ def few() -> EmojiVL:
 def shrink(put=setattr) -> None:
     """Make every preset, the checks during training and the candidates of the evaluation small."""
     families = {ViltRecipe: SIZES, CaptionsRecipe: SIZES, DualRecipe: DUAL_SIZES, XvlmRecipe: XVLM_SIZES}
+    families |= {FlavaRecipe: FLAVA_SIZES, MaskVlmRecipe: MASKVLM_SIZES}
     for recipe, sizes in families.items():
         put(recipe, "presets", {name: replace(preset, **sizes) for name, preset in recipe.presets.items()})
     put(Filip, "overrides", {"patch": 7})
     put(tasks, "OVERRIDES", {"batch": 16, "warmup": 2})
     for recipe in (VqaRecipe, Nlvr2Recipe):
         put(recipe, "overrides", {**recipe.overrides, "steps": 6})
-    for module in (vilt, tasks, dual, xvlm):
+    for module in (vilt, tasks, dual, xvlm, hiding):
         put(module, "CHECKED", 16)
     for module in (vilt, vilt_evaluation, dual, dual_evaluation):
         put(module, "CANDIDATES", 4)
@@ -80,7 +86,7 @@ def trained(model: str = "vilt", *flags: str) -> Path:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         command, flags = commands_with(patch, draw=True), ("--name", home / model, "--items", 16, *flags)
-        if model not in ("vilt", "xvlm"):
+        if model in DUAL:
             use_few(patch)
         if model != "vilt":
             flags = ("--model", model, *flags)
