@@ -12,6 +12,7 @@ from minivlp.data import Scenes, load_emojivl, scene_pixels
 from minivlp.evaluation.hidden import SHARES, costs, evaluate_hidden, hide_rows, mean_of, report_hidden
 from minivlp.mlm import IGNORE
 from minivlp.patch import to_patches
+from minivlp.recipes import flava
 from minivlp.recipes.base import load_trained
 from minivlp.recipes.flava import FlavaRecipe, Pairs, Pictures, Texts
 from minivlp.recipes.maskvlm import MaskVlmRecipe, matching_pairs
@@ -24,6 +25,12 @@ from tests.tiny import FLAVA_SIZES, MASKVLM_SIZES, commands_with, trained
 EMOJIVL = load_emojivl()
 RECIPES = {"flava": (FlavaRecipe, FLAVA_SIZES), "maskvlm": (MaskVlmRecipe, MASKVLM_SIZES)}
 both = pytest.mark.parametrize("name", RECIPES)
+
+
+@pytest.fixture(autouse=True)
+def few_coded(monkeypatch):
+    """K-means over the patches of a few pictures."""
+    monkeypatch.setattr(flava, "CODED", 20)
 
 
 def recipe(name: str, without: str | None = None, **changes):
@@ -127,10 +134,11 @@ def test_every_parameter_gets_a_gradient(name):
     assert [n for n, p in made.model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.slow
 @both
 def test_one_batch_can_be_learned(name):
-    halves = {"both": 0.5} if name == "flava" else {}
-    made = recipe(name, dim=32, batch=8, hidden=64, lr=4e-3, mask=0.5, **halves)
+    changes = {"both": 0.5} if name == "flava" else {"dim": 32, "hidden": 64}
+    made = recipe(name, batch=8, lr=4e-3, mask=0.5, **changes)
     model, batches = made.model, made.batch(0)
     tuned, first = optimizers(model, made.matrices(model), made.settings), None
     for _ in range(40):
@@ -168,7 +176,7 @@ def test_flava_begins_with_the_blocks_of_the_shipped_vilt():
 def test_a_run_that_stops_ends_in_the_same_weights(name, tmp_path):
     def finished(folder, stop=None):
         run = Run.resume(folder) if (folder / "checkpoint.pt").exists() else Run.begin(folder, {"train": {}})
-        made = recipe(name, steps=6, save_every=3)
+        made = recipe(name, steps=5, save_every=2, batch=6)
         made.check = lambda model: {}
 
         def until(step):

@@ -22,7 +22,7 @@ from minivlp.__main__ import main
 from minivlp.data import EmojiVL, Scene, emojivl, load_emojivl
 from minivlp.evaluation import dual as dual_evaluation
 from minivlp.evaluation import vilt as vilt_evaluation
-from minivlp.recipes import DUAL, dual, hiding, tasks, vilt, xvlm
+from minivlp.recipes import DUAL, dual, flava, hiding, tasks, vilt, xvlm
 from minivlp.recipes.captions import CaptionsRecipe
 from minivlp.recipes.dual import DualRecipe, Filip
 from minivlp.recipes.flava import FlavaRecipe
@@ -38,8 +38,9 @@ DUAL_SIZES = SIZES | {f"text_{name}": SIZES[name] for name in ("dim", "layers", 
 DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
-FLAVA_SIZES = XVLM_SIZES | dict(fusion_layers=1, codes=16, unpaired=4, vilt=False)
-del FLAVA_SIZES["cross_layers"]
+# FLAVA begins with a trained ViLT, whose width it has.
+FLAVA_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "save_every", "report_every")}
+FLAVA_SIZES |= dict(image_layers=1, text_layers=1, codes=16, unpaired=4)
 MASKVLM_SIZES = XVLM_SIZES | dict(decoder_layers=1)
 DRAW = ViltRecipe.draw
 
@@ -60,6 +61,7 @@ def shrink(put=setattr) -> None:
     for recipe, sizes in families.items():
         put(recipe, "presets", {name: replace(preset, **sizes) for name, preset in recipe.presets.items()})
     put(Filip, "overrides", {"patch": 7})
+    put(flava, "CODED", 20)
     put(tasks, "OVERRIDES", {"batch": 16, "warmup": 2})
     for recipe in (VqaRecipe, Nlvr2Recipe):
         put(recipe, "overrides", {**recipe.overrides, "steps": 6})

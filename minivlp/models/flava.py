@@ -19,15 +19,13 @@ contrast it is no question either, but it stays among the answers; its rows are 
 not. With labels t_i = i for true pairs and −100 for the others this too is `mlm_loss`, once with the texts
 for a vocabulary and once with the pictures, and where all pairs are true it is InfoNCE.
 
-Sources: Singh et al. 2022 (FLAVA), sections 3.1 to 3.3; Trockman and Kolter 2023 (mimetic initialization) for
-the small initial values.
+Sources: Singh et al. 2022 (FLAVA), sections 3.1 to 3.3.
 Left out: the discrete VAE whose codes FLAVA predicts (here the K patches are a buffer, or codes are given);
 pictures of other sizes than the stored grid of positions; the poolers that no loss reads. Two habits of
 published code are not followed: it writes −100 into the caller's array of codes, and a batch in which nothing
 is hidden costs NaN; here the array stays as it was and the term is 0.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,14 +38,14 @@ from minivlp.core import require
 from minivlp.infonce import InfoNCE
 from minivlp.itm import itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
-from minivlp.models.parts import MlmHead, alike, check_text, mean_of_seen, sine_cosine_positions
+from minivlp.models.parts import MlmHead, check_text
 from minivlp.models.published import flava as weights
 from minivlp.models.published.safetensors import filled, load_state
 from minivlp.patch import PatchEmbed, check_pixels, patches_a_side, to_patches
 from minivlp.transformer import Encoder, key_mask, normal_init
 from minivlp.vq import nearest
 
-__all__ = ["Flava", "FlavaConfig", "load_flava", "small_init"]
+__all__ = ["Flava", "FlavaConfig", "load_flava"]
 
 
 @dataclass(frozen=True)
@@ -252,35 +250,6 @@ def contrast_of_true(x: Tensor, y: Tensor, scale: Tensor, true: Tensor) -> Tenso
     partner = torch.where(true, torch.arange(len(true), device=true.device), IGNORE)
     none = x.new_zeros(len(x))
     return (mlm_loss(scale * x, y, none, partner) + mlm_loss(scale * y, x, none, partner)) / 2
-
-
-@torch.no_grad()
-def small_init(model: Flava) -> Flava:
-    """Give `model` values with which a small FLAVA learns from little data, in place; return it.
-
-    From torch's default generator, as for X-VLM (models/xvlm.py): patches and positions of unit variance;
-    among patches and in the fusion encoder queries equal to keys, so that a token first looks at tokens like
-    itself; among words the mean of all; both sides enter the fusion encoder as they are; the two projections
-    into the space of comparison are equal.
-    """
-    c = model.config
-    nn.init.normal_(model.patch.weight, std=1 / math.sqrt(3 * c.patch**2 / 4))  # pixels have deviation ½
-    model.position[1:] = sine_cosine_positions(math.isqrt(c.patches), c.dim)
-    for table in (model.word, model.text_position, model.segment):
-        nn.init.normal_(table.weight, std=0.5)  # a LayerNorm follows: only the ratios count
-    for block in (*model.image.blocks, *model.fusion.blocks):
-        query, key, value = block.qkv.weight.chunk(3)
-        alike(query, key)
-        nn.init.orthogonal_(value)
-    for block in model.text.blocks:
-        mean_of_seen(block.qkv.weight.chunk(3)[2], block.proj.weight)
-    for block in (*model.image.blocks, *model.text.blocks, *model.fusion.blocks):
-        nn.init.orthogonal_(block.fc1.weight)
-    for linear in (model.image_to_fusion, model.text_to_fusion):
-        nn.init.eye_(linear.weight)
-    nn.init.orthogonal_(model.image_project.weight)
-    model.text_project.weight.copy_(model.image_project.weight)
-    return model
 
 
 def load_flava(

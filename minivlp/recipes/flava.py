@@ -35,7 +35,7 @@ from torch.nn.functional import cross_entropy
 from minivlp.data import CPU_NOUNS, Concept, EmojiVL, Scene, Scenes, scene_pixels
 from minivlp.evaluation.hidden import Cost, hide_rows
 from minivlp.mlm import IGNORE, mask_tokens
-from minivlp.models.flava import Flava, FlavaConfig, small_init
+from minivlp.models.flava import Flava, FlavaConfig
 from minivlp.models.published.flava import from_vilt
 from minivlp.patch import to_patches
 from minivlp.pictures.filled import Fill
@@ -65,7 +65,6 @@ class FlavaSettings(Settings):
     embed: int = 96
     vocab_size: int = 512
     codes: int = 256
-    vilt: bool = True  # begin with the blocks of the shipped ViLT, whose sizes these must then be
     steps: int = 1200
     batch: int = 64  # pairs a step
     unpaired: int = 24  # pictures, and as many texts, that come alone; 0 = none
@@ -170,25 +169,25 @@ class FlavaRecipe(HidingRecipe):
     def batches(self) -> FlavaBatches:
         return FlavaBatches(self.emojivl, self.nouns, self.tokenizer, self.settings)
 
-    def new_model(self) -> Flava:
-        """A model of small initial values or of the shipped ViLT's, with a codebook of other pictures."""
-        s = self.settings
-        sizes = s.shared_with(FlavaConfig) | {"vocab_size": len(self.tokenizer), "image_size": s.canvas}
-        model = small_init(Flava(FlavaConfig(**sizes, eps=1e-6, codebook=True)))
-        scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, seed=s.seed + 1)
-        patches = to_patches(scene_pixels([scenes[i] for i in range(CODED)]), s.patch).flatten(0, 1)
-        model.codebook.copy_(kmeans(patches, s.codes, np.random.default_rng(s.seed), ROUNDS))
-        if s.vilt:
-            layers = {"image": s.image_layers, "text": s.text_layers, "fusion": s.fusion_layers}
-            model.load_state_dict(from_vilt(self._vilt["model"], layers), strict=False)
-        return model
-
     @cached_property
     def _vilt(self) -> dict[str, Any]:
         return read_trained(WEIGHTS / "vilt_tiny.safetensors")
 
     def vocabulary(self) -> WordPiece:
-        return WordPiece(self._vilt["tokens"]) if self.settings.vilt else super().vocabulary()
+        return WordPiece(self._vilt["tokens"])
+
+    def new_model(self) -> Flava:
+        """A model that begins with what the shipped ViLT has of it, and a codebook of other pictures."""
+        s = self.settings
+        sizes = s.shared_with(FlavaConfig) | {"vocab_size": len(self.tokenizer), "image_size": s.canvas}
+        model = Flava(FlavaConfig(**sizes, eps=1e-6, codebook=True))
+        layers = {"image": s.image_layers, "text": s.text_layers, "fusion": s.fusion_layers}
+        model.load_state_dict(from_vilt(self._vilt["model"], layers), strict=False)
+        nn.init.eye_(model.image_to_fusion.weight), nn.init.eye_(model.text_to_fusion.weight)
+        scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, seed=s.seed + 1)
+        patches = to_patches(scene_pixels([scenes[i] for i in range(CODED)]), s.patch).flatten(0, 1)
+        model.codebook.copy_(kmeans(patches, s.codes, np.random.default_rng(s.seed), ROUNDS))
+        return model
 
     def matrices(self, model: Flava) -> list[nn.Parameter]:
         heads = [head.dense for head in (model.mim, model.mlm, model.mmm_image, model.mmm_text)]
