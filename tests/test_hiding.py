@@ -25,6 +25,7 @@ from tests.tiny import FLAVA_SIZES, MASKVLM_SIZES, commands_with, trained
 EMOJIVL = load_emojivl()
 RECIPES = {"flava": (FlavaRecipe, FLAVA_SIZES), "maskvlm": (MaskVlmRecipe, MASKVLM_SIZES)}
 both = pytest.mark.parametrize("name", RECIPES)
+both_runs = pytest.mark.parametrize("name", ["flava", pytest.param("maskvlm", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +138,7 @@ def test_every_parameter_gets_a_gradient(name):
 @pytest.mark.slow
 @both
 def test_one_batch_can_be_learned(name):
-    changes = {"both": 0.5} if name == "flava" else {"dim": 32, "hidden": 64}
+    changes = {"both": 0.5} if name == "flava" else {}
     made = recipe(name, batch=8, lr=4e-3, mask=0.5, **changes)
     model, batches = made.model, made.batch(0)
     tuned, first = optimizers(model, made.matrices(model), made.settings), None
@@ -172,7 +173,21 @@ def test_flava_begins_with_the_blocks_of_the_shipped_vilt():
     assert torch.allclose(inputs[1], vilt.model.embed_text(words, mask), atol=1e-5)
 
 
-@both
+def test_maskvlm_looks_across_as_the_shipped_vilt_looks_at_all():
+    made = MaskVlmRecipe(MaskVlmRecipe.presets["cpu"], {"model": "maskvlm"})
+    mine, theirs = made.model.state_dict(), load_trained(None, "vilt").model.state_dict()
+    qkv = theirs["encoder.blocks.2.qkv.weight"]
+    for stack in ("image_cross", "text_cross", "decoder"):
+        before = f"{stack}.blocks.0."
+        assert torch.equal(mine[before + "qkv.weight"], qkv)
+        assert torch.equal(torch.cat([mine[before + "q.weight"], mine[before + "kv.weight"]]), qkv)
+        for name in ("proj_cross.bias", "proj.bias"):
+            assert torch.equal(mine[before + name], theirs["encoder.blocks.2.proj.bias"])
+        for name in ("norm_cross.weight", "norm1.weight"):
+            assert torch.equal(mine[before + name], theirs["encoder.blocks.2.norm1.weight"])
+
+
+@both_runs
 def test_a_run_that_stops_ends_in_the_same_weights(name, tmp_path):
     def finished(folder, stop=None):
         run = Run.resume(folder) if (folder / "checkpoint.pt").exists() else Run.begin(folder, {"train": {}})
@@ -281,7 +296,7 @@ def refused(capsys, code: int, message: str) -> None:
     assert code == 2 and SENTENCE.fullmatch(err) and message in err
 
 
-@both
+@both_runs
 def test_a_run_leaves_its_results(name, command, tmp_path):
     folder = trained(name)
     names = {"config.json", "metrics.jsonl", "checkpoint.pt", "eval.json", "report.md", "curves.png"}
@@ -298,7 +313,7 @@ def test_a_run_leaves_its_results(name, command, tmp_path):
     assert json.loads((tmp_path / "again.json").read_text()) == results
 
 
-@both
+@both_runs
 def test_the_demo_fills_in_pictures(name, command, tmp_path, capsys):
     assert command("demo", "A dog left of a guitar", "--run", trained(name), "--out", tmp_path) == 0
     out = capsys.readouterr().out

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from minivlp.models.maskvlm import MaskVlm, MaskVlmConfig, small_init
+from minivlp.models.maskvlm import MaskVlm, MaskVlmConfig
 from minivlp.patch import to_patches
 
 SIZES = dict(
-    vocab_size=60, max_text_len=12, dim=32, image_layers=2, text_layers=2, cross_layers=1, decoder_layers=2,
+    vocab_size=60, max_text_len=12, dim=32, tower_layers=2, cross_layers=2,
     heads=4, hidden=48, embed=16, patch=8, image_size=32,
 )  # fmt: skip
 N = 16
@@ -77,15 +77,17 @@ def test_the_law_breaks_where_the_hidden_sides_original_is_read():
     assert not pixels.any() and not words.any()
 
 
-def test_the_error_has_a_gradient_at_no_visible_label_and_reads_each_patch_at_its_place():
-    """The error of a patch is that of its own colours: with the true ones filled in it is 0."""
+def test_the_error_of_a_patch_is_that_of_its_own_colours():
+    """With the true ones filled in it is 0."""
     model, (ids, text_mask, pixels, hidden) = tiny(), batch()
     text = model.text_states(ids, text_mask)
     errors = model.colour_errors(pixels, hidden, text, text_mask)
     filled = model.fill(model.image_states(pixels, hidden), text, text_mask)
     assert errors.shape == (3, N) and filled.shape == (3, N, 192)
-    slow = [[(filled[b, n] - to_patches(pixels, 8)[b, n]).abs().mean() for n in range(N)] for b in range(3)]
-    assert torch.allclose(errors, torch.tensor(slow), atol=1e-6)
+    patches = to_patches(pixels, 8)
+    for b in range(3):
+        for n in range(N):
+            assert torch.allclose(errors[b, n], (filled[b, n] - patches[b, n]).abs().mean(), atol=1e-6)
     model.fill = lambda image, text, text_mask: to_patches(pixels, 8)
     assert not model.colour_errors(pixels, hidden, text, text_mask).any()
 
@@ -111,9 +113,8 @@ def test_padding_changes_nothing():
         assert torch.allclose(read[row, :L], model.read(alone, mask, image[row]), atol=1e-5)
 
 
-@pytest.mark.parametrize("start", [lambda model: model, small_init])
-def test_every_parameter_learns(start):
-    model, (ids, text_mask, pixels, hidden) = start(tiny()), batch()
+def test_every_parameter_learns():
+    model, (ids, text_mask, pixels, hidden) = tiny(), batch()
     text, image = model.text_states(ids, text_mask), model.image_states(pixels)
     (
         model.contrast(model.image_vector(image), model.text_vector(text))

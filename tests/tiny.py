@@ -38,10 +38,10 @@ DUAL_SIZES = SIZES | {f"text_{name}": SIZES[name] for name in ("dim", "layers", 
 DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
-# FLAVA begins with a trained ViLT, whose width it has.
-FLAVA_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "save_every", "report_every")}
-FLAVA_SIZES |= dict(image_layers=1, text_layers=1, codes=16, unpaired=4)
-MASKVLM_SIZES = XVLM_SIZES | dict(decoder_layers=1)
+# These begin with the trained ViLT, whose width they have.
+MASKVLM_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "save_every", "report_every")}
+MASKVLM_SIZES |= dict(tower_layers=1)
+FLAVA_SIZES = MASKVLM_SIZES | dict(codes=16, unpaired=4)
 DRAW = ViltRecipe.draw
 
 

@@ -14,12 +14,10 @@ Where both sides are hidden in part, as in FLAVA, a hidden patch may need a word
 never does. What is predicted of a patch are its colours, no codes: the error is |x − x̂|, the negative log
 likelihood of a Laplace distribution up to its width.
 
-Sources: Kwon et al. 2023 (MaskVLM), sections 3.1 to 3.3; Trockman and Kolter 2023 (mimetic initialization)
-for the small initial values.
+Sources: Kwon et al. 2023 (MaskVLM), sections 3.1 to 3.3.
 Left out: RoBERTa's and ViT-B's weights in the two encoders (all start fresh here); momentum encoders.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -28,15 +26,7 @@ from torch.nn.functional import normalize
 
 from minivlp.core import require
 from minivlp.infonce import InfoNCE
-from minivlp.models.parts import (
-    MaskedWords,
-    MlmHead,
-    alike,
-    check_text,
-    classifier,
-    mean_of_seen,
-    sine_cosine_positions,
-)
+from minivlp.models.parts import MaskedWords, MlmHead, check_text, classifier
 from minivlp.patch import PatchEmbed, check_pixels, patches_a_side, to_patches
 from minivlp.transformer import CrossEncoder, Encoder, key_mask, normal_init
 
@@ -48,10 +38,8 @@ class MaskVlmConfig:
     vocab_size: int = 512
     max_text_len: int = 24
     dim: int = 96
-    image_layers: int = 2
-    text_layers: int = 2
-    cross_layers: int = 1  # of both cross stacks
-    decoder_layers: int = 1
+    tower_layers: int = 2  # of the picture encoder, and of the text encoder
+    cross_layers: int = 1  # of both cross stacks, and of the decoder
     heads: int = 3
     hidden: int = 192
     embed: int = 96  # width of the space in which pictures and texts are compared
@@ -79,11 +67,10 @@ class MaskVlm(MaskedWords, nn.Module):
         self.text_norm = nn.LayerNorm(c.dim, c.eps)
         self.cls, self.mask = (nn.Parameter(torch.empty(c.dim).normal_(std=0.02)) for _ in range(2))
         self.position = nn.Parameter(torch.empty(1 + c.patches, c.dim).normal_(std=0.02))  # row 0 for cls
-        self.image = Encoder(c.dim, c.heads, c.hidden, c.image_layers, c.eps)
-        self.text = Encoder(c.dim, c.heads, c.hidden, c.text_layers, c.eps)
+        self.image = Encoder(c.dim, c.heads, c.hidden, c.tower_layers, c.eps)
+        self.text = Encoder(c.dim, c.heads, c.hidden, c.tower_layers, c.eps)
         self.image_cross, self.text_cross, self.decoder = (
-            CrossEncoder(c.dim, c.heads, c.hidden, layers, c.eps)
-            for layers in (c.cross_layers, c.cross_layers, c.decoder_layers)
+            CrossEncoder(c.dim, c.heads, c.hidden, c.cross_layers, c.eps) for _ in range(3)
         )
         self.image_project, self.text_project = (nn.Linear(c.dim, c.embed) for _ in range(2))
         self.mlm = MlmHead(c.vocab_size, c.dim, c.eps, tied=False)
@@ -158,33 +145,3 @@ class MaskVlm(MaskedWords, nn.Module):
         """|x − x̂| of a patch, the mean over its 3 p² colours, (B, N); hidden ones (B, N) are not seen."""
         filled = self.fill(self.image_states(pixels, hidden), text, text_mask)
         return (filled - to_patches(pixels, self.config.patch)).abs().mean(-1)
-
-
-@torch.no_grad()
-def small_init(model: MaskVlm) -> MaskVlm:
-    """Give `model` values with which a small MaskVLM learns from little data, in place; return it.
-
-    From torch's default generator, as for X-VLM (models/xvlm.py), which has the same parts: patches and
-    positions of unit variance; a token looks first at tokens like itself, in its own side and in the other.
-    """
-    c = model.config
-    nn.init.normal_(model.patch.weight, std=1 / math.sqrt(3 * c.patch**2 / 4))  # pixels have deviation ½
-    model.position[1:] = sine_cosine_positions(math.isqrt(c.patches), c.dim)
-    for table in (model.word, model.text_position):
-        nn.init.normal_(table.weight, std=0.5)  # a LayerNorm follows: only the ratio counts
-    across = (*model.image_cross.blocks, *model.text_cross.blocks, *model.decoder.blocks)
-    for block in (*model.image.blocks, *model.image_cross.blocks, *model.decoder.blocks):
-        query, key, value = block.qkv.weight.chunk(3)
-        alike(query, key)
-        nn.init.orthogonal_(value)
-    for block in (*model.text.blocks, *model.text_cross.blocks):
-        mean_of_seen(block.qkv.weight.chunk(3)[2], block.proj.weight)
-    for block in across:
-        key, value = block.kv.weight.chunk(2)
-        alike(block.q.weight, key)
-        mean_of_seen(value, block.proj_cross.weight)
-    for block in (*model.image.blocks, *model.text.blocks, *across):
-        nn.init.orthogonal_(block.fc1.weight)
-    nn.init.orthogonal_(model.image_project.weight)
-    model.text_project.weight.copy_(model.image_project.weight)
-    return model

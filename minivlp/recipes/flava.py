@@ -25,7 +25,6 @@ hidden words, 15 %, which leaves half of our short captions whole; own captions.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,13 +35,12 @@ from minivlp.data import CPU_NOUNS, Concept, EmojiVL, Scene, Scenes, scene_pixel
 from minivlp.evaluation.hidden import Cost, hide_rows
 from minivlp.mlm import IGNORE, mask_tokens
 from minivlp.models.flava import Flava, FlavaConfig
-from minivlp.models.published.flava import from_vilt
+from minivlp.models.published.start import block, towers
 from minivlp.patch import to_patches
 from minivlp.pictures.filled import Fill
-from minivlp.recipes.base import WEIGHTS, Batch, Settings, Terms
+from minivlp.recipes.base import Batch, Settings, Terms
 from minivlp.recipes.hiding import HidingRecipe
 from minivlp.text import WordPiece
-from minivlp.training.trained import read_trained
 from minivlp.training.workers import ONE_PROCESS, Workers
 from minivlp.vq import kmeans
 
@@ -57,8 +55,7 @@ class FlavaSettings(Settings):
 
     nouns: tuple[str, ...] | None = CPU_NOUNS  # None = all countable training nouns
     dim: int = 96
-    image_layers: int = 2
-    text_layers: int = 2
+    tower_layers: int = 2  # of the picture encoder, and of the text encoder
     fusion_layers: int = 1
     heads: int = 3
     hidden: int = 192
@@ -169,20 +166,19 @@ class FlavaRecipe(HidingRecipe):
     def batches(self) -> FlavaBatches:
         return FlavaBatches(self.emojivl, self.nouns, self.tokenizer, self.settings)
 
-    @cached_property
-    def _vilt(self) -> dict[str, Any]:
-        return read_trained(WEIGHTS / "vilt_tiny.safetensors")
-
-    def vocabulary(self) -> WordPiece:
-        return WordPiece(self._vilt["tokens"])
-
     def new_model(self) -> Flava:
         """A model that begins with what the shipped ViLT has of it, and a codebook of other pictures."""
         s = self.settings
         sizes = s.shared_with(FlavaConfig) | {"vocab_size": len(self.tokenizer), "image_size": s.canvas}
+        sizes |= {"image_layers": s.tower_layers, "text_layers": s.tower_layers}
         model = Flava(FlavaConfig(**sizes, eps=1e-6, codebook=True))
-        layers = {"image": s.image_layers, "text": s.text_layers, "fusion": s.fusion_layers}
-        model.load_state_dict(from_vilt(self._vilt["model"], layers), strict=False)
+        vilt, n = self.vilt["model"], s.tower_layers
+        start = towers(vilt, n)
+        start |= {f"mmm_text.{name[4:]}": x for name, x in start.items() if name.startswith("mlm.")}
+        for i in range(s.fusion_layers):
+            start |= block(vilt, n + i, f"fusion.blocks.{i}.")
+        model.load_state_dict(start, strict=False)
+        nn.init.zeros_(model.segment.weight)  # the words' positions have it already
         nn.init.eye_(model.image_to_fusion.weight), nn.init.eye_(model.text_to_fusion.weight)
         scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, seed=s.seed + 1)
         patches = to_patches(scene_pixels([scenes[i] for i in range(CODED)]), s.patch).flatten(0, 1)

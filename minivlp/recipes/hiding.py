@@ -17,9 +17,10 @@ from minivlp.data import Scene, Scenes, scene_pixels
 from minivlp.evaluation.hidden import Cost, costs, evaluate_hidden, hide_rows, report_hidden
 from minivlp.evaluation.splits import Progress
 from minivlp.pictures.filled import Fill, filled_demo, filled_sheet
-from minivlp.recipes.base import Recipe
+from minivlp.recipes.base import WEIGHTS, Recipe
+from minivlp.text import WordPiece
 from minivlp.training.screen import Screen
-from minivlp.training.trained import Trained
+from minivlp.training.trained import Trained, read_trained
 
 CHECKED, CHECK_SEED = 128, 1  # pictures whose hidden patches are asked about during training
 DRAWN, DRAWN_SEED = 6, 7  # pictures that are drawn filled in
@@ -37,6 +38,14 @@ class HidingRecipe(Recipe):
     def fill(self, model: nn.Module) -> Fill:
         """What the model would fill hidden patches with (pictures/filled.py)."""
         raise TypeError(f"{type(self).__name__} must have a fill")
+
+    @cached_property
+    def vilt(self) -> dict[str, Any]:
+        """The shipped ViLT, with whose blocks and vocabulary the model begins (models/published/start.py)."""
+        return read_trained(WEIGHTS / "vilt_tiny.safetensors")
+
+    def vocabulary(self) -> WordPiece:
+        return WordPiece(self.vilt["tokens"])
 
     @cached_property
     def _checked(self) -> list[Scene]:

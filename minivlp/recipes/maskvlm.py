@@ -25,7 +25,8 @@ from minivlp.evaluation.hidden import Cost, hide_rows
 from minivlp.infonce import infonce
 from minivlp.itm import hard_negatives, itm_loss
 from minivlp.mlm import IGNORE, mask_tokens, mlm_loss
-from minivlp.models.maskvlm import MaskVlm, MaskVlmConfig, small_init
+from minivlp.models.maskvlm import MaskVlm, MaskVlmConfig
+from minivlp.models.published.start import cross_block, towers
 from minivlp.pictures.filled import Fill
 from minivlp.recipes.base import Batch, Settings, Terms
 from minivlp.recipes.hiding import HidingRecipe
@@ -42,15 +43,12 @@ class MaskVlmSettings(Settings):
 
     nouns: tuple[str, ...] | None = CPU_NOUNS  # None = all countable training nouns
     dim: int = 96
-    image_layers: int = 2
-    text_layers: int = 2
-    cross_layers: int = 1
-    decoder_layers: int = 1
+    tower_layers: int = 2  # of the picture encoder, and of the text encoder
     heads: int = 3
     hidden: int = 192
     embed: int = 96
     vocab_size: int = 512
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 48  # pairs a step
     block: int = 2  # patches a side of what is hidden at once
     mask: float = 0.3  # probability of hiding a word
@@ -112,7 +110,15 @@ class MaskVlmRecipe(HidingRecipe):
         return MaskVlmBatches(self.emojivl, self.nouns, self.tokenizer, self.settings)
 
     def new_model(self) -> MaskVlm:
-        return small_init(super().new_model())
+        """A model that begins with what the shipped ViLT has of it."""
+        s, vilt = self.settings, self.vilt["model"]
+        sizes = s.shared_with(MaskVlmConfig) | {"vocab_size": len(self.tokenizer), "image_size": s.canvas}
+        model = MaskVlm(MaskVlmConfig(**sizes))
+        start = towers(vilt, s.tower_layers)
+        for stack in ("image_cross", "text_cross", "decoder"):
+            start |= cross_block(vilt, s.tower_layers, f"{stack}.blocks.0.")
+        model.load_state_dict(start, strict=False)
+        return model
 
     def matrices(self, model: MaskVlm) -> list[nn.Parameter]:
         return [*super().matrices(model), model.mlm.dense.weight]

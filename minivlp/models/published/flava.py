@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.models.published.start import BLOCK, HEAD, both, names_of
 
 T, P, M = "flava.text_model.", "flava.image_model.", "flava.multimodal_model."
 # A name ending in "." stands for its weight and its bias.
@@ -39,18 +40,8 @@ MODEL = [
     ("pooler.", "itm_head.pooler.dense."),
     ("itm.", "itm_head.seq_relationship."),
 ]
-BLOCK = [
-    ("norm1.", "layernorm_before."),
-    ("qkv.", "attention.attention.qkv."),  # three tensors of theirs, see QKV
-    ("proj.", "attention.output.dense."),
-    ("norm2.", "layernorm_after."),
-    ("fc1.", "intermediate.dense."),
-    ("fc2.", "output.dense."),
-]
-HEAD = [("dense.", "transform.dense."), ("norm.", "transform.LayerNorm."), ("", "decoder.")]
 HEADS = ("mim", "mlm", "mmm_image", "mmm_text")
 ENCODERS = {"image": P, "text": T, "fusion": M}
-QKV = ("query", "key", "value")
 LEADING = {"cls": 2, "mask": 2, "fusion_cls": 2, "position": 1}  # how many axes of 1 theirs have in front
 IGNORED = re.compile(r"image_codebook\..*|flava\.\w+_model\.pooler\..*|.*\.(position|token_type)_ids")
 
@@ -69,7 +60,7 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
         if bias in state and not torch.equal(state.setdefault(decoder, state[bias]), state.pop(bias)):
             require.fail("source", f"must spell {decoder} one way or with equal values", "two values")
     spelling, tensors = _spelling(state), {}
-    wanted = {part for theirs in spelling.values() for part in _parts(theirs)}
+    wanted = {part for theirs in spelling.values() for part in names_of(theirs)}
     for rule, what, names in (
         ("nothing else", "unexpected", sorted(set(state) - wanted)),
         ("every tensor of it", "missing", sorted(wanted - set(state))),
@@ -78,7 +69,7 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             require.fail("source", f"must hold a FLAVA and {rule}", f"{what} {', '.join(names[:3])}{more}")
     for ours, theirs in spelling.items():
-        parts, leading = [state[part] for part in _parts(theirs)], LEADING.get(ours, 0)
+        parts, leading = [state[part] for part in names_of(theirs)], LEADING.get(ours, 0)
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if tensor.shape[:leading] != (1,) * leading:
             require.fail(theirs, f"must have {leading} leading axes of size 1", tuple(tensor.shape))
@@ -94,45 +85,9 @@ def _spelling(state: Mapping[str, Tensor]) -> dict[str, str]:
         for i in range(_count_layers(state, theirs + "encoder.layer.")):
             rows += [(f"{ours}.blocks.{i}.{a}", f"{theirs}encoder.layer.{i}.{b}") for a, b in BLOCK]
     rows += [(f"{head}.{a}", f"{head}_head.{b}") for head in HEADS for a, b in HEAD]
-    both = [(a + end, b + end) for a, b in rows if b.endswith(".") for end in ("weight", "bias")]
-    return dict([row for row in rows if not row[1].endswith(".")] + both)
-
-
-def from_vilt(state: Mapping[str, Tensor], layers: Mapping[str, int]) -> dict[str, Tensor]:
-    """What a ViLT (Hugging Face's names) has of a FLAVA with these `layers`, in our names.
-
-    Its first blocks become those of the picture and of the text encoder, the next ones the fusion encoder's.
-    ViLT adds a type to every patch and every word; here the types are part of what is added anyway.
-    """
-    E, head = "vilt.embeddings.", "mlm_score."
-    types = state[E + "token_type_embeddings.weight"]
-    text = E + "text_embeddings."
-    tensors = {
-        "word.weight": state[text + "word_embeddings.weight"],
-        "text_position.weight": state[text + "position_embeddings.weight"],
-        "segment.weight": state[text + "token_type_embeddings.weight"],
-        "text_norm.weight": state[text + "LayerNorm.weight"],
-        "text_norm.bias": state[text + "LayerNorm.bias"] + types[0],
-        "cls": state[E + "cls_token"][0, 0],
-        "position": state[E + "position_embeddings"][0] + types[1],
-        "patch.weight": state[E + "patch_embeddings.projection.weight"],
-        "patch.bias": state[E + "patch_embeddings.projection.bias"],
-    }
-    for encoder in ENCODERS:
-        first = max(layers["image"], layers["text"]) if encoder == "fusion" else 0
-        for i in range(layers[encoder]):
-            rows = [(f"{encoder}.blocks.{i}.{a}", f"vilt.encoder.layer.{first + i}.{b}") for a, b in BLOCK]
-            for ours, theirs in [(a + end, b + end) for a, b in rows for end in ("weight", "bias")]:
-                tensors[ours] = torch.cat([state[part] for part in _parts(theirs)])
-    for ours in ("mlm.", "mmm_text."):
-        rows = [(ours + a, head + b) for a, b in HEAD]
-        tensors |= {a + end: state[b + end] for a, b in rows for end in ("weight", "bias")}
-    return tensors
-
-
-def _parts(theirs: str) -> list[str]:
-    """The names that they have for one tensor of ours."""
-    return [theirs.replace("qkv", part) for part in QKV] if ".qkv." in theirs else [theirs]
+    return dict(
+        [row for row in rows if not row[1].endswith(".")] + both([r for r in rows if r[1].endswith(".")])
+    )
 
 
 def _count_layers(names: Mapping[str, Any], before: str) -> int:
