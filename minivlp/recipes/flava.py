@@ -6,13 +6,12 @@ A step has three batches. Their six terms have weight 1 (models/flava.py):
     texts       captions without their pictures, words hidden                           mlm
     pairs       a quarter with both sides hidden in part, a third of these wrong        mmm, itm, contrast
                 the others with a share of the patches hidden, from a third to all, of
-                every second all; every fourth of these reads an empty caption          mmm_image, contrast
+                two in three all; every fourth reads an empty caption                   mmm_image, contrast
 
 The codes of patches are the K centres of k-means over the patches of training pictures, made before the first
 step and kept in the model. The larger part of the pairs is ours. It lets one model say what it knows of a
-hidden patch with a caption and without one, at every share (evaluation/hidden.py), and where all is hidden
-there is nothing to read but the caption: with shares from a third to all and never quite all, the fusion
-encoder had not begun to read it when half of the run was over.
+hidden patch with a caption and without one, at every share (evaluation/hidden.py). Where all is hidden there
+is nothing to read but the caption: that is what makes it read.
 
 The blocks of the shipped ViLT are the first values: its first two are those of the picture and of the text
 encoder, its third is the fusion encoder's.
@@ -39,7 +38,7 @@ from minivlp.models.published.start import block, towers
 from minivlp.patch import to_patches
 from minivlp.pictures.filled import Fill
 from minivlp.recipes.base import Batch, Settings, Terms
-from minivlp.recipes.hiding import HidingRecipe
+from minivlp.recipes.hiding import HidingRecipe, same_projections
 from minivlp.text import WordPiece
 from minivlp.training.workers import ONE_PROCESS, Workers
 from minivlp.vq import kmeans
@@ -139,7 +138,7 @@ class FlavaBatches:
         match = torch.full((n,), IGNORE)
         match[:half] = 1
         match[: len(others)] = 0
-        shares = [self.settings.blocks] * half, rng.uniform(1 / 3, 5 / 3, n - half).clip(max=1)
+        shares = [self.settings.blocks] * half, rng.uniform(1 / 3, 7 / 3, n - half).clip(max=1)
         hidden = [hide_rows(shares[0], self.side, rng, 2), hide_rows(shares[1], self.side, rng)]
         ids, _, mask = self.tokenizer.batch(texts)
         pixels = scene_pixels([*others, *scenes[len(others) :]])
@@ -180,6 +179,7 @@ class FlavaRecipe(HidingRecipe):
         model.load_state_dict(start, strict=False)
         nn.init.zeros_(model.segment.weight)  # the words' positions have it already
         nn.init.eye_(model.image_to_fusion.weight), nn.init.eye_(model.text_to_fusion.weight)
+        same_projections(model)
         scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, seed=s.seed + 1)
         patches = to_patches(scene_pixels([scenes[i] for i in range(CODED)]), s.patch).flatten(0, 1)
         model.codebook.copy_(kmeans(patches, s.codes, np.random.default_rng(s.seed), ROUNDS))

@@ -29,7 +29,7 @@ from minivlp.models.maskvlm import MaskVlm, MaskVlmConfig
 from minivlp.models.published.start import cross_block, towers
 from minivlp.pictures.filled import Fill
 from minivlp.recipes.base import Batch, Settings, Terms
-from minivlp.recipes.hiding import HidingRecipe
+from minivlp.recipes.hiding import HidingRecipe, same_projections
 from minivlp.text import WordPiece
 from minivlp.training.workers import ONE_PROCESS, Workers
 
@@ -118,6 +118,7 @@ class MaskVlmRecipe(HidingRecipe):
         for stack in ("image_cross", "text_cross", "decoder"):
             start |= cross_block(vilt, s.tower_layers, f"{stack}.blocks.0.")
         model.load_state_dict(start, strict=False)
+        same_projections(model)
         return model
 
     def matrices(self, model: MaskVlm) -> list[nn.Parameter]:
