@@ -81,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", "Train a model, evaluate it, draw pictures.", "train --captions my_pictures")
     train("--model", default="vilt", choices=MODELS)
     train("--language", choices=["en", "zh"], help="of the names, for dual encoders (default: en)")
-    train("--without", choices=["boxes", "regions", "contrast", "captions"], help="what to do without")
+    parts = ("boxes", "regions", "contrast", "captions", "unpaired", "turns")
+    what = "xvlm: boxes, regions; coca: contrast, captions; flava: unpaired; maskvlm: turns"
+    train("--without", choices=parts, help=f"what a model is to do without ({what})")
     train("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
     train("--task", choices=TASKS, help="fine-tune a trained run on this task")
     train("--start", type=given, metavar="RUN", help=f"where --task starts: {RUN}")

@@ -23,7 +23,7 @@ from minivlp.training.run import Run
 from minivlp.training.workers import ONE_PROCESS
 from tests.course import ROOT
 from tests.test_repo import code_lines
-from tests.tiny import DUAL_SIZES, SIZES, XVLM_SIZES
+from tests.tiny import DUAL_SIZES, FLAVA_SIZES, MASKVLM_SIZES, SIZES, XVLM_SIZES
 
 # A model, and its recipe
 
@@ -269,8 +269,18 @@ OWN = {
         *("models.xvlm", "recipes.xvlm", "evaluation.xvlm", "data.crowds"),
         *("boxes", "regions", "infonce"),
     ),
+    "flava": (
+        *("models.flava", "models.published.flava", "recipes.flava", "recipes.hiding"),
+        *("evaluation.hidden", "pictures.filled", "vq", "targets", "infonce"),
+    ),
+    "maskvlm": (
+        *("models.maskvlm", "recipes.maskvlm", "recipes.hiding", "evaluation.hidden"),
+        *("pictures.filled", "targets", "infonce"),
+    ),
 }
-SHARED = {"vilt": (), "clip": ("infonce",), "xvlm": ("infonce",)}  # two compare vectors by InfoNCE
+HIDING = ("infonce", "recipes.hiding", "evaluation.hidden", "pictures.filled", "targets")
+# All but ViLT compare vectors by InfoNCE, and two hide patches.
+SHARED = {"vilt": (), "clip": ("infonce",), "xvlm": ("infonce",), "flava": HIDING, "maskvlm": HIDING}
 NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks")
 
 
@@ -278,7 +288,9 @@ NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks")
 @pytest.mark.parametrize("family", OWN)
 def test_a_training_imports_no_other_family(family, whole, tmp_path):
     """Neither in its steps, nor, `whole`, in its evaluation and its drawings."""
-    sizes = {"vilt": SIZES, "clip": DUAL_SIZES, "xvlm": XVLM_SIZES}[family]
+    sizes = {
+        "vilt": SIZES, "clip": DUAL_SIZES, "xvlm": XVLM_SIZES, "flava": FLAVA_SIZES, "maskvlm": MASKVLM_SIZES,
+    }[family]  # fmt: skip
     flags = [family, json.dumps(sizes), str(tmp_path / "run"), str(whole)]
     done = subprocess.run([sys.executable, "-c", TRAIN, *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

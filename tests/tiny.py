@@ -22,10 +22,13 @@ from minivlp.__main__ import main
 from minivlp.data import EmojiVL, Scene, emojivl, load_emojivl
 from minivlp.evaluation import dual as dual_evaluation
 from minivlp.evaluation import vilt as vilt_evaluation
-from minivlp.recipes import chameleon, dual, tasks, vilt, xvlm
+from minivlp.recipes import DUAL, chameleon, coca, dual, flava, hiding, tasks, vilt, xvlm
 from minivlp.recipes.captions import CaptionsRecipe
 from minivlp.recipes.chameleon import ChameleonRecipe
+from minivlp.recipes.coca import CocaRecipe
 from minivlp.recipes.dual import DualRecipe, Filip
+from minivlp.recipes.flava import FlavaRecipe
+from minivlp.recipes.maskvlm import MaskVlmRecipe
 from minivlp.recipes.tasks import Nlvr2Recipe, VqaRecipe
 from minivlp.recipes.vilt import ViltRecipe
 from minivlp.recipes.xvlm import XvlmRecipe
@@ -38,6 +41,12 @@ DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
 CHAMELEON_SIZES = SIZES | dict(codes=8, clustered=4)
+COCA_SIZES = XVLM_SIZES | dict(image_dim=16, image_heads=2, image_hidden=32, layers=1)
+del COCA_SIZES["cross_layers"], COCA_SIZES["embed"]
+# These begin with the trained ViLT, whose width they have.
+MASKVLM_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "save_every", "report_every")}
+MASKVLM_SIZES |= dict(tower_layers=1)
+FLAVA_SIZES = MASKVLM_SIZES | dict(codes=16, unpaired=4)
 DRAW = ViltRecipe.draw
 
 
@@ -53,14 +62,16 @@ def few() -> EmojiVL:
 def shrink(put=setattr) -> None:
     """Make every preset, the checks during training and the candidates of the evaluation small."""
     families = {ViltRecipe: SIZES, CaptionsRecipe: SIZES, DualRecipe: DUAL_SIZES, XvlmRecipe: XVLM_SIZES}
-    families[ChameleonRecipe] = CHAMELEON_SIZES
+    families |= {ChameleonRecipe: CHAMELEON_SIZES, CocaRecipe: COCA_SIZES}
+    families |= {FlavaRecipe: FLAVA_SIZES, MaskVlmRecipe: MASKVLM_SIZES}
     for recipe, sizes in families.items():
         put(recipe, "presets", {name: replace(preset, **sizes) for name, preset in recipe.presets.items()})
     put(Filip, "overrides", {"patch": 7})
+    put(flava, "CODED", 20)
     put(tasks, "OVERRIDES", {"batch": 16, "warmup": 2})
     for recipe in (VqaRecipe, Nlvr2Recipe):
         put(recipe, "overrides", {**recipe.overrides, "steps": 6})
-    for module in (vilt, tasks, dual, xvlm, chameleon):
+    for module in (vilt, tasks, dual, xvlm, hiding, chameleon, coca):
         put(module, "CHECKED", 16)
     for module in (vilt, vilt_evaluation, dual, dual_evaluation):
         put(module, "CANDIDATES", 4)
@@ -83,7 +94,7 @@ def trained(model: str = "vilt", *flags: str) -> Path:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         command, flags = commands_with(patch, draw=True), ("--name", home / model, "--items", 16, *flags)
-        if model not in ("vilt", "xvlm", "chameleon"):
+        if model in DUAL:
             use_few(patch)
         if model != "vilt":
             flags = ("--model", model, *flags)

@@ -24,6 +24,8 @@ RECIPES = {
     "xvlm": ".xvlm:XvlmRecipe",
     "coca": ".coca:CocaRecipe",
     "chameleon": ".chameleon:ChameleonRecipe",
+    "flava": ".flava:FlavaRecipe",
+    "maskvlm": ".maskvlm:MaskVlmRecipe",
 }
 TASKS = ("vqa", "nlvr2")  # begin from a trained ViLT
 MODELS = tuple(name for name in RECIPES if name not in (*TASKS, "captions"))
@@ -35,7 +37,7 @@ FLAGS = {
     "images": (("captions",), "--captions"),
     "on_error": (("captions",), "--captions"),
     "language": (DUAL, "a dual encoder, as in --model clip"),
-    "without": (("xvlm", "coca"), "--model xvlm or coca"),
+    "without": (("xvlm", "coca", "flava", "maskvlm"), "--model xvlm, coca, flava or maskvlm"),
 }
 
 

@@ -79,6 +79,7 @@ class Recipe:
     Model: type[nn.Module]
     presets: Mapping[str, Settings] = {}  # the first is the default
     terms: tuple[str, ...] = ()  # of the loss, in the order in which they are drawn
+    ablations: Mapping[str, Mapping[str, Any]] = {}  # what --without may be → what it changes in a preset
     several_processes = False
 
     def __init__(
@@ -111,12 +112,16 @@ class Recipe:
             fail("--preset", f"must be {' or '.join(cls.presets)} for this model", preset)
         load_emojivl()  # read once a process; refuses a damaged file before the run begins
         changes = cls.changes(flags) | {name: flags[name] for name in NUMBERS if name in flags}
-        return {"preset": preset, "train": asdict(replace(cls.presets[preset], **changes))}
+        begun = {"preset": preset, "train": asdict(replace(cls.presets[preset], **changes))}
+        return begun | ({"without": flags.get("without")} if cls.ablations else {})
 
     @classmethod
     def changes(cls, flags: Mapping[str, Any]) -> dict[str, Any]:
         """What the recipe, or a flag of its own, changes in a preset."""
-        return {}
+        without = flags.get("without")
+        if without and without not in cls.ablations:
+            fail("--without", f"must be {' or '.join(cls.ablations)} for this model", without)
+        return cls.ablations.get(without, {})
 
     @cached_property
     def emojivl(self) -> EmojiVL:

@@ -10,7 +10,7 @@ Sources: Yu et al. 2022 (CoCa), section 3.2, for the two terms and their weights
 Left out: several processes, own captions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,6 @@ from minivlp.training.workers import ONE_PROCESS, Workers
 CHECKED = 128  # scenes captioned twenty times during training
 DRAWN, DRAWN_SEED = 18, 7  # pictures whose captions are drawn
 BLIND_STEPS = 0.4  # of the run's
-ABLATIONS = {"contrast": {"contrast_weight": 0.0}, "captions": {"caption_weight": 0.0}}
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,7 @@ class CocaRecipe(Recipe):
     Settings, Config, Model = CocaSettings, CocaConfig, Coca
     presets = {"cpu": CocaSettings()}
     terms = ("contrast", "caption")
-
-    @classmethod
-    def begin(cls, flags: Mapping[str, Any]) -> dict[str, Any]:
-        return super().begin(flags) | {"without": flags.get("without")}
-
-    @classmethod
-    def changes(cls, flags: Mapping[str, Any]) -> dict[str, Any]:
-        return ABLATIONS.get(flags.get("without"), {})
+    ablations = {"contrast": {"contrast_weight": 0.0}, "captions": {"caption_weight": 0.0}}
 
     @property
     def blind(self) -> bool:

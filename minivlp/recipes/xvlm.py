@@ -19,7 +19,7 @@ Left out: random crops around a box, spans of hidden words, gathering negatives 
 own captions, which have no boxes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,14 +172,7 @@ class XvlmRecipe(Recipe):
     Settings, Config, Model = XvlmSettings, XvlmConfig, Xvlm
     presets = {"cpu": XvlmSettings()}
     terms = ("itc", "itm", "mlm", "box")
-
-    @classmethod
-    def begin(cls, flags: Mapping[str, Any]) -> dict[str, Any]:
-        return super().begin(flags) | {"without": flags.get("without")}
-
-    @classmethod
-    def changes(cls, flags: Mapping[str, Any]) -> dict[str, Any]:
-        return ABLATIONS.get(flags.get("without"), {})
+    ablations = ABLATIONS
 
     @cached_property
     def batches(self) -> RegionBatches:
