@@ -41,7 +41,7 @@ DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
 CHAMELEON_SIZES = SIZES | dict(codes=8, clustered=4)
-COCA_SIZES = XVLM_SIZES | dict(image_dim=16, image_heads=2, image_hidden=32, layers=1)
+COCA_SIZES = XVLM_SIZES | dict(image_dim=16, image_heads=2, image_hidden=32, layers=1, pool_heads=2)
 del COCA_SIZES["cross_layers"], COCA_SIZES["embed"]
 # These begin with the trained ViLT, whose width they have.
 MASKVLM_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "save_every", "report_every")}

@@ -66,6 +66,8 @@ class CocaConfig:
 
     def __post_init__(self):
         patches_a_side(self.image_size, self.patch)
+        if self.pool_heads < 1 or self.dim % self.pool_heads:
+            require.fail("pool_heads", f"must divide dim={self.dim}", self.pool_heads)
         if self.queries < 1:
             require.fail("queries", "must be at least 1, for the contrast", self.queries)
         if self.queries == 1 and self.image_dim != self.dim:

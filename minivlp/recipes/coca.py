@@ -60,6 +60,7 @@ class CocaSettings(Settings):
     text_layers: int = 1
     layers: int = 2
     queries: int = 1
+    pool_heads: int = 3
     vocab_size: int = 512
     steps: int = 1600
     contrast_weight: float = 1.0
