@@ -236,23 +236,26 @@ def small_init(model: Coca) -> Coca:
 
     As `vilt.small_init`, from torch's default generator: patches and positions of unit variance in the
     picture, words as large as their positions in the text; queries equal to keys wherever tokens look at
-    tokens; and what the second half is given by a look across is a mean of the picture's tokens.
+    tokens; and what the second half is given by a look across is a mean of the picture's tokens. Both sides
+    enter the space of comparison by one map: what brings a word and its picture together there brings their
+    states together, and the word's query finds the patches' keys.
     """
     c = model.config
     nn.init.normal_(model.patch.weight, std=1 / math.sqrt(3 * c.patch**2 / 4))  # pixels have deviation ½
     model.position[1:] = sine_cosine_positions(c.grid, c.image_dim)
     for table in (model.word.weight, model.text_position):
         nn.init.normal_(table, std=0.5)
-    for block in (*model.image.blocks, *model.text, *model.blocks, *model.across):
+    for block in (*model.image.blocks, *model.blocks, *model.across):
         query, key, value = block.qkv.weight.chunk(3)
         alike(query, key)
         nn.init.orthogonal_(value)
-        nn.init.orthogonal_(block.fc1.weight)
-    for block in model.across:
+    for block in (*model.text, *model.across):
         mean_of_seen(block.qkv.weight.chunk(3)[2], block.proj.weight)
+    for block in (*model.image.blocks, *model.text, *model.blocks, *model.across):
+        nn.init.orthogonal_(block.fc1.weight)
     mean_of_seen(model.pool.v.weight, model.pool.proj.weight)
-    for project in (model.image_project, model.text_project):
-        nn.init.orthogonal_(project.weight)
+    nn.init.orthogonal_(model.image_project.weight)
+    model.text_project.weight.copy_(model.image_project.weight)
     return model
 
 
