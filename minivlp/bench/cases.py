@@ -7,12 +7,12 @@ nothing beside the towers.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from minivlp import attention, chamfer, infonce, ipot, mlm, nce, patch, sigmoid, sinkhorn
+from minivlp import attention, chamfer, infonce, ipot, masks, mlm, nce, patch, sigmoid, sinkhorn
 from minivlp.bench import peers, problems
 from minivlp.bench.peers import Loss
 from minivlp.bench.problems import Problem
 
-Size = dict[str, int]
+Size = dict[str, int | str]
 RUNGS = ("torch", "fused")
 
 
@@ -66,6 +66,10 @@ def _square(*sides: int, D: int) -> tuple[Size, ...]:
 
 def _sets(*sides: int, D: int) -> tuple[Size, ...]:
     return tuple({"M": M, "N": M, "D": D} for M in sides)
+
+
+def _tables(L: int, **sizes: int) -> tuple[Size, ...]:
+    return tuple({"L": L, "table": table, **sizes} for table in ("full", "prefix", "towers"))
 
 
 _ROWS = {"tiny": _square(48, D=16), "default": _square(2048, D=512), "full": _square(4096, 8192, D=512)}
@@ -185,6 +189,18 @@ CASES = {
             "tiny": ({"B": 1, "H": 2, "L": 16, "d": 8},),
             "default": ({"B": 2, "H": 12, "L": 281, "d": 64},),
             "full": ({"B": 1, "H": 12, "L": 2048, "d": 64},),
+        },
+    ),
+    "blocks": Case(
+        what="attention of four segments under a table",
+        unit="6 products of the blocks that count",
+        rungs=masks.RUNGS["attention_blocks"],
+        peers={},
+        problem=problems.blocks,
+        sizes={
+            "tiny": _tables(16, B=1, H=2, d=8),
+            "default": _tables(1024, B=1, H=4, d=64),
+            "full": _tables(4096, B=1, H=12, d=64),
         },
     ),
     "nce": Case(

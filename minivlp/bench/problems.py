@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -120,6 +121,17 @@ def heads(B: int, H: int, L: int, d: int) -> Problem:
     """Queries, keys, values (B, H, L, d): Q Kᵀ and P V, and two products back through each."""
     q, k, v = (_random(B, H, L, d, seed=s).requires_grad_() for s in range(3))
     return Problem((q, k, v), bare_batched(q.flatten(0, 1), k.flatten(0, 1), repeats=2))
+
+
+def blocks(L: int, table: str, B: int, H: int, d: int, S: int = 4) -> Problem:
+    """Queries, keys, values (B, H, L, d) of S equal segments: the products of the blocks that count."""
+    q, k, v = (_random(B, H, L, d, seed=s).requires_grad_() for s in range(3))
+    sees = {"full": np.ones((S, S), int), "prefix": np.tri(S, dtype=int), "towers": np.eye(S, dtype=int)}[
+        table
+    ]
+    rows, columns = (z.detach().flatten(0, 1).chunk(S, 1) for z in (q, k))
+    live = [bare_batched(rows[s], columns[t], repeats=2) for s, t in np.argwhere(sees)]
+    return Problem((q, k, v, [L // S] * S, sees.tolist(), (S - 1,)), lambda: [run() for run in live])
 
 
 def noise(B: int, K: int) -> Problem:

@@ -1,0 +1,51 @@
+"""Yours to write: next_words, hide_patches, spans_to_end.
+
+`pytest tests/test_targets.py` holds what you write here to the laws of minivlp/targets.py, which has the
+answers. The laws ask with good input only: leave out the refusals that the docstrings speak of. Everything
+else in the library may be imported.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minivlp.mlm import IGNORE
+from minivlp.targets import Ids
+from tests import Todo
+
+
+def next_words(ids: Ids, mask: Ids) -> Ids:
+    """Labels for predicting the next word: at position i the word of position i + 1, (B, L) int64.
+
+    ids (B, L) integers, mask (B, L) bool, True = a real word: −100 stands where the next word is not real,
+    and at the last position. Arrays in, arrays out; tensors in, tensors out; `ids` keeps its values. Whoever
+    takes these labels shifts nothing. Raises ValueError on bad shapes and dtypes.
+    """
+    raise Todo
+
+
+def hide_patches(
+    grid: tuple[int, int], share: float, rng: np.random.Generator, block: int | None = None
+) -> np.ndarray:
+    """Which patches to hide: (rows · columns,) bool, row-major, True = hidden.
+
+    grid (rows, columns), share in [0, 1]: round(share · rows · columns) patches are hidden. Without `block`
+    any set of so many is as likely as another. With it, squares of block × block patches inside the grid are
+    hidden one after the other; of the last one only its first patches, where the rest would be too many.
+    Raises ValueError for a grid without patches, a share that is none, and blocks that do not fit.
+    """
+    raise Todo
+
+
+def spans_to_end(
+    ids: np.ndarray, spans: Sequence[tuple[int, int]], marks: Sequence[int], end: int
+) -> np.ndarray:
+    """A document with spans moved behind it: (L + 3 · spans,) int64.
+
+    ids (L,) integers; spans (start, stop), in order and without overlap, start = stop for an empty one. In
+    the place of span i stands marks[i]; behind the document follow, span by span, marks[i], its tokens and
+    `end`. Marks are ids that the document does not have, more of them than spans do no harm. Raises
+    ValueError on bad shapes and dtypes, spans that leave the document, overlap or go backwards, and marks
+    that are too few, not all different, or in the document.
+    """
+    raise Todo
