@@ -49,7 +49,7 @@ class MaskVlmSettings(Settings):
     hidden: int = 192
     embed: int = 96
     vocab_size: int = 512
-    steps: int = 1000
+    steps: int = 900
     batch: int = 48  # pairs a step
     block: int = 2  # patches a side of what is hidden at once
     mask: float = 0.3  # probability of hiding a word
