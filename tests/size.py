@@ -15,10 +15,10 @@ LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
 LONGEST = 320  # lines of code of a module
 # A room that grows beyond its ceiling is a decision: raise the number in the commit that needs it.
 CEILINGS = {
-    "bench": 966, "claims": 1320, "commands": 220, "core": 295, "data": 1060, "evaluation": 650,
-    "ideas": 2325, "kernels": 395, "models": 1115, "pictures": 415, "recipes": 1380, "training": 505,
+    "bench": 966, "claims": 1320, "commands": 220, "core": 295, "data": 1060, "evaluation": 735,
+    "ideas": 2325, "kernels": 395, "models": 1720, "pictures": 465, "recipes": 1730, "training": 505,
 }  # fmt: skip
-PLUMBING = 4890
+PLUMBING = 5385
 
 
 def code_lines(source: str) -> int:

@@ -97,9 +97,9 @@ def test_maskvlm_hides_one_side_at_a_time_unless_it_is_told_otherwise():
     assert torch.equal(a.masked, b.masked) and not torch.equal(a.masked, a.ids)
     for i in range(32):
         told = a.told[i][a.told_mask[i]]
-        assert len(told) == 2 if i % 2 else torch.equal(told, a.ids[i][a.text_mask[i]])
+        assert len(told) == 2 if i % 4 == 0 else torch.equal(told, a.ids[i][a.text_mask[i]])
         told = b.told[i][b.told_mask[i]]
-        assert len(told) == 2 if i % 2 else torch.equal(told, a.masked[i][a.text_mask[i]])
+        assert len(told) == 2 if i % 4 == 0 else torch.equal(told, a.masked[i][a.text_mask[i]])
     seen = []
     for made, rows in ((turns, a), (at_once, b)):
         made.model.text_cross.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
@@ -308,7 +308,8 @@ def test_a_run_leaves_its_results(name, command, tmp_path):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"contrast", "itm", "gain_85", "found"} <= set(records[-1])
     small, run = load_trained(folder / f"{name}_tiny.safetensors"), load_trained(folder)
-    assert equal(run.model.state_dict(), small.model.state_dict()) and small.kind == name
+    rounded = {key: tensor.half().float() for key, tensor in run.model.state_dict().items()}
+    assert equal(rounded, small.model.state_dict()) and small.kind == name
     assert command("eval", "--run", folder, "--items", 16, "--out", tmp_path / "again.json") == 0
     assert json.loads((tmp_path / "again.json").read_text()) == results
 

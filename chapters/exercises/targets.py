@@ -1,4 +1,4 @@
-"""Yours to write: next_words, hide_patches, spans_to_end.
+"""Yours to write: next_words, hide_patches, spans_to_end, hide_side.
 
 `pytest tests/test_targets.py` holds what you write here to the laws of minivlp/targets.py, which has the
 answers. The laws ask with good input only: leave out the refusals that the docstrings speak of. Everything
@@ -47,5 +47,20 @@ def spans_to_end(
     `end`. Marks are ids that the document does not have, more of them than spans do no harm. Raises
     ValueError on bad shapes and dtypes, spans that leave the document, overlap or go backwards, and marks
     that are too few, not all different, or in the document.
+    """
+    raise Todo
+
+
+def hide_side(
+    patches: np.ndarray, words: np.ndarray, rng: np.random.Generator, p: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hide one side of some pairs whole: `(hidden patches (B, N), hidden words (B, L))`, bool.
+
+    patches (B, N) and words (B, L) bool say which tokens may be hidden: real ones, no special words. Each
+    pair is chosen with probability p, independently; of a chosen pair either all of these patches or all of
+    these words are hidden, with equal chance, and none of the other side. A pair that is not chosen has none
+    hidden here, and is masked in the ordinary way. What is hidden must be hidden from all: replaced by the
+    mask token, without mask_tokens' 80/10/10, which leaves a tenth readable. Raises ValueError on bad shapes,
+    dtypes and p, and for a row without a token that may be hidden.
     """
     raise Todo

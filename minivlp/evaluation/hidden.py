@@ -41,7 +41,10 @@ def hide_rows(
     shares: Sequence[float], side: int, rng: np.random.Generator, block: int | None = None
 ) -> Tensor:
     """Hidden patches of pictures of side² patches, a share of each, singly or in blocks: (n, side²) bool."""
-    return torch.from_numpy(np.stack([hide_patches((side, side), share, rng, block) for share in shares]))
+    # Random blocks take long to cover the whole picture, and then it does not matter that they are blocks.
+    blocks = [block if share < 1 else None for share in shares]
+    rows = [hide_patches((side, side), s, rng, b) for s, b in zip(shares, blocks, strict=True)]
+    return torch.from_numpy(np.stack(rows))
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minivlp.data import Scene, Scenes, scene_pixels
 from minivlp.evaluation.hidden import Cost, costs, evaluate_hidden, hide_rows, report_hidden
@@ -106,3 +106,8 @@ class HidingRecipe(Recipe):
         sizes = trained.canvas, self.settings.patch
         what = (trained.tokenizer, self.emojivl, self.nouns, *sizes, folder, screen)
         filled_demo(query, self.fill(trained.model), *what)
+
+    @staticmethod
+    def to_published(model: nn.Module) -> dict[str, Tensor]:
+        """Rounded to float16."""
+        return {name: tensor.half() for name, tensor in model.state_dict().items()}

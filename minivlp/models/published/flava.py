@@ -130,11 +130,11 @@ def config_fields(
         values = {part[key] for part in parts.values() if key in part}
         if asked is None and len(values) > 1:
             require.fail("config.json", f"must have one {key} in all encoders", sorted(values))
-    both = {key: value for part in parts.values() for key, value in part.items()}
-    heads = both.get("num_attention_heads", 12 if json else None) if heads is None else heads
+    told = {key: value for part in parts.values() for key, value in part.items()}
+    heads = told.get("num_attention_heads", 12 if json else None) if heads is None else heads
     if heads is None and size["D"] % 64:
         require.fail("heads", f"must be given, as D={size['D']} is not a multiple of 64", "None")
-    eps = both.get("layer_norm_eps", 1e-12) if eps is None else eps
+    eps = told.get("layer_norm_eps", 1e-12) if eps is None else eps
     require.positive(eps=eps)
     return {f"{name}_layers": count for name, count in layers.items()} | {
         "vocab_size": size["V"], "max_text_len": size["T"], "segments": size["S"], "dim": size["D"],
