@@ -6,6 +6,7 @@ Pictures and words become rows, and rows look at rows.
     text         a caption becomes ids: WordPiece, cut greedily from a vocabulary that is learned
     attention    every query takes a mean of the values, weighted by how its match with their keys compares
     masks        who sees whom: one small table says what kind of model a transformer is
+    pooling      learned queries read a picture of any size
     transformer  LayerNorm, the block, the encoder, and blocks that look across at other tokens
     decoder      RMSNorm, rotary positions, QK-norm; and writing, one token after the other
 

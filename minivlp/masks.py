@@ -25,18 +25,22 @@ Rungs (attention_blocks):
     attention_blocks         attention under M, (L, L) bool
     attention_blocks_fused   a walk over the blocks of the table that count: no M, no work on the others
 
-Sources: Dong et al. 2019 (UniLM), section 2.3: one network, three masks; Li et al. 2023 (BLIP-2), figure 2.
+Sources: Dong et al. 2019 (UniLM), figure 1: one network, three masks; Li et al. 2023 (BLIP-2), figure 2.
 Left out: tables for one head or one layer alone, which no model here has. Attention across, to tokens that
 are not in the sequence, has no table: all of them may be seen.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minivlp import stream
+from minivlp.attention import attend_back_tile, attend_tile, attention, attention_np
 from minivlp.core import require
+from minivlp.core.precision import without_autocast, working
 
 Table = Sequence[Sequence[int]]
 
@@ -87,7 +91,7 @@ def influence(mask: np.ndarray, layers: int) -> np.ndarray:
     """
     require.shapes(np.ndarray, mask=(mask, "L L"))
     require.mask("mask", mask)
-    if layers < 0:
+    if not isinstance(layers, int | np.integer) or layers < 0:
         require.fail("layers", "must be a whole number ≥ 0", layers)
     reach = np.eye(len(mask), dtype=bool)
     one_layer = mask | reach
@@ -122,8 +126,104 @@ def real_keys(mask: Tensor, real: Tensor) -> Tensor:
     return (mask & real[:, None, None]) | itself
 
 
+def _check(library, q, k, v, lengths, sees, causal) -> tuple[np.ndarray, np.ndarray]:
+    """Refuse bad arrays, and tables that do not fit or leave a token nothing to see; then as `_table`."""
+    full = require.shapes(library, q=(q, "B H L d"), k=(k, "B H L d"), v=(v, "B H L d"))
+    require.floats(q=q, k=k, v=v)
+    if not full["L"] or not full["d"]:
+        require.fail("k", "must hold at least one key of width ≥ 1", tuple(k.shape))
+    n, A = _table(lengths, sees, causal)
+    if n.sum() != full["L"]:
+        require.fail("lengths", f"must add up to L={full['L']}", n.tolist())
+    blind = (n > 0) & ~A[:, n > 0].any(1)
+    if blind.any():
+        require.fail("sees", "must let every token see one", f"segment {blind.argmax()}, which sees none")
+    return n, A
+
+
+def attention_blocks_np(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths, sees, causal=(), grad: np.ndarray | None = None
+):
+    """Attention under the table and its gradients by hand.
+
+    q, k and v (B, H, L, d); lengths, sees and causal as in `visible`, the lengths adding up to L; grad
+    (B, H, L, d) the upstream gradient (None = ones). Returns `(out (B, H, L, d), (dq, dk, dv))`. Raises
+    ValueError on what `visible` and `attention_np` refuse, on lengths with another sum, and when a token may
+    see nothing.
+    """
+    _check(np.ndarray, q, k, v, lengths, sees, causal)
+    return attention_np(q, k, v, visible(lengths, sees, causal), grad=grad)
+
+
+def attention_blocks(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sees: Table, causal: Sequence[int] = ()
+) -> Tensor:
+    """Attention under the table: q, k and v (B, H, L, d) → (B, H, L, d); arguments and errors as above."""
+    _check(Tensor, q, k, v, lengths, sees, causal)
+    return attention(q, k, v, torch.from_numpy(visible(lengths, sees, causal)).to(q.device))
+
+
+def attention_blocks_fused(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sees: Table, causal: Sequence[int] = ()
+) -> Tensor:
+    """`attention_blocks` block by block; arguments and errors as there, differentiable once.
+
+    A query's running softmax goes on from one block of keys to the next, so the blocks that its segment may
+    see are walked in place, with no mask and no copy of their keys, and the others are not touched.
+    """
+    n, A = _check(Tensor, q, k, v, lengths, sees, causal)
+    ends = n.cumsum()
+    segments = [slice(int(end - m), int(end)) for m, end in zip(n, ends, strict=True)]
+    blocks = [(segments[s], segments[t], s == t and s in causal) for s, t in np.argwhere(A).tolist()]
+    out = stream.differentiable(_Fused, q, k, v, blocks)
+    require.held(out, "result", "q", q.dtype)
+    return out
+
+
+class _Fused(torch.autograd.Function):
+    """blocks: (rows, columns, whether only columns up to the row count)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, blocks):
+        x, y, z = (t.flatten(0, 1) for t in working(q, k, v))  # (B·H, L, d)
+        top, total, out = x.new_full(x.shape[:2], -math.inf), x.new_zeros(x.shape[:2]), torch.zeros_like(x)
+        ctx.scale, ctx.blocks = 1 / math.sqrt(q.shape[-1]), blocks
+        for rows, columns, causal in blocks:
+            state = (t[:, rows] for t in (top, total, out))
+            queries, keys, values = x[:, rows], y[:, columns], z[:, columns]
+            stream.fold(attend_tile, queries, keys, values, None, causal, *state, scale=ctx.scale)
+        out = out.div_(total[..., None]).view(q.shape).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, top.add_(total.log_()))
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream):
+        stream.refuse_create_graph()
+        *arrays, out, lse = ctx.saved_tensors
+        x, y, z, O, G = (t.flatten(0, 1) for t in working(*arrays, out, upstream))
+        inner, grads = (G * O).sum(-1), [torch.zeros_like(t) for t in (x, y, z)]
+        dq, dk, dv = grads
+        with without_autocast(x):
+            for rows, columns, causal in ctx.blocks:
+                state = (lse[:, rows], G[:, rows], inner[:, rows], dv[:, columns])
+                queries, keys, values = x[:, rows], y[:, columns], z[:, columns]
+                found = stream.accumulate(
+                    attend_back_tile, queries, keys, values, None, causal, *state,
+                    scale=ctx.scale, wanted=(True, True, False),
+                )  # fmt: skip
+                dq[:, rows] += found[0]
+                dk[:, columns] += found[1]
+        found = (g.view(a.shape).to(a.dtype) for g, a in zip(grads, arrays, strict=True))
+        return *(g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False)), None
+
+
 RUNGS = {
     "visible": {"plain": visible},
     "influence": {"plain": influence},
     "leaks": {"plain": leaks},
+    "attention_blocks": {
+        "np": attention_blocks_np,
+        "torch": attention_blocks,
+        "fused": attention_blocks_fused,
+    },
 }

@@ -27,9 +27,11 @@ from minivlp import (
     infonce,
     ipot,
     itm,
+    masks,
     mlm,
     nce,
     patch,
+    pooling,
     regions,
     sigmoid,
     sinkhorn,
@@ -38,8 +40,8 @@ from minivlp import (
 )
 
 IDEAS = [
-    attention, boxes, chamfer, decoder, filip, hinge, infonce, ipot, itm, mlm, nce, patch, regions, sigmoid,
-    sinkhorn, transformer, vq,
+    attention, boxes, chamfer, decoder, filip, hinge, infonce, ipot, itm, masks, mlm, nce, patch, pooling,
+    regions, sigmoid, sinkhorn, transformer, vq,
 ]  # fmt: skip
 RUNGS = {family: ladder for idea in IDEAS for family, ladder in idea.RUNGS.items() if "torch" in ladder}
 del RUNGS["nearest"]  # it has no gradient, and vq calls it
@@ -96,6 +98,11 @@ def case_of(family: str, n: int = 5, D: int = 6) -> Case:
     inside[:, 0] = True
     return {
         "attention": Case((numbers(2, 1, n, D), numbers(2, 1, m, D), numbers(2, 1, m, D + 1)[..., :D])),
+        "attention_blocks": Case(
+            tuple(numbers(2, 1, n, D + k)[..., :D] for k in range(3)),
+            settings={"lengths": (2, n - 2), "sees": masks.PREFIX, "causal": (1,)},
+        ),
+        "attention_pool": masked(Case((numbers(n, D), numbers(2, m, D))), mask=words),
         "layer_norm": Case((numbers(n, D), numbers(D), numbers(D + 1)[:D])),
         "rms_norm": Case((numbers(n, D), numbers(D))),
         "rotary": Case((numbers(2, 1, n, D),), settings={"positions": labels * 7}),
@@ -195,7 +202,7 @@ def gives(got: list[np.ndarray], case: Case, family: str, dtype: torch.dtype) ->
         floor = float(i == 0)
         if i and family == "sinkhorn":
             floor = np.abs(exact[0]).max(initial=0)
-        if i and family == "attention":
+        if i and family.startswith("attention"):
             floor = np.prod([np.abs(x).max(initial=0) for j, x in enumerate(case.arrays) if j != i - 1])
         size = max(np.abs(wanted).max(initial=0, where=~too_large), floor)
         allowed = 2 * np.abs(wanted - unrounded).max(initial=0, where=~too_large)
@@ -236,6 +243,11 @@ def large(family: str) -> Case:
     z = case_of(family)
     return {
         "attention": Case((30 * numbers(1, 1, 40, 64), 30 * numbers(1, 1, 60, 64), numbers(1, 1, 60, 64))),
+        "attention_blocks": Case(
+            (30 * numbers(1, 1, 60, 64), 30 * numbers(1, 1, 60, 65)[..., 1:], numbers(1, 1, 60, 64)),
+            settings={"lengths": (20, 40), "sees": masks.PREFIX, "causal": (1,)},
+        ),
+        "attention_pool": Case((30 * numbers(7, 64), numbers(2, 60, 64))),
         "layer_norm": Case((200 * numbers(5, 2000), numbers(2000), numbers(2000))),
         "rms_norm": Case((200 * numbers(5, 2000), numbers(2000))),
         "rotary": Case((200 * numbers(1, 1, 9, 64),), settings={"positions": np.arange(9) * 5000}),
@@ -293,7 +305,7 @@ def test_zero_rows_in_half_precision(family):
 @every_family
 def test_lengths_at_the_ends_of_the_range(family, dtype, factors):
     """1e±20 leaves float32 when it is squared, 1e±200 float64."""
-    if family == "attention" and factors == (1e-20, 1e20) and dtype != torch.float64:
+    if family.startswith("attention") and factors == (1e-20, 1e20) and dtype != torch.float64:
         pytest.skip("its scores are near 1, but its gradient is 1e40")
     check(family, case_of(family).times(*factors), dtype, may_refuse=family not in COSINES)
 
