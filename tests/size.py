@@ -16,7 +16,7 @@ LONGEST = 320  # lines of code of a module
 # A room that grows beyond its ceiling is a decision: raise the number in the commit that needs it.
 CEILINGS = {
     "bench": 950, "claims": 1320, "commands": 220, "core": 295, "data": 1060, "evaluation": 650,
-    "ideas": 2030, "kernels": 395, "models": 1115, "pictures": 415, "recipes": 1380, "training": 505,
+    "ideas": 2030, "kernels": 395, "models": 1160, "pictures": 415, "recipes": 1380, "training": 505,
 }  # fmt: skip
 PLUMBING = 4890
 
