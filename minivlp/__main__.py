@@ -9,7 +9,9 @@ import argparse
 import importlib
 import math
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,8 +271,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 2 after one sentence on stderr, 130 after Ctrl-C."""
+    """Run one command; 0 when it worked, 2 after one sentence on stderr, 130 after Ctrl-C or SIGTERM."""
     any_terminal()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     if args.job is None:

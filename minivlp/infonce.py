@@ -135,7 +135,9 @@ class _Gathered(torch.autograd.Function):
         b, B = len(images), len(images) * dist.get_world_size(group)
         first = b * dist.get_rank(group)
         all_texts = texts.new_empty(B, texts.shape[1])
-        dist.all_gather_single(all_texts, texts.contiguous(), group=group)  # (B, D)
+        # The older names are those of torch before 2.13.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(all_texts, texts.contiguous(), group=group)  # (B, D)
         x, y, all_y = working(images, texts, all_texts)
         cosines = x @ all_y.T  # (b, B)
         S = scale * cosines
@@ -156,7 +158,8 @@ class _Gathered(torch.autograd.Function):
         dimages = scale * G @ all_y  # (b, D)
         # Each rank holds a share of all rows of dY, and of the two scalars: add the shares up.
         dtexts = torch.empty_like(y, memory_format=torch.contiguous_format)  # (b, D)
-        dist.reduce_scatter_single(dtexts, scale * G.T @ x, group=group)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(dtexts, scale * G.T @ x, group=group)
         totals = torch.stack([loss, (G * cosines).sum()])
         dist.all_reduce(totals, group=group)
         loss, dscale = totals

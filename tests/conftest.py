@@ -1,6 +1,7 @@
 """pytest settings: the hypothesis profile, the `--bugs` run, the map of the course, reasons for skips."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         OUTCOMES[report.nodeid.rsplit("[", 1)[1].removesuffix("-attempt]")] = report.outcome
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     """After `--bugs`: the kill matrix, one row a bug, one column a law, and the mutants."""
     for line in getattr(terminalreporter.config, "kill_matrix", []):
         terminalreporter.write_line(line)

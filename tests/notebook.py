@@ -72,7 +72,7 @@ def _verdicts(
     one: Exercise, function: Callable, diagnose: bool = True
 ) -> Iterator[tuple[Law, Broken | str | None]]:
     """Each law with what was found, under the learner's profile, as far as Todo or an endless loop."""
-    before = settings.get_current_profile_name()
+    settings.register_profile("before", settings.default)
     settings.load_profile("learner")  # before the laws are read, which copy it
     try:
         load_bugs(one.concept)
@@ -85,7 +85,7 @@ def _verdicts(
             if found == "unfinished" or (found and found.kind == "slow"):
                 return
     finally:
-        settings.load_profile(before)
+        settings.load_profile("before")
 
 
 def _draw(one: Exercise, function: Any, found: Broken) -> bool:

@@ -231,6 +231,8 @@ return index
         ("mask_tokens", MASKED.format(coin=BY_WORD, pool="vocab_size"), "any_replacement"),
         ("mask_tokens", MASKED.format(coin="coin = rng.random(ids.shape)", pool="ordinary"), "always_pieces"),
         ("sinkhorn_np", SWEEPS, "unscaled_potentials"),
+        ("sinkhorn_np", SWEEPS.replace("- cost / eps)\n", "- cost) / eps)\n")
+         .replace("np.exp(u", "np.exp((u"), "unscaled_potentials_in_the_sums"),
         ("sinkhorn_cost", UNROLLED, "unrolled"),
         ("infonce_np", ONE_SHIFT, "one_shift_for_all"),
         ("hard_negatives", BY_CHOICE, "diagonal_left_in"),

@@ -299,7 +299,7 @@ def test_the_command_prints_and_writes_what_it_found(as_json, here, monkeypatch,
         assert json.loads(out) == written
     else:
         assert (folder / "report.md").read_text() in out and f"wrote {folder / 'bench.png'}" in out
-    assert Image.open(folder / "bench.png").size[0] == 902
+    assert abs(Image.open(folder / "bench.png").size[0] - 902) <= 1
 
 
 @pytest.mark.parametrize("only", ["infonce,clip", ""])
@@ -362,7 +362,7 @@ def test_the_picture_has_a_bar_for_every_variant(tmp_path):
         entry("infonce", {"B": 8, "D": 2}, fused_memory=[MB], torch_memory=[9 * MB]),
     ]
     bars(tmp_path / "bars.png", results(*cases))
-    assert Image.open(tmp_path / "bars.png").size[0] == 902
+    assert abs(Image.open(tmp_path / "bars.png").size[0] - 902) <= 1
     with pytest.raises(ValueError, match="must hold a case that was measured"):
         bars(tmp_path / "none.png", results())
     assert not (tmp_path / "none.png").exists()

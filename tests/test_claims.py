@@ -494,7 +494,7 @@ def test_the_report_has_a_row_and_a_picture_a_claim(tmp_path, monkeypatch):
         assert f"![{name}](pictures/claim_{name}.png)" in lines
         path = tmp_path / "pictures" / f"claim_{name}.png"
         width, height = Image.open(path).size
-        assert width == 902 and 150 < height < 600 and path.stat().st_size < 100_000
+        assert abs(width - 902) <= 1 and 150 < height < 600 and path.stat().st_size < 100_000
 
 
 def test_every_claim_names_what_its_experiments_measure():

@@ -83,6 +83,9 @@ def test_help_answers_at_once_from_any_folder(job, tmp_path):
         ("train --captions=", "--captions: must not be empty, got ''"),
         ("train --lr nan", "--lr: must be a finite number > 0, got 'nan'"),
         ("train --threads 0", "--threads: must be a whole number from 1 to 256, got '0'"),
+        ("train --threads 100000", "--threads: must be a whole number from 1 to 256, got '100000'"),
+        ("train --seed 99999999999999999999", "--seed: must be a whole number from 0 to 4294967295, got '99"),
+        ("train --name=", "--name: must not be empty, got ''"),
         ("train --device tpu", "--device: invalid choice: 'tpu'"),
         ("train --task snli", "--task: invalid choice: 'snli'"),
         ("train --nam x", "unrecognized arguments: --nam x"),
@@ -445,12 +448,13 @@ def test_a_run_killed_again_and_again_at_any_time_resumes_to_the_same_weights(tm
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(command, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_say_how_to_go_on(sent, command, tmp_path):
     folder = tmp_path / "vilt"
     victim = process("-m", "tests.tiny", "train", "--name", folder, "--steps", 9999, cwd=tmp_path)
     while not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
-    victim.send_signal(signal.SIGINT)
+    victim.send_signal(sent)
     _, err = victim.communicate()
     assert victim.returncode == 130 and "Traceback" not in err
     assert err == f"stopped; go on with: python -m minivlp train --resume --name {folder}\n"
@@ -534,7 +538,13 @@ def test_own_captions_from_end_to_end(command, pictures, tmp_path, monkeypatch, 
     assert command("eval", "--run", folder, "--out", tmp_path / "again.json") == 0
     assert json.loads((tmp_path / "again.json").read_text()) == results
     assert command("figures", "--run", folder) == 0
-    capsys.readouterr()
+    assert "do not compare" not in capsys.readouterr().out
+    with open(pictures / "captions.jsonl", "a") as file:
+        kept_back = split(captions_folder(pictures))[1].names[0]
+        file.write("\n" + json.dumps({"image": kept_back, "caption": "a question that was not asked"}))
+    assert command("eval", "--run", folder) == 0
+    told_of = f"the kept-back captions are not those of {folder / 'eval.json'}: the numbers do not compare"
+    assert told_of in capsys.readouterr().out.splitlines()
     assert command("eval", "--run", folder, "--data", emojivl.FOLDER) == 2
     assert command("demo", "a red picture", "--run", folder) == 2
     assert "own captions" in capsys.readouterr().err

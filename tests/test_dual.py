@@ -1,5 +1,6 @@
 """The dual encoder against Hugging Face's CLIP and SigLIP, and what must not change its vectors."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from minivlp.filip import filip, late_interaction
 from minivlp.hinge import hinge
 from minivlp.infonce import infonce
-from minivlp.models.dual import Dual, DualConfig, load_clip, load_siglip
+from minivlp.models.dual import Dual, DualConfig, load_clip, load_siglip, save_clip, save_siglip
 from minivlp.models.parts import MapPool
 from minivlp.sigmoid import sigmoid_loss
 
@@ -42,9 +43,10 @@ def hugging_face(name, text=None, vision=None, sizes=TINY, **top):
     return model
 
 
-def clip(act="quick_gelu", eos=59, **settings):
+def clip(act="quick_gelu", eos=59, vision=None, **settings):
     both = {"hidden_act": act}
-    return hugging_face("CLIPModel", both | {"eos_token_id": eos}, both, projection_dim=24, **settings)
+    vision = both | (vision or {})
+    return hugging_face("CLIPModel", both | {"eos_token_id": eos}, vision, projection_dim=24, **settings)
 
 
 def siglip(**settings):
@@ -117,6 +119,29 @@ def test_siglip_equals_hugging_face(masked):
 def test_the_towers_may_have_different_heads():
     theirs = siglip(vision={"num_attention_heads": 6})
     compare(theirs, load_siglip(theirs.state_dict(), heads=(6, 4)), *batch())
+
+
+@pytest.mark.parametrize("make, load", [(clip, load_clip), (siglip, load_siglip)])
+@pytest.mark.parametrize("side, patch", [(32, 14), (33, 8), (31, 8), (17, 16)])
+def test_a_side_that_is_no_multiple_of_the_patch(make, load, side, patch, tmp_path):
+    """As 384 pixels in patches of 14: what lies beyond the last whole patch is not seen."""
+    theirs = make(vision={"image_size": side, "patch_size": patch})
+    ids, mask, pixels = batch(size=side)
+    bare = load(theirs.state_dict(), heads=4, **({"eot": 59} if make is clip else {}))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    assert (ours.config.image_size, bare.config.image_size) == (side, side // patch * patch)
+    for model in (bare, ours):
+        compare(theirs, model, ids, mask, pixels)
+    (save_clip if make is clip else save_siglip)(ours, tmp_path / "ours")
+    assert load(tmp_path / "ours").config == ours.config
+    with pytest.raises(ValueError, match=f"pixels must be {side} × {side}, got"):
+        ours.encode_image(torch.zeros(1, 3, side + patch, side))
+    settings = json.loads((tmp_path / "ours" / "config.json").read_text())
+    settings["vision_config"]["image_size"] = side + patch
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"vision_config must have an image_size of . patches of .*, got"):
+        load(tmp_path / "ours")
 
 
 BASE = {"vision_config": {"patch_size": 32}}  # Hugging Face's defaults are CLIP-ViT-B/32 and SigLIP-B/16
@@ -360,7 +385,7 @@ def test_bad_images_are_refused(pixels, message):
         ({"image_pool": "mean"}, "image_pool must be one of cls, map, got mean"),
         ({"text_pool": "cls"}, "text_pool must be one of eot, last, got cls"),
         ({"activation": "relu"}, "activation must be one of gelu, gelu_pytorch_tanh, quick_gelu, got relu"),
-        ({"image_size": 36}, "image_size must be a multiple of patch=8, got 36"),
+        ({"image_size": 7}, "image_size must be at least patch=8, got 7"),
         ({"image_pool": "map", "embed": 16}, "embed must be image_dim=32 with image_pool 'map', got 16"),
         ({"eot": 60}, r"eot must lie in \[0, 60\), got 60"),
         ({"init_scale": 0.0}, "init_scale must be a finite number > 0"),

@@ -263,6 +263,17 @@ def test_shapes_that_do_not_fit_are_refused():
             LOAD[form](face_names(form) | {name: torch.ones(count, 32)}, heads=4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_scale_and_the_bias_load_with_an_axis_and_without(form):
+    state = face_names(form)
+    names = [name for name in ("logit_scale", "logit_bias") if name in state]
+    for shape in ((), (1,)):
+        model = LOAD[form](state | {name: state[name].reshape(shape) for name in names}, heads=4)
+        assert same_weights(model, ours(form))
+    with pytest.raises(ValueError, match="logit_scale must have"):
+        LOAD[form](state | {"logit_scale": torch.ones(2)}, heads=4)
+
+
 def test_only_a_model_of_the_form_is_saved(tmp_path):
     with pytest.raises(ValueError, match="image_pool must be 'cls' to be saved as CLIP, got map"):
         save_clip(ours("siglip"), tmp_path)

@@ -120,7 +120,7 @@ def test_a_readable_png_of_sane_size_and_nothing_else_is_written(case):
     path, _ = case
     with Image.open(path) as image:
         assert image.format == "PNG" and image.mode == "RGB"
-        assert image.width == 902 and 150 <= image.height <= 1000
+        assert abs(image.width - 902) <= 1 and 150 <= image.height <= 1000
         pixels = np.asarray(image)
     assert path.stat().st_size < 200_000
     assert os.listdir(path.parent) == ["figure.png"]

@@ -326,6 +326,51 @@ def test_lengths_whose_squares_leave_float64(family):
                 np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-11 * np.abs(wanted).max())
 
 
+def check_any_unit(rung: str) -> None:
+    """Around 0, where low and high corners cancel, and with one box far larger than the other."""
+    a, b = np.array([[-1.0, -2, 1, 2]]), np.array([[-1.0, -2, 0.5, 1]])
+    value, *gradients = ask("giou", rung, Case((a, b)))
+    np.testing.assert_allclose(value, [9 / 16], rtol=1e-12)
+    for unit in (2.0**600, 2.0**-600):
+        got, *slopes = ask("giou", rung, Case((a * unit, b * unit)))
+        np.testing.assert_allclose(got, value, rtol=1e-12)
+        for one, two in zip(slopes, gradients, strict=True):
+            np.testing.assert_allclose(one * unit, two, rtol=1e-12, atol=1e-14)
+    corner = np.array([[0.0, 0, 1, 1]])
+    for far, overlap in ((2.0**300, 2.0**-600), (2.0**600, 0.0)):
+        for pair in ((corner, corner * far), (corner * far, corner)):
+            found = ask("giou", rung, Case(pair))
+            np.testing.assert_allclose(found[0], overlap, rtol=1e-12)
+            assert all(np.isfinite(z).all() for z in found)
+
+
+def check_equal_boxes(rung: str) -> None:
+    """Of two equal corners the first box's is moved, in the intersection and around both: it comes to 0."""
+    box = np.array([[0.5, 1, 2, 4], [-1, -1, 3, 1]])
+    value, *gradients = ask("giou", rung, Case((box, box.copy())))
+    np.testing.assert_allclose(value, 1.0, rtol=1e-14)
+    for gradient in gradients:
+        np.testing.assert_allclose(gradient, 0, atol=1e-14)
+
+
+def check_unit_rows(unit_rows: Callable) -> None:
+    x = numbers(5, 6)
+    for factor in (1.0, 1e200):
+        rows, length = unit_rows(x * factor)
+        np.testing.assert_allclose(rows, x / np.linalg.norm(x, axis=1, keepdims=True), rtol=1e-14)
+        np.testing.assert_allclose(length / factor, np.linalg.norm(x, axis=1, keepdims=True), rtol=1e-14)
+
+
+@pytest.mark.parametrize("rung", RUNGS["giou"])
+def test_giou_in_any_unit_and_of_equal_boxes(rung):
+    check_any_unit(rung)
+    check_equal_boxes(rung)
+
+
+def test_rows_of_any_length_become_unit_rows():
+    check_unit_rows(sinkhorn.unit_np)
+
+
 @pytest.mark.parametrize("what", [np.inf, -np.inf])
 @every_family
 def test_an_infinite_entry_is_refused(family, what):

@@ -9,6 +9,7 @@ import signal
 import tomllib
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import test_hard_inputs as hard
 from tests.attempts import broken, solution
 from tests.course import Exercise, exercises
 from tests.laws import BUGS, LAWS, caught, load_bugs
@@ -132,11 +134,28 @@ def test_no_lazy_answer_passes(one: Exercise, wrong: Callable) -> None:
     assert killer(wrong(one), one), f"{wrong.__name__} obeys every law of {one.name}"
 
 
+def refused_at_the_ends(function: Callable, one: Exercise) -> bool:
+    """Do the tests of hard inputs refuse what the laws, which are for learners too, let pass?"""
+    tests = {"unit_np": [partial(hard.check_unit_rows, function)]}
+    if one.family == "giou":
+        tests[one.name] = [partial(test, one.rung) for test in (hard.check_any_unit, hard.check_equal_boxes)]
+    with pytest.MonkeyPatch.context() as patch:
+        if one.family == "giou":
+            patch.setitem(hard.RUNGS["giou"], one.rung, function)
+        for test in tests.get(one.name, ()):
+            try:
+                test()
+            except Exception:  # whatever breaks shows it
+                return True
+    return False
+
+
 @ALL
 def test_small_changes_are_caught(one: Exercise, pytestconfig: pytest.Config) -> None:
     load_bugs(one.concept)
     tried = mutants(one)
-    alive = {mutant.change for mutant in tried if killer(mutant.function, one) is None}
+    held = [mutant for mutant in tried if killer(mutant.function, one) is None]
+    alive = {mutant.change for mutant in held if not refused_at_the_ends(mutant.function, one)}
     listed = SURVIVORS.get(one.name, {})
     TRIED[one.name] = len(tried), len(alive)
     line = f"{one.name}: {len(tried)} small changes, {len(tried) - len(alive)} caught"
@@ -148,11 +167,11 @@ def test_small_changes_are_caught(one: Exercise, pytestconfig: pytest.Config) ->
     assert not set(listed) - alive, f"caught or gone, so not to be listed: {sorted(set(listed) - alive)}"
 
 
-def test_of_all_changes_97_percent_are_caught() -> None:
+def test_of_all_changes_98_percent_are_caught() -> None:
     if len(TRIED) < len(exercises()):
         pytest.skip("not all exercises were tried")
     tried, alive = (sum(column) for column in zip(*TRIED.values(), strict=True))
-    assert tried - alive >= 0.97 * tried, f"{alive} of {tried} small changes survive"
+    assert tried - alive >= 0.98 * tried, f"{alive} of {tried} small changes survive"
 
 
 def test_every_survivor_has_a_reason() -> None:
@@ -191,7 +210,7 @@ PROMISES: dict[str, dict[str, str]] = {
     "hinge": {"one negative counts in each row and column": "always_the_sum hardest_of_the_batch"},
     "nce_fused": {"differentiable once": "", "for every operation": ""},
     "sinkhorn_np": {
-        "with exact row sums": "columns_last unscaled_potentials",
+        "with exact row sums": "columns_last unscaled_potentials unscaled_potentials_in_the_sums",
         "each summing to one": "",
         "uniform over the real tokens": "masked_afterwards",
     },

@@ -80,7 +80,7 @@ BAD_LINES = {
     "folder": (line("."), "image '.' does not exist"),
     "parent": (line("../outside.png"), "image '../outside.png' lies outside the folder"),
     "detour": (line("x/../../outside.png"), "lies outside the folder"),
-    "link": (line("link.png"), "image 'link.png' lies outside the folder"),
+    "link": (line("link.png"), "image 'link.png' lies outside the folder (it is a link)"),
     "NUL": (line("a\0.png"), "cannot be read"),
     "very long": (line("a" * 5000), "cannot be read"),
     "text file": (line("text.png"), "is not a picture of a known kind"),
@@ -137,6 +137,37 @@ def test_all_bad_lines_together_are_all_reported_in_order(folder):
         assert problem.startswith(f"captions.jsonl line {number}: ") and message in problem
     with pytest.raises(ValueError, match=r"captions\.jsonl line 1: "):
         captions_folder(folder, on_error="stop")
+
+
+def test_names_from_windows_and_with_accents_of_either_form_find_their_files(tmp_path):
+    """macOS takes accents apart, é into e and its accent; Windows parts folders by a backslash."""
+    (tmp_path / "sub").mkdir()
+    composed, apart = "caf\u00e9.png", "cafe\u0301 2.png"
+    for name in (composed, apart, "b.png"):
+        picture(tmp_path / "sub", name)
+    names = [
+        "sub/cafe\u0301.png",
+        "sub\\caf\u00e9.png",
+        "sub/caf\u00e9 2.png",
+        "sub\\cafe\u0301 2.png",
+        "sub\\b.png",
+    ]
+    dataset = captions_folder(write(tmp_path, *map(line, names)))
+    wanted = [composed, composed, apart, apart, "b.png"]
+    assert dataset.problems == [] and list(dataset.names) == [f"sub/{name}" for name in wanted]
+    assert len(list(dataset)) == 5
+    picture(tmp_path, "sub\\b.png", (1, 2, 3))  # a name that is there as written comes first
+    assert captions_folder(tmp_path)[4].image[0, 0].tolist() == [1, 2, 3]
+    picture(tmp_path, "outside.png")
+    inside = write(tmp_path / "sub", line("b.png"), line("..\\outside.png"))
+    assert "lies outside the folder" in captions_folder(inside).problems[0]
+
+
+def test_damaged_metadata_is_no_fault_of_the_pixels(tmp_path):
+    for name in ("a.png", "a.webp", "a.jpg"):
+        Image.new("RGB", (9, 9), "red").save(tmp_path / name, exif=b"Exif\x00\x00not a TIFF file", quality=90)
+    dataset = captions_folder(write(tmp_path, *(line(f"a.{end}") for end in ("png", "webp", "jpg"))))
+    assert dataset.problems == [] and all(item.image.mean(axis=(0, 1))[0] > 240 for item in dataset)
 
 
 def test_an_absolute_path_is_outside_even_if_it_exists(folder):

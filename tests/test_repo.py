@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,15 @@ def test_readme_names_every_room():
     rooms = [p.parent.name for p in (ROOT / "minivlp").glob("*/__init__.py")]
     tree = " ".join(section("From the command to the loss in three hops")).split()
     assert len(rooms) > 8 and [room for room in rooms if f"{room}/" not in tree] == []
+
+
+def test_every_package_and_every_file_that_is_read_is_in_the_wheel():
+    """The lists of pyproject.toml, beside what lies in the folders."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "minivlp").rglob("__init__.py")}
+    assert set(told["packages"]) == found | set(told["package-dir"])
+    for package, folder in told["package-dir"].items():
+        patterns = told["package-data"][package]
+        listed = {path for pattern in patterns for path in (ROOT / folder).glob(pattern)}
+        left_out = {p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"} - listed
+        assert not left_out, f"{package} leaves out {left_out}"

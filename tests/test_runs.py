@@ -56,6 +56,17 @@ def test_a_run_is_not_overwritten(run):
     assert run.checkpoint.read_bytes() == before and read_json(run.folder / "config.json") != {}
 
 
+@pytest.mark.parametrize("name", runs.WRITTEN)
+def test_files_of_something_else_are_not_overwritten(name, tmp_path):
+    theirs = tmp_path / name
+    theirs.write_text('{"model_type": "vilt"}')
+    with pytest.raises(FileExistsError, match=f"holds {name} of something else: choose another --name"):
+        Run.begin(tmp_path, SETTINGS)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        Run.resume(tmp_path)
+    assert theirs.read_text() == '{"model_type": "vilt"}' and files(Run(tmp_path, {})) == {name}
+
+
 def test_a_run_that_stopped_before_its_first_checkpoint_can_begin_again_or_go_on(run):
     run.log({"step": 1})
     assert Run.resume(run.folder).settings["command"] == SETTINGS["command"]

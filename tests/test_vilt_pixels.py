@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minivlp.data.own import read_rgb
 from minivlp.models.published.pixels import resized
 from minivlp.models.vilt import vilt_pixels
 
@@ -66,6 +67,44 @@ def test_pixels_of_any_mode_and_their_mask():
     assert (pixels[0] == 1).all() and mask[0].all()
     assert (pixels[1, :, :32] == -1).all() and (pixels[1, :, 32:] == 0).all()
     assert mask[1, :32].all() and not mask[1, 32:].any()
+
+
+def stored(folder, mode):
+    """A picture of 4 × 3 squares in a file, of a kind that a plain convert("RGB") would spoil."""
+    rng = np.random.default_rng(0)
+    path = folder / f"{mode}.png"
+    colours = np.kron(rng.integers(0, 256, (4, 3, 4)), np.ones((16, 16, 1))).astype(np.uint8)
+    if mode == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(colours[..., :3]).save(path, exif=exif)
+    elif mode == "I;16":
+        Image.fromarray(colours[..., 0].astype(np.uint16) * 256 + 7).save(path)
+    elif mode == "P":
+        image = Image.fromarray(colours[..., :3]).quantize(8)
+        image.save(path, transparency=3)
+    elif mode == "CMYK":
+        path = path.with_suffix(".tif")
+        Image.fromarray(colours, "CMYK").save(path)
+    else:
+        Image.fromarray(colours).convert(mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["turned", "I;16", "P", "CMYK", "RGBA", "LA", "L", "1"])
+def test_pixels_of_a_file_are_those_of_the_reader_of_own_captions(mode, tmp_path):
+    path = stored(tmp_path, mode)
+    with Image.open(path) as image:
+        pixels, _ = vilt_pixels([image], size=48, multiple=16)
+    shown = read_rgb(path)
+    assert shown.shape[:2] == ((48, 64) if mode == "turned" else (64, 48))
+    assert torch.equal(pixels, vilt_pixels([shown], size=48, multiple=16)[0])
+    assert pixels.max() - pixels.min() > 0.5  # something is seen
+
+
+def test_a_picture_without_a_known_range_is_refused():
+    with pytest.raises(ValueError, match="images must be pictures whose colours are known, got mode F"):
+        vilt_pixels([Image.fromarray(np.ones((64, 64), np.float32))])
 
 
 def test_pixels_refusals():

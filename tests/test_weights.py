@@ -195,6 +195,85 @@ def test_load_state_prefers_safetensors_and_reads_the_config(tmp_path):
     assert same_again == state and config == {}
 
 
+class Callback:
+    """Stands for what training libraries put into their checkpoints."""
+
+
+def test_a_foreign_class_in_a_checkpoint_is_named_with_what_to_do(tmp_path):
+    """As Lightning's callbacks, which are keyed by their class."""
+    path = tmp_path / "last.ckpt"
+    torch.save({"callbacks": {Callback: 1}, "state_dict": {"a": torch.ones(1)}}, path)
+    with pytest.raises(
+        ValueError, match=r"with tests\.test_weights\.Callback in it; where you trust"
+    ) as told:
+        load_state(path)
+    assert "\n" not in str(told.value) and "\x1b" not in str(told.value) and len(str(told.value)) < 500
+    advice = str(told.value).partition("by torch")[2]
+    exec(
+        f"torch{advice.replace('weights.bin', str(tmp_path / 'weights.bin'))}", {"torch": torch, "path": path}
+    )
+    assert same(load_state(tmp_path / "weights.bin")[0], {"a": torch.ones(1)})
+
+
+def damaged_files(folder):
+    torch.save({"a": torch.ones(4)}, folder / "good.pt")
+    whole = (folder / "good.pt").read_bytes()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), folder / "script.pt")
+    yield folder / "script.pt"
+    for name, content in {
+        "cut": whole[:-99],
+        "junk": b"hello there",
+        "empty": b"",
+        "text": b"\x80\x04.",
+    }.items():
+        (folder / f"{name}.pt").write_bytes(content)
+        yield folder / f"{name}.pt"
+
+
+def test_a_damaged_torch_file_is_one_sentence_and_no_warning(tmp_path, recwarn):
+    for path in damaged_files(tmp_path):
+        with pytest.raises(ValueError, match=f"loads with weights_only=True, got {path}: [A-Za-z]") as told:
+            load_state(path)
+        assert "\n" not in str(told.value) and "\x1b" not in str(told.value)
+    assert not [w for w in recwarn if "torch" in str(w.message) and "deprecated" not in str(w.message)]
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("under", [None, "state_dict", "model"])
+def test_what_wrappers_put_before_the_names_is_taken_off(before, under):
+    plain = {"a.weight": torch.ones(1), "module.b": torch.zeros(1)}
+    wrapped = {before + name: tensor for name, tensor in plain.items()}
+    assert same(load_state({under: wrapped, "step": 3} if under else wrapped)[0], plain)
+    inner = {"a._orig_mod.weight": torch.ones(1), "module.b": torch.zeros(1)}  # one layer was compiled
+    assert same(load_state(inner)[0], plain)
+    with pytest.raises(ValueError, match="source must hold each tensor under one name"):
+        load_state(plain | {"_orig_mod.a.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_shards_loads(tmp_path, name):
+    stem, _, end = name.partition(".")
+    parts = [{"a": torch.ones(2)}, {"b": torch.zeros(1), "c": torch.ones(())}]
+    files = [f"{stem}-0000{i + 1}-of-00002.{end}" for i in range(2)]
+    for file, part in zip(files, parts, strict=True):
+        write_safetensors(tmp_path / file, part) if end == "safetensors" else torch.save(
+            part, tmp_path / file
+        )
+    places = {tensor: file for file, part in zip(files, parts, strict=True) for tensor in part}
+    index = tmp_path / f"{name}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 16}, "weight_map": places}))
+    assert same(load_state(tmp_path)[0], parts[0] | parts[1])
+    for wrong, message in [
+        (places | {"d": files[0]}, rf"{files[0]} must hold d, as {name}\.index\.json says"),
+        (places | {"a": "../a.bin"}, r"index\.json must give each tensor's file beside it in a weight_map"),
+        (places | {"a": f"gone.{end}"}, rf"gone\.{end}, which does not exist"),
+        ([], "index.json must give each tensor's file"),
+    ]:
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(ValueError, match=message):
+            load_state(tmp_path)
+
+
 def test_numbers_match_numpy(tmp_path):
     """The block is raw little-endian numbers, at the offsets that the header says."""
     x = torch.randn(3, 4, dtype=torch.float64)

@@ -14,8 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from minivlp.recipes.base import Recipe
+from minivlp.training import loop
 from minivlp.training.loop import Step, steps
 from minivlp.training.run import ReadOnlyRun, Run
+from minivlp.training.screen import Screen
 from minivlp.training.workers import ONE_PROCESS, Workers, threads
 from tests import test_dual_train, test_train
 from tests.course import ROOT
@@ -109,6 +111,21 @@ def test_examples_are_dealt_once():
         pairs.part(0, 5)
     with pytest.raises(ValueError, match="must have a row of every kind for each of 17 processes"):
         Workers(0, 17).parts(batches)
+
+
+def test_what_processes_cannot_share_is_known_before_the_first_step(tmp_path):
+    """Two captions on two processes are one each; of 32 examples the rarest kind is one."""
+    Workers(0, 2).check_sizes({2})
+    with pytest.raises(
+        ValueError, match="--batch must leave an example of every kind to each of 4 processes, got 3"
+    ):
+        Workers(0, 4).check_sizes({3, 8})
+    made = recipe("vilt")
+    made.batch = lambda step: pytest.fail("a batch was composed")
+    run = Run.begin(tmp_path / "run", {})
+    with pytest.raises(ValueError, match="--batch must leave an example of every kind"):
+        loop.train(made, run, Screen(silent=True), Workers(0, 9999))
+    assert not run.checkpoint.exists()
 
 
 def test_threads_are_shared_by_the_processes_of_a_machine(monkeypatch):

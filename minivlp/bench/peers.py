@@ -81,6 +81,8 @@ def linear_then_cross_entropy() -> Loss:
 
 def linear_cross_entropy() -> Loss:
     """torch's own chunked loss, with its default options."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Absent(f"torch {torch.__version__} has no linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, embedding, bias, targets: F.linear_cross_entropy(
         hidden, embedding, targets, linear_bias=bias, options=options

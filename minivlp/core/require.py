@@ -120,7 +120,7 @@ def held(value: Any, what: str, name: str, dtype: Any) -> None:
         value = value if isinstance(value, Tensor) else np.asarray(value).astype(dtype)
     if not math.isfinite(_total(value)) and bool((abs(value) == math.inf).any() | (value != value).any()):
         endless = value[~(abs(value) < math.inf)]
-        fail(name, f"must give a {what} that is finite in {dtype}", float(endless.reshape(-1)[0]))
+        fail(name, f"must give a {what} that is finite in {dtype}", endless.reshape(-1)[0].item())
 
 
 def mask(name: str, array: Any, whole_rows: bool = False) -> None:

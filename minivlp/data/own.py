@@ -18,6 +18,7 @@ import hashlib
 import json
 import operator
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -241,9 +242,10 @@ class _Collector:
     def _check(self, written: str) -> tuple[str, str]:
         """The name of a picture in the folder, and what is wrong with it ("" = nothing)."""
         try:
-            path = (self.folder / written).resolve()  # follows links, so a link cannot lead outside either
+            path = self._place(written)
             if not path.is_relative_to(self.folder):
-                return written, "lies outside the folder"
+                a_link = Path(os.path.normpath(self.folder / written)).is_relative_to(self.folder)
+                return written, "lies outside the folder" + " (it is a link)" * a_link
             if not path.is_file() or not _is_unicode(written):
                 return written, "does not exist"
             with Image.open(path, formats=FORMATS) as image:
@@ -258,6 +260,14 @@ class _Collector:
         except ValueError as error:
             return written, f"does not fit ({error})"
         return path.relative_to(self.folder).as_posix(), ""
+
+    def _place(self, written: str) -> Path:
+        """Where the picture lies, links followed: also under a name from Windows, or one whose accents are
+        composed otherwise, as macOS writes them."""
+        slashed = written.replace("\\", "/")
+        names = [written, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))]
+        places = [(self.folder / name).resolve() for name in names]
+        return next((place for place in places if place.is_file()), places[0])
 
     def dataset(self) -> Captions:
         if not self.entries:

@@ -34,7 +34,7 @@ from minivlp.core import require
 from minivlp.models.parts import MapPool, check_text, mean_of_seen
 from minivlp.models.published import clip_siglip as weights
 from minivlp.models.published.safetensors import filled, load_state, save_state
-from minivlp.patch import PatchEmbed, patches_a_side
+from minivlp.patch import PatchEmbed
 from minivlp.transformer import Encoder, key_mask, normal_init
 
 __all__ = ["Dual", "DualConfig", "load_clip", "load_siglip", "save_clip", "save_siglip", "small_init"]
@@ -83,7 +83,8 @@ class DualConfig:
         ]:
             if getattr(self, name) not in allowed:
                 require.fail(name, f"must be one of {', '.join(allowed)}", getattr(self, name))
-        patches_a_side(self.image_size, self.patch)
+        if not 1 <= self.patch <= self.image_size:
+            require.fail("image_size", f"must be at least patch={self.patch}", self.image_size)
         if self.image_pool == "map" and self.embed != self.image_dim:
             require.fail("embed", f"must be image_dim={self.image_dim} with image_pool 'map'", self.embed)
         if self.eot is not None and not 0 <= self.eot < self.vocab_size:
@@ -100,7 +101,7 @@ class ImageTower(nn.Module):
     ):  # fmt: skip
         super().__init__()
         cls, nonlinear = pool == "cls", ACTIVATIONS[activation]
-        self.size = image_size
+        self.size, self.p = image_size, patch
         self.cls = nn.Parameter(torch.empty(dim).normal_(std=0.02)) if cls else None
         tokens = (image_size // patch) ** 2 + cls
         self.position = nn.Parameter(torch.empty(tokens, dim).normal_(std=0.02))  # row 0 for cls
@@ -114,10 +115,12 @@ class ImageTower(nn.Module):
     def states(self, pixels: Tensor) -> Tensor:
         """The tokens after the final norm: (B, N, D), or (B, 1+N, D) with [CLS] first."""
         B = require.shapes(pixels=(pixels, "B 3 H W"))["B"]
-        if tuple(pixels.shape[2:]) != (self.size, self.size):
+        # As published: what a side has beyond its last whole patch is not seen, 6 of 384 pixels in 14s.
+        if any(side // self.p != self.size // self.p for side in pixels.shape[2:]):
             require.fail("pixels", f"must be {self.size} × {self.size}", tuple(pixels.shape))
         require.floats(pixels=pixels)
-        z = self.patch(pixels)  # (B, N, D)
+        whole = self.size // self.p * self.p
+        z = self.patch(pixels[..., :whole, :whole])  # (B, N, D)
         if self.cls is None:
             return self.encoder(z + self.position)
         z = torch.cat([self.cls.expand(B, 1, -1), z], 1) + self.position  # (B, 1+N, D)
@@ -204,7 +207,8 @@ class Dual(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W), normalised, H = W = image_size → unit rows (B, embed).
 
-        Raises ValueError on other shapes, dtypes and NaN.
+        Pixels beyond the last whole patch are not seen, and there may be fewer than a patch more. Raises
+        ValueError on other shapes, dtypes and NaN.
         """
         return normalize(self.image(pixels), dim=-1)
 

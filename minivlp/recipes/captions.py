@@ -3,6 +3,8 @@
 Left out: retrieval and intervals; with your own captions nobody knows which caption is true of which picture.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from minivlp.recipes.base import Recipe
 from minivlp.recipes.vilt import PRESETS, ViltRecipe, ViltSettings
 from minivlp.recipes.vilt_batches import RANDOM_PAIR, TRUE_PAIR, ViltBatch
 from minivlp.text import WordPiece
+from minivlp.training.run import read_json
 from minivlp.training.screen import Screen
 from minivlp.training.trained import Trained
 
@@ -141,13 +144,19 @@ class CaptionsRecipe(ViltRecipe):
         return values
 
     def evaluate(self, trained: Trained, items: int, seed: int, progress: Progress) -> dict[str, Any]:
-        """{"kept_back": {measure: float}, "details": {"captions", "pictures", "step"}}.
+        """{"kept_back": {measure: float}, "details": {"captions", "pictures", "sha256", "step"}}.
 
-        Without itm_random when no wrong pair can be made of it.
+        Without itm_random when no wrong pair can be made of it. Kept-back captions that are no longer those
+        of the run's eval.json are told.
         """
-        held = self.data_sets[1]
-        sizes = {"captions": len(held), "pictures": len(set(held.names)), "step": trained.step}
-        return {"kept_back": self.check(trained.model, EVALUATED), "details": sizes}
+        held, before = self.data_sets[1], trained.folder / "eval.json"
+        pairs = json.dumps(list(zip(held.names, held.texts, strict=True))).encode()
+        details = {"captions": len(held), "pictures": len(set(held.names)), "step": trained.step}
+        details["sha256"] = hashlib.sha256(pairs).hexdigest()
+        known = read_json(before).get("details", {}).get("sha256") if before.is_file() else None
+        if known not in (None, details["sha256"]):
+            self.say(f"the kept-back captions are not those of {before}: the numbers do not compare")
+        return {"kept_back": self.check(trained.model, EVALUATED), "details": details}
 
     def report(self, results: Mapping[str, Any]) -> str:
         sizes, values = results["details"], results["kept_back"]

@@ -45,6 +45,16 @@ def unscaled_potentials(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None
     return (-cost / eps + u[..., None] + v[..., None, :]).exp()
 
 
+@bug("sinkhorn", ROWS, "Potentials in units of cost, divided by ε at the end, and not in the logsumexp.")
+def unscaled_potentials_in_the_sums(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
+    a, b = uniform(cost, a, b, row_mask, col_mask)
+    u = torch.where(a > 0, 0.0, -torch.inf).to(a)
+    for _ in range(iters):
+        v = eps * (b.log() - (-cost / eps + u[..., None]).logsumexp(-2))
+        u = eps * (a.log() - (-cost / eps + v[..., None, :]).logsumexp(-1))
+    return ((u[..., None] + v[..., None, :] - cost) / eps).exp()
+
+
 @bug("sinkhorn", ROWS, "log(a + 1e-8): tokens without weight receive some.")
 def smoothed_marginals(cost, a=None, b=None, eps=0.05, iters=100, row_mask=None, col_mask=None):
     a, b = uniform(cost, a, b, row_mask, col_mask)

@@ -40,6 +40,7 @@ BLOCK = [
     ("fc1.", "mlp.fc1."),
     ("fc2.", "mlp.fc2."),
 ]
+SCALARS = ("log_scale", "logit_bias")
 QKV = ("q_proj", "k_proj", "v_proj")
 IGNORED = re.compile(r"(text|vision)_model\.embeddings\.position_ids")  # buffers of older files
 WIDEST = 16  # heads: the largest published image towers, and SigLIP's texts, widen theirs beyond 64
@@ -70,7 +71,7 @@ CLIP = Form(
         ("image.project.weight", "visual_projection.weight"),
     ],
     {"image_pool": "cls", "text_pool": "eot"},
-    {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407},
+    {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407, "image_size": 224},
     {"text": 8, "vision": 12},
     None,
     {},
@@ -91,7 +92,7 @@ SIGLIP = Form(
         ("logit_bias", "logit_bias"),
     ],
     {"image_pool": "map", "text_pool": "last", "init_scale": 10.0, "init_bias": -10.0},
-    {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "image_size": 224},
     {"text": 12, "vision": 12},
     WIDEST,
     {"image.pool.probe": 2, "log_scale": 1, "logit_bias": 1},
@@ -151,6 +152,8 @@ def from_published(form: Form, state: dict[str, Tensor]) -> tuple[dict[str, Tens
     tensors = {}
     for theirs, name in ours.items():
         leading, tensor = form.leading.get(name, 0), state[theirs]
+        if name in SCALARS and tensor.ndim < 2:  # written with an axis of 1 and without
+            leading = tensor.ndim
         if tensor.shape[:leading] != (1,) * leading:
             require.fail(theirs, f"must have {leading} leading axes of size 1", tuple(tensor.shape))
         tensors[name] = tensor[(0,) * leading]
@@ -211,6 +214,11 @@ def config_fields(
         for key, value in wanted.items():
             if found.get(key, value) != value:
                 require.fail(where, f"must have {key} = {value!r}, as the weights do", repr(found[key]))
+    # Pixels beyond the last whole patch, as of 384 in patches of 14, are not seen.
+    side = towers["vision"].get("image_size", grid * size["p"])
+    if type(side) is not int or side // size["p"] != grid:
+        rule = f"must have an image_size of {grid} patches of {size['p']}, as the weights do"
+        require.fail("vision_config", rule, repr(side))
     if eot is None and form is CLIP:  # SigLIP reads the last position
         # Here 2 stands for "the largest id": it was every published file's value for a while, and wrong.
         found = towers["text"].get("eos_token_id")
@@ -218,7 +226,7 @@ def config_fields(
     image_heads, text_heads = heads if isinstance(heads, tuple) else (heads, heads)
     return form.fields | {
         "vocab_size": size["V"], "max_text_len": size["L"], "patch": size["p"],
-        "image_size": grid * size["p"], "embed": size["E"],
+        "image_size": side, "embed": size["E"],
         "image_dim": size["I"], "image_layers": layers["image"], "image_hidden": size["G"],
         "image_heads": _heads(image_heads, towers["vision"], size["I"], WIDEST),
         "text_dim": size["T"], "text_layers": layers["text"], "text_hidden": size["F"],

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.core.images import upright_rgb
 
 
 def resized(height: int, width: int, size: int = 384, multiple: int = 32) -> tuple[int, int]:
@@ -35,7 +36,8 @@ def resized(height: int, width: int, size: int = 384, multiple: int = 32) -> tup
 def vilt_pixels(images: list[Any], size: int = 384, multiple: int = 32) -> tuple[Tensor, Tensor]:
     """Images to ViLT's input: `(pixels (B, 3, H, W), pixel_mask (B, H, W))`.
 
-    Each image, a PIL image or a uint8 array (H, W, 3), is resized (bicubic) to a shorter side of `size` and a
+    Each image, a PIL image of any mode (as core/images.py reads it: upright, transparent parts on white) or a
+    uint8 array (H, W, 3), is resized (bicubic) to a shorter side of `size` and a
     longer one of at most 1333/800 of it, both rounded, then cut to multiples of `multiple` by the resize
     itself; numbers go from 0…255 to -1…1; the batch is padded with zeros at the right and the bottom. 384 and
     32 give at most 12 × 19 patches. Raises ValueError for other inputs and for an image so narrow that a side
@@ -57,8 +59,12 @@ def _array(image: Any, size: int, multiple: int) -> np.ndarray:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             require.fail("images", "must be PIL images or uint8 (H, W, 3)", f"{image.dtype} {image.shape}")
-        image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
         require.fail("images", "must be PIL images or uint8 (H, W, 3)", type(image).__name__)
-    H, W = resized(image.height, image.width, size, multiple)
-    return np.array(image.convert("RGB").resize((W, H), Image.Resampling.BICUBIC))
+    else:
+        try:
+            image = upright_rgb(image)
+        except ValueError as problem:
+            raise ValueError(f"images must be pictures whose colours are known, got {problem}") from None
+    H, W = resized(*image.shape[:2], size, multiple)
+    return np.array(Image.fromarray(image).resize((W, H), Image.Resampling.BICUBIC))

@@ -10,13 +10,14 @@ left over. So a reader can check all of it before it believes any of it. A torch
 pickle, read here with `weights_only=True`, which builds tensors and plain containers and nothing else.
 
 Sources: the format section of the safetensors documentation; the dtype names are its own.
-Left out: sharded models, mapping a file into memory, and machines whose own numbers are big-endian.
+Left out: writing shards, mapping a file into memory, and machines whose own numbers are big-endian.
 """
 
 import json
 import math
 import os
-import pickle
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ DTYPES = {
 }  # fmt: skip
 Module = TypeVar("Module", bound=nn.Module)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WHOLE, INDEX = ("model.safetensors", "pytorch_model.bin"), ".index.json"
 LONGEST_HEADER = 100_000_000  # the format's own limit, in bytes
 
 
@@ -126,41 +128,75 @@ def load_state(source: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a model's tensors and its config.json: `(state, config)`, the config {} where there is none.
 
     source: a state dict; a `.safetensors`, `.bin`, `.ckpt`, `.pt` or `.pth` file; or a folder with
-    `model.safetensors` or `pytorch_model.bin`. A config.json beside the file is read. A training checkpoint
-    that keeps its model under "state_dict" is unwrapped. Raises ValueError when the source is none of these
-    or does not load.
+    `model.safetensors` or `pytorch_model.bin`, whole or in shards with an index. A config.json beside the
+    file is read. A training checkpoint that keeps its model under "state_dict" or "model" is unwrapped, and
+    the names lose what DDP and torch.compile put before them. Raises ValueError when the source is none of
+    these or does not load.
     """
     if isinstance(source, Mapping):
         return _tensors(source), {}
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
+        known = [name + end for name in WHOLE for end in ("", INDEX)]
+        found = [path / name for name in known if (path / name).exists()]
         if not found:
-            require.fail(
-                "source", "must be a folder with model.safetensors or pytorch_model.bin", f"{path} without"
-            )
+            require.fail("source", f"must be a folder with {' or '.join(WHOLE)}", f"{path} without")
         path = found[0]
+    state = _shards(path) if path.name.endswith(INDEX) else _one_file(path)
+    return _tensors(state), _json_object(path.parent / "config.json")
+
+
+def _one_file(path: Path) -> Any:
     if not path.is_file():
         require.fail("source", "must be a state dict, a file or a folder", f"{path}, which does not exist")
     if path.suffix == ".safetensors":
-        state = read_safetensors(path)
-    elif path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            rule = "must be a torch file of tensors that loads with weights_only=True"
-            raise ValueError(f"source {rule}, got {path}: {reason}") from error
-    else:
+        return read_safetensors(path)
+    if path.suffix not in (".bin", ".ckpt", ".pt", ".pth"):
         require.fail("source", "must end in .safetensors, .bin, .ckpt, .pt or .pth", path.name)
-    beside = path.parent / "config.json"
     try:
-        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        with warnings.catch_warnings(action="ignore"):  # what it may warn of is an error here
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds
+        rule = "must be a torch file of tensors that loads with weights_only=True"
+        raise ValueError(f"source {rule}, got {path}{_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What torch found in a file, without its advice to run what it found."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))
+    if foreign := re.search(r"GLOBAL (\S+)", text):  # as Lightning, whose callbacks are keyed by their class
+        once = 'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.bin")'
+        return f" with {foreign[1]} in it; where you trust the file, make one without by {once}"
+    told = re.search(r"WeightsUnpickler error: (.*)", text) or re.match(r"\s*(.*)", text)
+    reason = told[1].split(". ")[0].strip()
+    return f": {reason if ' ' in reason else type(error).__name__}"
+
+
+def _shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names; they lie beside it."""
+    places = _json_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in places.values()
+    ):
+        require.fail(str(index), "must give each tensor's file beside it in a weight_map", "another form")
+    held = {file: _one_file(index.with_name(file)) for file in sorted(set(places.values()))}
+    for name, file in places.items():
+        if name not in held[file]:
+            require.fail(file, f"must hold {name}, as {index.name} says", "a file without it")
+    return {name: held[file][name] for name, file in places.items()}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file says; {} where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{beside} must be JSON, got {error}") from error
-    if not isinstance(config, dict):
-        require.fail(str(beside), "must be a JSON object", type(config).__name__)
-    return _tensors(state), config
+        raise ValueError(f"{path} must be JSON, got {error}") from error
+    if not isinstance(content, dict):
+        require.fail(str(path), "must be a JSON object", type(content).__name__)
+    return content
 
 
 def save_state(folder: str | os.PathLike, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
@@ -187,8 +223,15 @@ def filled(new: Callable[[], Module], tensors: Mapping[str, Tensor], spelling: M
 
 
 def _tensors(state: Any) -> dict[str, Tensor]:
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
+    if not named or not state or not all(isinstance(t, Tensor) for t in state.values()):
         require.fail("source", "must hold named tensors", type(state).__name__)
-    return dict(state)
+    plain = {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): tensor for name, tensor in state.items()}
+    if all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): tensor for name, tensor in plain.items()}
+    if len(plain) < len(state):
+        require.fail("source", "must hold each tensor under one name", "some with and without _orig_mod.")
+    return plain
