@@ -1,6 +1,7 @@
 """CoCa's recipe and commands: no false partners, the two terms, a blind control, what a run leaves."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from minivlp.evaluation.captions import FLOOR, blind_nats, evaluate_captions, na
 from minivlp.models.coca import Captioner
 from minivlp.recipes.base import load_trained, recipe_of
 from minivlp.recipes.coca import CocaRecipe, CocaSettings, CocaWriter
-from tests.test_cli import SENTENCE
+from tests.test_cli import SENTENCE, process
 from tests.test_train import equal
 from tests.tiny import COCA_SIZES, commands_with, trained
 
@@ -172,3 +173,19 @@ def test_the_demo_refuses_what_is_no_picture(query, command, tmp_path, capsys):
     code = command("demo", query, "--run", trained("coca"), "--out", tmp_path)
     err = capsys.readouterr().err
     assert code == 2 and SENTENCE.fullmatch(err) and "picture must be a file with a picture" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", ["logged 2", "logged 5"])  # in the run, and in its blind control
+def test_a_killed_run_resumes_to_the_same_weights(kill, command, tmp_path):
+    flags = ("train", "--name", tmp_path / "coca", "--items", 16)
+    started = ("-m", "tests.tiny", *flags, "--model", "coca", "--threads", 1)
+    victim = process(*started, cwd=tmp_path, kill=kill)
+    _, err = victim.communicate()
+    assert victim.returncode == -signal.SIGKILL, err
+    assert command(*flags, "--resume") == 0
+    for part in ("", "blind"):
+        one, other = (load_trained(folder / part).model for folder in (tmp_path / "coca", trained("coca")))
+        assert equal(one.state_dict(), other.state_dict())
+    first, second = (json.loads((f / "eval.json").read_text()) for f in (tmp_path / "coca", trained("coca")))
+    assert first == second
