@@ -23,7 +23,7 @@ from minivlp.training.run import Run
 from minivlp.training.workers import ONE_PROCESS
 from tests.course import ROOT
 from tests.test_repo import code_lines
-from tests.tiny import DUAL_SIZES, FLAVA_SIZES, MASKVLM_SIZES, SIZES, XVLM_SIZES
+from tests.tiny import CHAMELEON_SIZES, COCA_SIZES, DUAL_SIZES, FLAVA_SIZES, MASKVLM_SIZES, SIZES, XVLM_SIZES
 
 # A model, and its recipe
 
@@ -269,6 +269,11 @@ OWN = {
         *("models.xvlm", "recipes.xvlm", "evaluation.xvlm", "data.crowds"),
         *("boxes", "regions", "infonce"),
     ),
+    "coca": ("models.coca", "models.published.coca", "recipes.coca", "evaluation.captions", "decoder"),
+    "chameleon": (
+        *("models.chameleon", "models.published.chameleon", "recipes.chameleon"),
+        *("evaluation.chameleon", "decoder", "vq"),
+    ),
     "flava": (
         *("models.flava", "models.published.flava", "recipes.flava", "recipes.hiding"),
         *("evaluation.hidden", "pictures.filled", "vq", "targets", "infonce"),
@@ -279,8 +284,11 @@ OWN = {
     ),
 }
 HIDING = ("infonce", "recipes.hiding", "evaluation.hidden", "pictures.filled", "targets")
-# All but ViLT compare vectors by InfoNCE, and two hide patches.
-SHARED = {"vilt": (), "clip": ("infonce",), "xvlm": ("infonce",), "flava": HIDING, "maskvlm": HIDING}
+# Most compare vectors by InfoNCE, two hide patches, two write.
+SHARED = {
+    "vilt": (), "clip": ("infonce",), "xvlm": ("infonce",), "coca": ("infonce", "targets", "decoder"),
+    "chameleon": ("targets", "decoder", "vq"), "flava": (*HIDING, "vq"), "maskvlm": HIDING,
+}  # fmt: skip
 NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks")
 
 
@@ -290,6 +298,7 @@ def test_a_training_imports_no_other_family(family, whole, tmp_path):
     """Neither in its steps, nor, `whole`, in its evaluation and its drawings."""
     sizes = {
         "vilt": SIZES, "clip": DUAL_SIZES, "xvlm": XVLM_SIZES, "flava": FLAVA_SIZES, "maskvlm": MASKVLM_SIZES,
+        "coca": COCA_SIZES, "chameleon": CHAMELEON_SIZES,
     }[family]  # fmt: skip
     flags = [family, json.dumps(sizes), str(tmp_path / "run"), str(whole)]
     done = subprocess.run([sys.executable, "-c", TRAIN, *flags], cwd=ROOT, capture_output=True, text=True)
