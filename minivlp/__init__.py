@@ -33,6 +33,12 @@ Transport, best partners, places.
     boxes        L1 and generalised IoU
     regions      a box becomes tokens
 
+Generators as judges.
+
+    diffusion    a picture drowns in noise, and a network learns which noise it was
+    bayes        a model that tells how likely a picture is also chooses its caption
+    information  what one thing tells of another, in nats
+
     stream       the one tile loop behind all fused rungs
 
 The rooms: what ideas may import, and what is made of them.
