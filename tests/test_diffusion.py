@@ -61,6 +61,13 @@ def problem(B=3, C=4, T=5, D=6, seed=0):
     return Gaussian(means, 0.09), x, torch.arange(C), even_levels(T).double(), noise
 
 
+@law("errors", hint="Who does not look at the class must be indifferent: every class gets the same noise.")
+def a_model_that_ignores_the_class_ties(f):
+    _, x, c, levels, noise = problem()
+    found = f(lambda x_t, level, c: torch.sin(3 * x_t) + level[:, None], x, c, levels, noise)
+    assert torch.equal(found, found[:, :1].expand_as(found)), "classes differ"
+
+
 @law(
     "errors", hint="|ε̂ − ε|², summed over the picture, averaged over levels; all classes meet the same noise."
 )
@@ -76,13 +83,6 @@ def equals_the_triple_loop(f):
         assert float(found[b, j]) == pytest.approx(total, rel=1e-9), f"picture {b}, class {j}"
 
 
-@law("errors", hint="Who does not look at the class must be indifferent: every class gets the same noise.")
-def a_model_that_ignores_the_class_ties(f):
-    _, x, c, levels, noise = problem()
-    found = f(lambda x_t, level, c: torch.sin(3 * x_t) + level[:, None], x, c, levels, noise)
-    assert torch.equal(found, found[:, :1].expand_as(found)), "classes differ"
-
-
 @law(
     "back",
     hint="With the true noise, what comes back is the picture at the lower level: its mean, its variance.",
@@ -90,7 +90,7 @@ def a_model_that_ignores_the_class_ties(f):
 def the_true_noise_leads_to_the_lower_level(f):
     """Linear in (x_t, ε̂, noise): its three slopes are measured, and the law of the result follows."""
     for t, s in ((0.9, 0.5), (0.5, 0.1), (0.99, 0.0)):
-        level, lower = torch.tensor([t]).double(), torch.tensor([s]).double()
+        level, lower = (torch.tensor([v], dtype=torch.float64) for v in (t, s))
         one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
         of_x, of_guess, of_noise = (
             float(f(*parts[:2], level, lower, parts[2]))
@@ -104,7 +104,7 @@ def the_true_noise_leads_to_the_lower_level(f):
 @law("back", hint="What is drawn is q(x_s | x_t, x̂), whose variance is that of the step times σ_s² / σ_t².")
 def its_own_noise_is_that_of_the_source(f):
     """Ho et al., eq. 7, in terms of α and β: β̃ = (1 − ᾱ_s) / (1 − ᾱ_t) · β."""
-    t, s = torch.tensor([0.7]).double(), torch.tensor([0.4]).double()
+    t, s = (torch.tensor([v], dtype=torch.float64) for v in (0.7, 0.4))
     zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     bar_t, bar_s = math.cos(math.pi * 0.35) ** 2, math.cos(math.pi * 0.2) ** 2
     beta = 1 - bar_t / bar_s
@@ -181,7 +181,7 @@ def test_own_noises_drown_the_difference_of_classes():
         two = torch.cat([errors(model, x, torch.tensor([k]), levels, n) for k, n in enumerate((a, b))], 1)
         shared += int(one.argmin()) == true
         own += int(two.argmin()) == true
-    assert shared >= 85 and own <= 75
+    assert shared >= 85 and own <= 80
 
 
 def test_sampling_a_gaussian_ends_in_that_gaussian():
