@@ -15,10 +15,10 @@ LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
 LONGEST = 320  # lines of code of a module
 # A room that grows beyond its ceiling is a decision: raise the number in the commit that needs it.
 CEILINGS = {
-    "bench": 950, "claims": 1320, "commands": 225, "core": 295, "data": 1060, "evaluation": 650,
+    "bench": 950, "claims": 1320, "commands": 225, "core": 300, "data": 1060, "evaluation": 650,
     "ideas": 2040, "kernels": 395, "models": 1160, "pictures": 415, "recipes": 1385, "training": 505,
 }  # fmt: skip
-PLUMBING = 4910
+PLUMBING = 4915
 
 
 def code_lines(source: str) -> int:
