@@ -57,7 +57,7 @@ def _check_loss(library, pred, target) -> None:
     require.shapes(library, pred=(pred, "n 4"), target=(target, "n 4"))
     require.floats(pred=pred, target=target)
     if bool((abs(target - 0.5) > 0.5 + 1e-5).any()):
-        got = f"an entry {float(abs(target - 0.5).max()):.3g} away from the middle"
+        got = f"an entry {abs(target - 0.5).max().item():.3g} away from the middle"
         require.fail("target", "must be fractions of the image in [0, 1]", got)
 
 

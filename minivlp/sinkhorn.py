@@ -159,7 +159,7 @@ def check_temperature(costs, dtype, **temperature: float) -> None:
 
 
 def check_iters(iters: int) -> None:
-    if not isinstance(iters, int | np.integer) or iters < 1:
+    if not isinstance(iters, int | np.integer) or isinstance(iters, bool) or iters < 1:
         require.fail("iters", "must be a whole number ≥ 1", iters)
 
 

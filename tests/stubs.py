@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 from textwrap import indent
 
@@ -27,13 +28,19 @@ def segment(source: str, node: ast.FunctionDef, last: int | None = None) -> str:
     return "\n".join(source.split("\n")[first - 1 : last or node.end_lineno]) + "\n"
 
 
+@cache
+def library_functions(concept: str) -> tuple[str, dict[str, ast.FunctionDef]]:
+    """The library's source and the functions in it."""
+    source = library_source(concept)
+    return source, {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
+
+
 def library_function(one: Exercise) -> tuple[str, ast.FunctionDef]:
     """The library's source and the function in it."""
-    source = library_source(one.concept)
-    found = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == one.name]
-    if not found:
+    source, found = library_functions(one.concept)
+    if one.name not in found:
         raise ValueError(f"minivlp/{one.concept}.py has no function {one.name}")
-    return source, found[0]
+    return source, found[one.name]
 
 
 def stub(one: Exercise) -> str:
@@ -42,6 +49,7 @@ def stub(one: Exercise) -> str:
     return segment(source, node, node.body[0].end_lineno) + "    raise Todo\n"
 
 
+@cache
 def stub_file(concept: str) -> str:
     """The whole file: what signatures and third hints need is imported as the library does."""
     ours = exercises(concept)

@@ -186,6 +186,7 @@ return inputs, labels
 """
 BY_WORD = "coin = np.take_along_axis(rng.random((len(ids), 99)), word_ids.clip(0), 1)\n"
 BY_WORD += "coin = coin if whole_word else rng.random(ids.shape)"
+BY_PIECE = "coin = rng.random(ids.shape)"
 SAME_ROWS = "coin = rng.random(99)[word_ids.clip(0)] if whole_word else rng.random(ids.shape[1])[None]"
 SWEEPS = """
 from minivlp.sinkhorn import log_weights_np, logsumexp_np
@@ -221,22 +222,26 @@ return index
 """
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "name, body, mistake",
     [
         ("layer_norm_np", DDOF, "unbiased"),
         ("layer_norm_np", DDOF.replace("np.sqrt(x.var(-1, ddof=1, keepdims=True) + eps)",
                                        "(x.std(-1, keepdims=True) + eps)"), "eps_outside"),
-        ("mask_tokens", MASKED.format(coin=SAME_ROWS, pool="ordinary"), "rows_alike"),
-        ("mask_tokens", MASKED.format(coin=BY_WORD, pool="vocab_size"), "any_replacement"),
-        ("mask_tokens", MASKED.format(coin="coin = rng.random(ids.shape)", pool="ordinary"), "always_pieces"),
-        ("sinkhorn_np", SWEEPS, "unscaled_potentials"),
+        slow("mask_tokens", MASKED.format(coin=SAME_ROWS, pool="ordinary"), "rows_alike"),
+        slow("mask_tokens", MASKED.format(coin=BY_WORD, pool="vocab_size"), "any_replacement"),
+        slow("mask_tokens", MASKED.format(coin=BY_PIECE, pool="ordinary"), "always_pieces"),
+        slow("sinkhorn_np", SWEEPS, "unscaled_potentials"),
         ("sinkhorn_np", SWEEPS.replace("- cost / eps)\n", "- cost) / eps)\n")
          .replace("np.exp(u", "np.exp((u"), "unscaled_potentials_in_the_sums"),
-        ("sinkhorn_cost", UNROLLED, "unrolled"),
+        slow("sinkhorn_cost", UNROLLED, "unrolled"),
         ("infonce_np", ONE_SHIFT, "one_shift_for_all"),
-        ("hard_negatives", BY_CHOICE, "diagonal_left_in"),
-        ("derangement", "return rng.random(n).argsort()", "permutation"),
+        slow("hard_negatives", BY_CHOICE, "diagonal_left_in"),
+        slow("derangement", "return rng.random(n).argsort()", "permutation"),
         ("derangement", CYCLE, "one_cycle"),
     ],
 )  # fmt: skip
@@ -266,6 +271,7 @@ def test_the_first_counterexample_is_wide_and_whole(desk):  # noqa: F811
     assert len(numbers) >= 2 and all(n == round(n) for n in numbers), line
 
 
+@pytest.mark.slow
 def test_a_result_without_a_number_is_told_by_a_law_that_has_one(desk):  # noqa: F811
     """NaN under one law, a wrong number under the next: the number says more."""
     body = """
@@ -333,7 +339,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [slow(f) if name in ("CR", "no last line end") else f for name, f in CHANGES.items()],
+    ids=CHANGES,
+)
 def test_marks_and_line_ends_are_read_over(desk, change):  # noqa: F811
     one = find("infonce")
     write("infonce", "return (images @ texts.T).sum()  # é")
@@ -386,6 +396,7 @@ def test_random_bytes(desk, monkeypatch):  # noqa: F811
 THREAD = b"import threading, time\nthreading.Thread(target=time.sleep, args=(3600,)).start()\n"
 
 
+@pytest.mark.slow
 def test_a_thread_left_running_is_not_waited_for(desk):  # noqa: F811
     """pytest and the command line end, and name the file."""
     one = find("itm_loss")

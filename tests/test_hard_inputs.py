@@ -64,7 +64,6 @@ def in_one(function: Callable) -> Callable:
 
 RUNGS["vq"] = {rung: in_one(function) for rung, function in RUNGS["vq"].items()}
 CELLS = [(family, rung) for family, ladder in RUNGS.items() for rung in ladder]
-FUSED = [family for family, ladder in RUNGS.items() if "fused" in ladder]
 
 
 class Case(NamedTuple):
@@ -407,6 +406,55 @@ def test_mixed_dtypes_are_refused(family):
                 assert isinstance(words, str) and "must have the dtype" in words, (rung, words)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@every_family
+def test_numbers_that_are_not_real_are_refused(family, dtype):
+    case = case_of(family)
+    answers = [ask(family, rung, case, change=lambda z: z.detach().to(dtype)) for rung in RUNGS[family]]
+    assert len({words.replace("torch.", "") for words in answers}) == 1
+    assert " must have a floating dtype, got " in answers[0]
+
+
+@pytest.mark.parametrize("axis", range(-4, 0))
+@every_family
+def test_an_axis_of_no_entries(family, axis):
+    """Of one array, or of all: a value or a refusal, of all rungs alike."""
+    case = case_of(family)
+    for chosen in [*({i} for i in range(len(case.arrays))), set(range(len(case.arrays)))]:
+        arrays = [
+            np.delete(x, slice(None), axis) if i in chosen and x.ndim >= -axis else x
+            for i, x in enumerate(case.arrays)
+        ]
+        answers = [ask(family, rung, case._replace(arrays=tuple(arrays))) for rung in RUNGS[family]]
+        refusals = {a.split(" must ")[0] for a in answers if isinstance(a, str)}
+        assert len(refusals) <= 1 and (not refusals or all(isinstance(a, str) for a in answers)), answers
+
+
+@pytest.mark.parametrize(
+    "wrong", [0.0, -1.0, np.inf, np.nan, "a", None, np.ones(2), "an array of the other kind"]
+)
+@pytest.mark.parametrize("family", [f for f in RUNGS if case_of(f).scalars])
+def test_scalars(family, wrong):
+    case = case_of(family)
+    settings = {name: tensor(x) for name, x in case.settings.items()}
+    for rung, function in RUNGS[family].items():
+        scalar = wrong
+        if isinstance(wrong, str) and wrong != "a":
+            scalar = torch.tensor(2.0) if rung == "np" else np.array(2.0)
+        arrays = case.arrays if rung == "np" else map(tensor, case.arrays)
+        with pytest.raises(ValueError, match=r"^scale must be a (finite number > 0|number|scalar), got "):
+            function(*arrays, scalar, *case.scalars[1:], **(case.settings if rung == "np" else settings))
+
+
+@pytest.mark.parametrize("iters", [0, -1, 1.5, "x", None, True], ids=str)
+@pytest.mark.parametrize("family", ["sinkhorn", "sinkhorn_cost", "ipot", "wpa"])
+def test_iterations(family, iters):
+    case = case_of(family)
+    for rung in RUNGS[family]:
+        words = ask(family, rung, masked(case, iters=iters))
+        assert words == f"iters must be a whole number ≥ 1, got {iters}"
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("family", ["mlm_loss", "itm_loss"])
 def test_integers_of_any_width(family, dtype):
@@ -570,21 +618,34 @@ def test_torch_func_grad(family, rung):
         np.testing.assert_allclose(got.numpy(), exact, rtol=1e-9, atol=1e-11)
 
 
+@every_cell
+def test_vmap_is_refused_in_one_sentence(family, rung):
+    """The functions look at the numbers before they take them, and take batches themselves."""
+    case = case_of(family)
+    settings = {name: tensor(x) for name, x in case.settings.items()}
+    batch = [tensor(x)[None].expand(2, *x.shape) for x in case.arrays]
+    with pytest.raises(
+        ValueError, match=r" must hold entries that can be read, which torch\.func\.vmap hides"
+    ):
+        torch.func.vmap(lambda *args: RUNGS[family][rung](*args, *case.scalars, **settings))(*batch)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FUSED)
-def test_compiled(family):
+@every_cell
+def test_compiled(family, rung):
     """torch.compile may break the graph; the answer is the same."""
     case = case_of(family)
-    compiled = torch.compile(RUNGS[family]["fused"], backend="eager")
-    with_it = _ask(compiled, "fused", case, torch.float64, lambda z: z)
-    for one, two in zip(ask(family, "fused", case), with_it, strict=True):
+    torch._dynamo.reset()
+    compiled = torch.compile(RUNGS[family][rung], backend="eager")
+    with_it = _ask(compiled, rung, case, torch.float64, lambda z: z)
+    for one, two in zip(ask(family, rung, case), with_it, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-14)
     for grad in (torch.no_grad(), torch.inference_mode()):
         with grad:
             tensors = [*map(tensor, case.arrays), *case.scalars]
             settings = {name: tensor(x) for name, x in case.settings.items()}
             value = compiled(*tensors, **settings)
-        np.testing.assert_allclose(value.double().numpy(), ask(family, "fused", case)[0], rtol=1e-12)
+        np.testing.assert_allclose(value.double().numpy(), ask(family, rung, case)[0], rtol=1e-12)
 
 
 # Processes

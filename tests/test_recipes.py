@@ -293,7 +293,9 @@ NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks")
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize(
+    "family", ["vilt", *(pytest.param(f, marks=pytest.mark.slow) for f in OWN if f != "vilt")]
+)
 def test_a_training_imports_no_other_family(family, whole, tmp_path):
     """Neither in its steps, nor, `whole`, in its evaluation and its drawings."""
     sizes = {

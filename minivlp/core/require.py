@@ -73,7 +73,12 @@ def floats(*, infinite: bool = False, **arrays: Any) -> None:
             fail(name, f"must have the dtype {arrays[first].dtype} of {first}", array.dtype)
         # One cheap pass: the sum is not finite when an entry is not. Large entries may have such a sum too,
         # hence the second look.
-        if math.isfinite(_total(array)):
+        try:
+            total = _total(array)
+        except RuntimeError:
+            rule = "must hold entries that can be read, which torch.func.vmap hides"
+            fail(name, f"{rule}: batches are axes of the arrays", "a tensor inside vmap")
+        if math.isfinite(total):
             continue
         if bool((array != array).any()):
             raise NotFinite(f"{name} must not contain NaN, got {int((array != array).sum())} NaN entries")
@@ -180,11 +185,14 @@ def generator(rng: Any) -> None:
         fail("rng", "must be a numpy.random.Generator", type(rng).__name__)
 
 
+OTHER = {np.ndarray: Tensor, Tensor: np.ndarray}
+
+
 def _number(name: str, value: Any, library: type | None = None) -> float:
     """A scalar, Python's or an array without axes, as a Python float."""
     if tuple(getattr(value, "shape", ())) != ():
         fail(name, "must be a scalar", f"shape {tuple(value.shape)}")
-    if not hasattr(value, "__float__") or (library is np.ndarray and isinstance(value, Tensor)):
+    if not hasattr(value, "__float__") or isinstance(value, OTHER.get(library, ())):
         fail(name, "must be a number", type(value).__name__)
     return float(value.detach() if isinstance(value, Tensor) else value)
 
