@@ -97,7 +97,8 @@ print("mean squared error of 100 pictures:", ", ".join(f"{e:.3f}" for e in error
 assert errors == sorted(errors, reverse=True)
 
 # %% [markdown]
-# What to see: with 256 codes one recognises the objects. The error falls with every larger codebook.
+# What to see: the error falls with every larger codebook. With 256 codes one sees where something lies and in
+# which colours, but no drawing: a code is a mean of many patches.
 #
 # ## One loss for words, codes and partners
 #
