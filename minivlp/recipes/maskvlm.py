@@ -91,7 +91,7 @@ class MaskVlmBatches:
         read = ["" if a else scene.caption for a, scene in zip(alone, scenes, strict=True)]
         told, _, told_mask = t.batch(read)
         if not s.turns:  # what is hidden of the text is hidden from the picture too
-            told[~alone, : ids.shape[1]] = masked[~alone]
+            told[~alone] = masked[~alone, : told.shape[1]]
         shares = rng.uniform(1 / 3, 5 / 3, s.batch).clip(max=1)
         hidden = hide_rows(shares, s.canvas // s.patch, rng, s.block)
         same = np.unique([meaning(scene) for scene in scenes], axis=0, return_inverse=True)[1].ravel()
