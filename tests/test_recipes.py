@@ -276,14 +276,17 @@ OWN = {
     ),
     "flava": (
         *("models.flava", "models.published.flava", "recipes.flava", "recipes.hiding"),
-        *("evaluation.hidden", "pictures.filled", "vq", "targets", "infonce"),
+        *("models.published.start", "evaluation.hidden", "pictures.filled", "vq", "targets", "infonce"),
     ),
     "maskvlm": (
         *("models.maskvlm", "recipes.maskvlm", "recipes.hiding", "evaluation.hidden"),
-        *("pictures.filled", "targets", "infonce"),
+        *("models.published.start", "pictures.filled", "targets", "infonce"),
     ),
 }
-HIDING = ("infonce", "recipes.hiding", "evaluation.hidden", "pictures.filled", "targets")
+HIDING = (
+    *("infonce", "targets", "models.published.start"),
+    *("recipes.hiding", "evaluation.hidden", "pictures.filled"),
+)
 # Most compare vectors by InfoNCE, two hide patches, two write.
 SHARED = {
     "vilt": (), "clip": ("infonce",), "xvlm": ("infonce",), "coca": ("infonce", "targets", "decoder"),

@@ -7,7 +7,7 @@
 
     words      from Cross_t of the masked words and of the whole picture
     pixels     W_p Decoder(Cross_v(hidden picture, whole text), whole text), every patch its 3 p² colours
-    match      from both [CLS], c_v and c_t side by side
+    match      from the [CLS] of c_t, so that Cross_v has nothing to do but to fill in
     contrast   z_v and z_t at their [CLS], projected, as in CLIP
 
 Where both sides are hidden in part, as in FLAVA, a hidden patch may need a word that is hidden too. Here it
@@ -74,7 +74,7 @@ class MaskVlm(MaskedWords, nn.Module):
         )
         self.image_project, self.text_project = (nn.Linear(c.dim, c.embed) for _ in range(2))
         self.mlm = MlmHead(c.vocab_size, c.dim, c.eps, tied=False)
-        self.itm = classifier(2 * c.dim, 2 * c.dim, 2)
+        self.itm = classifier(c.dim, 2 * c.dim, 2)
         self.colours = nn.Linear(c.dim, 3 * c.patch**2)
         self.apply(normal_init)
         self.contrast = InfoNCE()
@@ -127,19 +127,15 @@ class MaskVlm(MaskedWords, nn.Module):
         """c_t (B, L, D): the words z_t (B, L, D), having looked at the picture z_v (B, 1+N, D)."""
         return self.text_cross(text, image, key_mask(text_mask), None)
 
-    def look(self, image: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """c_v (B, 1+N, D): the picture z_v, having looked at the words z_t (B, L, D), text_mask (B, L)."""
-        return self.image_cross(image, text, None, key_mask(text_mask))
-
     def fill(self, image: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """The colours of all patches, (B, N, 3pp) as `to_patches` cuts them, of z_v and of the words z_t."""
-        looked = self.look(image, text, text_mask)
-        return self.colours(self.decoder(looked, text, None, key_mask(text_mask))[:, 1:])
+        mask = key_mask(text_mask)
+        looked = self.image_cross(image, text, None, mask)  # c_v (B, 1+N, D)
+        return self.colours(self.decoder(looked, text, None, mask)[:, 1:])
 
     def itm_logits(self, image: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Does the text match the picture? z_v (B, 1+N, D), z_t (B, L, D) → (B, 2), column 1 = match."""
-        both = self.look(image, text, text_mask)[:, 0], self.read(text, text_mask, image)[:, 0]
-        return self.itm(torch.cat(both, -1))
+        return self.itm(self.read(text, text_mask, image)[:, 0])
 
     def colour_errors(self, pixels: Tensor, hidden: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """|x − x̂| of a patch, the mean over its 3 p² colours, (B, N); hidden ones (B, N) are not seen."""

@@ -4,7 +4,7 @@
 
 Matching has three pairs a row: the true one, its text with a hard wrong picture and its picture with a hard
 wrong text, drawn by the similarities of the contrastive term (itm.py). The share of hidden patches is drawn
-anew for every picture, from a third to all, of two in three all; every fourth picture is filled in without a
+anew for every picture, from a third to all, of every second all; every fourth picture is filled in without a
 caption. So one model says what it knows with a caption and without, at every share (evaluation/hidden.py).
 
 Sources: Kwon et al. 2023 (MaskVLM), sections 3.2 and 3.3 and, for both sides at once, their ablation.
@@ -49,7 +49,7 @@ class MaskVlmSettings(Settings):
     hidden: int = 192
     embed: int = 96
     vocab_size: int = 512
-    steps: int = 900
+    steps: int = 1200
     batch: int = 48  # pairs a step
     block: int = 2  # patches a side of what is hidden at once
     mask: float = 0.3  # probability of hiding a word
@@ -91,8 +91,8 @@ class MaskVlmBatches:
         read = ["" if a else scene.caption for a, scene in zip(alone, scenes, strict=True)]
         told, _, told_mask = t.batch(read)
         if not s.turns:  # what is hidden of the text is hidden from the picture too
-            told[~alone, : ids.shape[1]] = masked[~alone]
-        shares = rng.uniform(1 / 3, 7 / 3, s.batch).clip(max=1)
+            told[~alone] = masked[~alone, : told.shape[1]]
+        shares = rng.uniform(1 / 3, 5 / 3, s.batch).clip(max=1)
         hidden = hide_rows(shares, s.canvas // s.patch, rng, s.block)
         same = np.unique([meaning(scene) for scene in scenes], axis=0, return_inverse=True)[1].ravel()
         arrays = map(torch.from_numpy, (ids, text_mask, masked, labels, told, told_mask))
