@@ -86,9 +86,9 @@ def nearest(z: Tensor, codes: Tensor) -> Tensor:
 def vq_np(z: np.ndarray, codes: np.ndarray, beta: float = 0.25, grad=None):
     """Quantisation, its loss, and the gradients by hand.
 
-    z (M, D), codes (K, D), beta ≥ 0; grad = (dL/dquantised (M, D), dL/dloss), None = ones and 1. Returns
-    `((quantised (M, D), loss), (dz, dcodes))`. Raises ValueError as `nearest_np` does, for beta < 0, and for
-    distances that overflow.
+    z (M, D), codes (K, D), beta ≥ 0; grad = (dL/dquantised (M, D), dL/dloss), None = zeros and 1, which is
+    the loss alone. Returns `((quantised (M, D), loss), (dz, dcodes))`. Raises ValueError as `nearest_np`
+    does, for beta < 0, and for distances that overflow.
     """
     _check(np.ndarray, z, codes, beta)
     ids, dtype = nearest_np(z, codes), z.dtype
@@ -96,7 +96,7 @@ def vq_np(z: np.ndarray, codes: np.ndarray, beta: float = 0.25, grad=None):
     quantised, numbers = codes[ids], max(z.size, 1)
     d = z - quantised  # (M, D)
     loss = (1 + beta) * (d**2).sum() / numbers  # both terms have this value; only their gradients differ
-    G, g = (np.ones_like(z), 1.0) if grad is None else grad
+    G, g = (0.0, 1.0) if grad is None else grad
     # The second term moves z alone, and what follows `quantised` moves z as if it had been z.
     dz = 2 * beta * g / numbers * d + G
     # The first moves codes alone, each by the vectors that chose it.

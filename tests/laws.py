@@ -101,7 +101,7 @@ class Subject:
     def grads(self, *args: Any, grad: np.ndarray | None = None, **settings: Any) -> tuple[np.ndarray, ...]:
         """Gradients of sum(value * grad) over the positional float arguments, in order.
 
-        Of several values each has its own `grad`, in a tuple.
+        Of several values each has its own `grad`, all of them in a tuple.
         """
         if self.rung == "np":
             if grad is not None:
@@ -110,7 +110,7 @@ class Subject:
         tensors = [_tensor(a).requires_grad_(_is_float(a)) for a in args]
         out = self.function(*tensors, **{k: _setting(v) for k, v in settings.items()})
         outs = out if isinstance(out, tuple) else (out,)
-        given = [None] * len(outs) if grad is None else grad if isinstance(out, tuple) else [grad]
+        given = grad if isinstance(out, tuple) else (grad,)
         upstream = [
             torch.ones_like(o) if g is None else torch.as_tensor(g, dtype=o.dtype)
             for o, g in zip(outs, given, strict=True)

@@ -120,7 +120,8 @@ def input_mutating(one: Exercise) -> Callable:
     return function
 
 
-NOTHING_TO_CHANGE = {"derangement"}  # its inputs are a number and a generator, which it must change
+# Their inputs are numbers, and a generator, which must change.
+NOTHING_TO_CHANGE = {"derangement", "visible", "hide_patches"}
 
 
 @ALL
@@ -219,6 +220,7 @@ PROMISES: dict[str, dict[str, str]] = {
     "ipot_np": {"uniform over the real tokens": "share_of_padding", "Row sums are exact": "columns_last"},
     "wpa_fused": {"differentiable once": "", "It never makes unit copies": ""},
     "attention_fused": {"differentiable once": ""},
+    "attention_blocks_fused": {"differentiable once": ""},
     "mlm_loss_fused": {"each with its gradients": "plain made_twice panels_kept"},
     "chamfer_fused": {"all that is kept is each token's best partner": "plain partners_in_the_whole"},
 }

@@ -93,7 +93,7 @@ def beta_is_a_quarter(f, case):
 def unused_codes_stay(f, case):
     z, codes = case
     far = np.vstack([codes, codes[:1] + 1e3, codes[-1:] - 1e3])
-    dcodes = f.grads(z, far)[1]
+    dcodes = f.grads(z, far, grad=(np.ones_like(z), np.ones(())))[1]
     unused = np.setdiff1d(np.arange(len(far)), distances(z, far).argmin(1))
     close(dcodes[unused], np.zeros_like(far[unused]))
 
@@ -137,7 +137,7 @@ def many_tiles_give_one_answer(f):
     z, codes = large()
     with tiles():
         quantised, loss = f(z, codes)
-        dz, dcodes = f.grads(z, codes)
+        dz, dcodes = f.grads(z, codes, grad=(np.ones_like(z), np.ones(())))
     ids = ((z[:, None] - codes) ** 2).sum(-1).argmin(1)
     close(quantised, codes[ids])
     close(loss, (1 + BETA) * ((z - codes[ids]) ** 2).mean())
@@ -300,6 +300,14 @@ def test_hugging_faces_quantiser_has_beta_on_the_other_term(f):
     ((got * upstream).sum() + theirs.beta * our_loss).backward()
     torch.testing.assert_close(ours.grad, z.grad)
     torch.testing.assert_close(weight.grad, theirs.embedding.weight.grad)
+
+
+def test_without_upstream_the_gradients_by_hand_are_those_of_the_loss():
+    z, codes = large()
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (z, codes)]
+    vq.vq(*tensors)[1].backward()
+    for got, wanted in zip(vq.vq_np(z, codes)[1], tensors, strict=True):
+        np.testing.assert_allclose(got, wanted.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_perplexity_counts_the_codes_in_use():
