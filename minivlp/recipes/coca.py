@@ -42,7 +42,7 @@ from minivlp.training.workers import ONE_PROCESS, Workers
 
 CHECKED = 128  # scenes captioned twenty times during training
 DRAWN, DRAWN_SEED = 18, 7  # pictures whose captions are drawn
-BLIND_STEPS = 0.4  # of the run's
+BLIND_STEPS = 0.6  # of the run's
 
 
 @dataclass(frozen=True)
