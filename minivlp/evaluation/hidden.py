@@ -8,7 +8,9 @@ times: reading the picture's own caption, an empty one, and one that is false of
 The unit of the cost is the model's. A model that predicts codes costs nats, summed over the hidden patches of
 a picture, each predicted without knowing the others. Such a sum of marginal gains may exceed the information
 that the caption has about the picture, as two patches may both show the same dog; it is a bound of nothing.
-A model that predicts colours costs the mean absolute error of a hidden colour, in levels of 255.
+A model that predicts colours costs the mean absolute error of a hidden colour, in levels of 255. With a width
+b it would be a Laplace likelihood, |x − x̂| / b + ln 2b nats, but the colours of a patch hang together, and a
+sum over them would count one edge many times: so it is left in levels.
 
 "seen" pictures are new ones drawn by the training artists, "unseen" ones by all others; pairs of nouns are
 held out. The 95 % interval is the mean ± 1.96 standard errors, clustered by pair of nouns (interval.py).

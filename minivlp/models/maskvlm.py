@@ -15,7 +15,7 @@ never does. What is predicted of a patch are its colours, no codes: the error is
 likelihood of a Laplace distribution up to its width.
 
 Sources: Kwon et al. 2023 (MaskVLM), sections 3.1 to 3.3.
-Left out: RoBERTa's and ViT-B's weights in the two encoders (all start fresh here); momentum encoders.
+Left out: RoBERTa's and ViT-B's weights in the two encoders; momentum encoders.
 """
 
 from dataclasses import dataclass
