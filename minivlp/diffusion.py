@@ -23,10 +23,12 @@ decoder.py's; fewer levels for classes that are out of the race.
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.core.precision import working, working_np
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (n, …), level (n,), class (n,) → ε̂ (n, …)
 
@@ -41,25 +43,41 @@ def deviation(level: Tensor) -> Tensor:
     return torch.sin(level * (math.pi / 2))
 
 
-def noisy(x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    """x (B, …) under noise (B, …) of unit variance at levels (B,) in [0, 1] → (B, …).
+def noisy_np(x: np.ndarray, noise: np.ndarray, level: np.ndarray, grad: np.ndarray | None = None):
+    """A picture under noise, and its gradients by hand.
 
-    Raises ValueError on bad shapes, mixed dtypes, NaN, infinities and levels outside [0, 1].
+    x (B, …), noise (B, …) of unit variance, level (B,) in [0, 1], grad (B, …) the upstream gradient (None =
+    ones). Returns `(x_t (B, …), (dx, dnoise, dlevel))`. Raises ValueError on bad shapes, mixed dtypes, NaN,
+    infinities and levels outside [0, 1].
     """
-    require.shapes(Tensor, level=(level, "B"))
+    _check(np.ndarray, x, noise, level)
+    x, noise, level = working_np(x, noise, level)
+    angle = level.reshape(-1, *[1] * (x.ndim - 1)) * (math.pi / 2)
+    G = np.ones_like(x) if grad is None else grad
+    # d cos = −sin and d sin = cos, times π/2 for the angle of a level.
+    dlevel = G * (np.cos(angle) * noise - np.sin(angle) * x) * (math.pi / 2)
+    out = np.cos(angle) * x + np.sin(angle) * noise
+    return out, (G * np.cos(angle), G * np.sin(angle), dlevel.reshape(len(x), -1).sum(1))
+
+
+def noisy(x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """x (B, …) under noise (B, …) of unit variance at levels (B,) in [0, 1] → (B, …); errors as above."""
+    _check(Tensor, x, noise, level)
+    picture, n, t = working(x, noise, level)
+    t = t.view(-1, *[1] * (x.ndim - 1))
+    return (signal(t) * picture + deviation(t) * n).to(x.dtype)
+
+
+def _check(library, x, noise, level) -> None:
+    require.shapes(library, level=(level, "B"))
     if not x.ndim or len(x) != len(level):
         require.fail("x", f"must have one picture a level, B={len(level)}", tuple(x.shape))
     if x.shape != noise.shape:
         require.fail("noise", f"must have the shape of x, {tuple(x.shape)}", tuple(noise.shape))
     require.floats(x=x, noise=noise, level=level)
-    _levels(level)
-    t = level.view(-1, *[1] * (x.ndim - 1))
-    return signal(t) * x + deviation(t) * noise
-
-
-def _levels(level: Tensor) -> None:
-    if level.numel() and not 0 <= float(level.detach().min()) <= float(level.detach().max()) <= 1:
-        require.fail("level", "must lie in [0, 1]", f"{float(level.min())} to {float(level.max())}")
+    low, high = (end.item() for end in (level.min(), level.max())) if len(level) else (0.0, 0.0)
+    if not 0 <= low <= high <= 1:
+        require.fail("level", "must lie in [0, 1]", f"{low} to {high}")
 
 
 def even_levels(T: int) -> Tensor:
@@ -109,4 +127,7 @@ def back(x_t: Tensor, predicted: Tensor, level: Tensor, lower: Tensor, noise: Te
     return mean + (fresh.sqrt() * deviation(s) / deviation(t)) * noise
 
 
-RUNGS = {"noisy": {"torch": noisy}, "errors": {"plain": errors}, "back": {"plain": back}}
+RUNGS = {
+    "noisy": {"np": noisy_np, "torch": noisy},
+    "errors": {"plain": errors}, "back": {"plain": back},
+}  # fmt: skip
