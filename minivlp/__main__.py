@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
     ranks = "Rank pictures for a caption and draw the best: scenes, or with a dual encoder all drawings."
     demo = command("demo", ranks, 'demo "a dog left of a guitar"')
-    demo("caption")
+    demo("caption", help="what is looked for; for coca a picture file; for chameleon either")
     demo("--model", default="vilt", choices=MODELS, help="whose run or shipped model, without --run")
     demo("--out", **folder, default=".", help="where demo.png and demo_alignment.png go")
 
