@@ -399,10 +399,10 @@ plt.show()
 # One matrix, its reductions, and models that use them: that was the course so far; 30 is an appendix of bugs.
 # What follows is not in the library unless it says so.
 #
-# * **Masked multimodal models** hide patches as well as words: FLAVA (Singh et al. 2022), MaskVLM (Kwon et
-#   al. 2023). The masked words are here; a decoder for pixels or a code book of patches is not.
+# * **Masked multimodal models** hide patches as well as words: FLAVA (Singh et al. 2022) and MaskVLM (Kwon et
+#   al. 2023) are in the library and in chapter 22.
 # * **Captioners** write word by word: CoCa (Yu et al. 2022) adds that to contrast, Chameleon (Chameleon Team
-#   2024) puts words and codes of the picture into one vocabulary. Causal attention is here, a decoder is not.
+#   2024) puts words and codes of the picture into one vocabulary. Both are in the library.
 # * **Bridges to frozen backbones**: Frozen (Tsimpoukelli et al. 2021) trains a picture encoder for a fixed
 #   language model, BLIP-2 (Li et al. 2023) a small transformer between two fixed models. Neither is here.
 # * **Scaling out**: `infonce_gathered` and `sigmoid_loss_ring` split a batch over processes, chapter 17 has

@@ -21,7 +21,7 @@ from tests import Todo
 def visible(lengths: Sequence[int], sees: Table, causal: Sequence[int] = ()) -> np.ndarray:
     """Who sees whom, token by token: (L, L) bool, True where the row may look at the column.
 
-    lengths: the number of tokens of each of S segments, in the order of the sequence; sees: S × S of 0 and 1,
+    lengths: the numbers of tokens of S segments, in the order of the sequence; sees: S × S of 0 and 1,
     sees[s][t] = may segment s look at segment t; causal: the segments in which no token looks at a later one.
     The answer is a NumPy array: a model makes it a tensor once, `torch.from_numpy(visible(…))`. A row may be
     all False. Raises ValueError for lengths below 0, for a table of another size or with other entries, and
