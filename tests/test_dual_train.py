@@ -50,7 +50,7 @@ def fitted(folder, name, config=CONFIG, stop=None) -> Run:
 
 
 def test_every_loss_has_its_name_on_the_command_line():
-    assert ("vilt", *DUAL, "xvlm") == MODELS
+    assert MODELS[: len(DUAL) + 1] == ("vilt", *DUAL)
     assert all(issubclass(recipe_class(name), DualRecipe) for name in DUAL)
 
 
