@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from minivlp.data import RELATIONS, Scenes
-from minivlp.data.probes import swapped
+from minivlp.data.probes import swapped, true_captions
 from minivlp.data.scenes import with_article
-from minivlp.evaluation.captions import FLOOR, blind_nats, true_captions
+from minivlp.evaluation.captions import FLOOR, blind_nats
 from minivlp.masks import influence, visible
 from minivlp.models.coca import WORDS_THEN_CLS, Coca, small_init
 from minivlp.recipes.base import load_trained, recipe_of

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from minivlp.data import CPU_NOUNS, Scenes, load_emojivl, scene_pixels
+from minivlp.data.probes import true_captions
 from minivlp.evaluation import chameleon as evaluation
 from minivlp.mlm import mlm_loss
 from minivlp.models.chameleon import Chameleon
@@ -134,7 +135,7 @@ def test_both_sentences_about_a_pair_are_true_of_it():
     emojivl = load_emojivl()
     for i in range(8):
         scene = Scenes(emojivl, emojivl.nouns(CPU_NOUNS))[i]
-        both = evaluation.true_of(scene)
+        both = true_captions(scene)
         assert scene.caption in both and len(both) == 2
         (other,) = both - {scene.caption}
         first, second = scene.slots

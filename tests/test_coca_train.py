@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from minivlp.data import load_emojivl
-from minivlp.data.probes import meaning
+from minivlp.data.probes import meaning, true_captions
 from minivlp.data.scenes import Scenes
-from minivlp.evaluation.captions import FLOOR, blind_nats, evaluate_captions, named_objects, true_captions
+from minivlp.evaluation.captions import FLOOR, blind_nats, evaluate_captions, named_objects
 from minivlp.models.coca import Captioner
 from minivlp.recipes.base import load_trained, recipe_of
 from minivlp.recipes.coca import CocaRecipe, CocaSettings, CocaWriter

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from minivlp.core.require import fail
 from minivlp.data import RELATIONS, Concept, Scene, Scenes
+from minivlp.data.scenes import OPPOSITE
 from minivlp.mlm import IGNORE
 from minivlp.text import WordPiece, split_words
 
@@ -172,6 +173,13 @@ def meaning(scene: Scene) -> tuple[int, int, int, bool]:
     _check(scene, scene.kind == "pair", "be a pair")
     (a, b), (axis, in_order) = scene.objects, RELATIONS[scene.relation]
     return (a, b, axis, in_order) if a < b else (b, a, axis, not in_order)
+
+
+def true_captions(scene: Scene) -> set[str]:
+    """Both sentences that say what a pair's caption says, in the tokenizer's spelling."""
+    a, b = scene.slots
+    both = f"{a} {scene.relation} {b}", f"{b} {OPPOSITE[scene.relation]} {a}"
+    return {" ".join(split_words(text)) for text in both}
 
 
 def first_of_each(keys: Sequence[Hashable], rows: Sequence[int]) -> list[int]:

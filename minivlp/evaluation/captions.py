@@ -24,8 +24,14 @@ import numpy as np
 
 from minivlp.core.require import fail
 from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes
-from minivlp.data.probes import article_and_noun, meaning, misrelated, retrieval_sets, swapped
-from minivlp.data.scenes import OPPOSITE
+from minivlp.data.probes import (
+    article_and_noun,
+    meaning,
+    misrelated,
+    retrieval_sets,
+    swapped,
+    true_captions,
+)
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits, silent
 from minivlp.evaluation.tables import scene_tables
@@ -50,13 +56,6 @@ class Writer(Protocol):
 
 
 Scores = Callable[[Sequence[str], Sequence[Scene]], np.ndarray]  # captions (A), scenes (B) → (A, B)
-
-
-def true_captions(scene: Scene) -> set[str]:
-    """Both sentences that say what a pair's caption says, in the tokenizer's spelling."""
-    a, b = scene.slots
-    both = f"{a} {scene.relation} {b}", f"{b} {OPPOSITE[scene.relation]} {a}"
-    return {" ".join(split_words(text)) for text in both}
 
 
 def named_objects(text: str, scene: Scene) -> int:

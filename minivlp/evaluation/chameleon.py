@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minivlp.data import RELATIONS, Concept, EmojiVL, Scene, Scenes, scene_pixels
-from minivlp.data.probes import meaning, misrelated, swapped
+from minivlp.data import RELATIONS, Concept, EmojiVL, Scenes, scene_pixels
+from minivlp.data.probes import meaning, misrelated, swapped, true_captions
 from minivlp.decoder import Guided, decode
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.reading import BATCH, fitting_rows
 from minivlp.evaluation.splits import Progress, Tick, artists_by_split, evaluate_splits, silent
 from minivlp.evaluation.tables import scene_tables
 from minivlp.models.chameleon import Chameleon, Writing
-from minivlp.text import WordPiece, split_words
+from minivlp.text import WordPiece
 
 NAMES = {
     "order_drawn": "nouns exchanged, by p(picture given caption)",
@@ -98,13 +98,6 @@ def draw(
     return model.paint(decode(writing, prefix, allowed, rng)[0])
 
 
-def true_of(scene: Scene) -> set[str]:
-    """Both sentences that say what a pair's caption says, in the tokenizer's spelling."""
-    (a, b), (axis, in_order) = scene.slots, RELATIONS[scene.relation]
-    back = next(name for name, place in RELATIONS.items() if place == (axis, not in_order))
-    return {" ".join(split_words(text)) for text in (f"{a} {scene.relation} {b}", f"{b} {back} {a}")}
-
-
 def psnr(model: Chameleon, pixels: Tensor) -> float:
     """Of pictures in [−1, 1] made of the model's codes, in decibels."""
     return float(10 * (4 / (model.paint(model.tokenise(pixels)) - pixels).square().mean()).log10())
@@ -153,7 +146,7 @@ def evaluate_chameleon(
             hits[f"{name}_written"] = written["own"][:, 0] < written[name][:, 0]
         measures = {name: measured(hit, pairs, chance=1 / 2, objects=1 / 2) for name, hit in hits.items()}
         own = write(model, tokenizer, pixels.to(model.codebook.device))
-        true = [text in true_of(scene) for text, scene in zip(own, scenes, strict=True)]
+        true = [text in true_captions(scene) for text, scene in zip(own, scenes, strict=True)]
         n = len(sources[split].nouns)
         chance = {"chance": 1 / (2 * n * (n - 1)), "objects": 1 / len(RELATIONS)}
         return {name: measures[name] for name in NAMES if name in measures} | {

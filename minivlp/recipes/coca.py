@@ -24,9 +24,9 @@ from torch import Tensor
 from minivlp.core.images import upright_rgb
 from minivlp.core.require import fail
 from minivlp.data import CPU_NOUNS, Scene, Scenes, scene_pixels
-from minivlp.data.probes import first_of_each, meaning, swapped
+from minivlp.data.probes import first_of_each, meaning, swapped, true_captions
 from minivlp.decoder import decode
-from minivlp.evaluation.captions import evaluate_captions, report_captions, true_captions
+from minivlp.evaluation.captions import evaluate_captions, report_captions
 from minivlp.evaluation.reading import BATCH, equal_lengths, fitting_rows
 from minivlp.evaluation.splits import Progress
 from minivlp.infonce import infonce
