@@ -367,6 +367,8 @@ SETTINGS |= {
     "hardest",
     "targets",
     "labels",
+    "lengths",
+    "sees",
 }
 
 

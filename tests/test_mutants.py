@@ -220,6 +220,10 @@ PROMISES: dict[str, dict[str, str]] = {
     "ipot_np": {"uniform over the real tokens": "share_of_padding", "Row sums are exact": "columns_last"},
     "wpa_fused": {"differentiable once": "", "It never makes unit copies": ""},
     "attention_fused": {"differentiable once": ""},
+    "attention_pool_np": {"with a True in every row": ""},
+    "hide_side": {
+        "Each pair is chosen with probability p, independently": "one_coin patches_first words_only"
+    },
     "attention_blocks_fused": {"differentiable once": ""},
     "mlm_loss_fused": {"each with its gradients": "plain made_twice panels_kept"},
     "chamfer_fused": {"all that is kept is each token's best partner": "plain partners_in_the_whole"},
