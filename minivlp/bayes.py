@@ -77,8 +77,10 @@ def pmi(loglik: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """
     tensor = isinstance(loglik, Tensor)
     _check(Tensor if tensor else np.ndarray, loglik, None)
-    total = torch.logsumexp(loglik, 1) if tensor else logsumexp_np(loglik, 1)
-    return loglik - (total - math.log(loglik.shape[1]))[:, None]
+    (S,) = working(loglik) if tensor else working_np(loglik)
+    total = torch.logsumexp(S, 1) if tensor else logsumexp_np(S, 1)
+    found = S - (total - math.log(S.shape[1]))[:, None]
+    return found.to(loglik.dtype) if tensor else found
 
 
 def debias(

@@ -126,8 +126,9 @@ def real_keys(mask: Tensor, real: Tensor) -> Tensor:
     return (mask & real[:, None, None]) | itself
 
 
-def _check(library, q, k, v, lengths, sees, causal) -> tuple[np.ndarray, np.ndarray]:
-    """Refuse bad arrays, and tables that do not fit or leave a token nothing to see; then as `_table`."""
+@torch.compiler.disable  # tables are Python's and NumPy's: there is nothing to compile
+def _check(library, q, k, v, lengths, sees, causal) -> None:
+    """Refuse bad arrays, and tables that do not fit or leave a token nothing to see."""
     full = require.shapes(library, q=(q, "B H L d"), k=(k, "B H L d"), v=(v, "B H L d"))
     require.floats(q=q, k=k, v=v)
     if not full["L"] or not full["d"]:
@@ -138,7 +139,20 @@ def _check(library, q, k, v, lengths, sees, causal) -> tuple[np.ndarray, np.ndar
     blind = (n > 0) & ~A[:, n > 0].any(1)
     if blind.any():
         require.fail("sees", "must let every token see one", f"segment {blind.argmax()}, which sees none")
-    return n, A
+
+
+@torch.compiler.disable
+def _mask(lengths, sees, causal, like: Tensor) -> Tensor:
+    """`visible` as a tensor beside another."""
+    return torch.from_numpy(visible(lengths, sees, causal)).to(like.device)
+
+
+@torch.compiler.disable
+def _blocks(lengths, sees, causal) -> list[tuple[slice, slice, bool]]:
+    """The blocks that count: rows, columns, and whether only columns up to the row do."""
+    n, A = _table(lengths, sees, causal)
+    segments = [slice(int(end - m), int(end)) for m, end in zip(n, n.cumsum(), strict=True)]
+    return [(segments[s], segments[t], s == t and s in causal) for s, t in np.argwhere(A).tolist()]
 
 
 def attention_blocks_np(
@@ -160,7 +174,7 @@ def attention_blocks(
 ) -> Tensor:
     """Attention under the table: q, k and v (B, H, L, d) → (B, H, L, d); arguments and errors as above."""
     _check(Tensor, q, k, v, lengths, sees, causal)
-    return attention(q, k, v, torch.from_numpy(visible(lengths, sees, causal)).to(q.device))
+    return attention(q, k, v, _mask(lengths, sees, causal, q))
 
 
 def attention_blocks_fused(
@@ -171,11 +185,8 @@ def attention_blocks_fused(
     A query's running softmax goes on from one block of keys to the next, so the blocks that its segment may
     see are walked in place, with no mask and no copy of their keys, and the others are not touched.
     """
-    n, A = _check(Tensor, q, k, v, lengths, sees, causal)
-    ends = n.cumsum()
-    segments = [slice(int(end - m), int(end)) for m, end in zip(n, ends, strict=True)]
-    blocks = [(segments[s], segments[t], s == t and s in causal) for s, t in np.argwhere(A).tolist()]
-    out = stream.differentiable(_Fused, q, k, v, blocks)
+    _check(Tensor, q, k, v, lengths, sees, causal)
+    out = stream.differentiable(_Fused, q, k, v, _blocks(lengths, sees, causal))
     require.held(out, "result", "q", q.dtype)
     return out
 
