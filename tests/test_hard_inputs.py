@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minivlp import (
     attention,
+    bayes,
     boxes,
     chamfer,
     decoder,
@@ -40,8 +41,8 @@ from minivlp import (
 )
 
 IDEAS = [
-    attention, boxes, chamfer, decoder, filip, hinge, infonce, ipot, itm, masks, mlm, nce, patch, pooling,
-    regions, sigmoid, sinkhorn, transformer, vq,
+    attention, bayes, boxes, chamfer, decoder, filip, hinge, infonce, ipot, itm, masks, mlm, nce, patch,
+    pooling, regions, sigmoid, sinkhorn, transformer, vq,
 ]  # fmt: skip
 RUNGS = {family: ladder for idea in IDEAS for family, ladder in idea.RUNGS.items() if "torch" in ladder}
 del RUNGS["nearest"]  # it has no gradient, and vq calls it
@@ -112,6 +113,7 @@ def case_of(family: str, n: int = 5, D: int = 6) -> Case:
             settings={"targets": np.where(labels % 3 == 1, -100, labels)},
         ),
         "itm_loss": Case((numbers(n, 2),), settings={"labels": labels % 2}),
+        "posterior": Case((3 * numbers(n, m), numbers(m))),
         "nce": Case((numbers(n), numbers(n, m), numbers(n) - 1, numbers(n, m) - 1)),
         "infonce": Case((numbers(n, D), numbers(D, n).T), (1.5,)),
         "sigmoid_loss": Case((numbers(n, D), numbers(D, n).T), (1.5, -2.0)),
@@ -250,6 +252,7 @@ def large(family: str) -> Case:
         "layer_norm": Case((200 * numbers(5, 2000), numbers(2000), numbers(2000))),
         "rms_norm": Case((200 * numbers(5, 2000), numbers(2000))),
         "rotary": Case((200 * numbers(1, 1, 9, 64),), settings={"positions": np.arange(9) * 5000}),
+        "posterior": Case((numbers(9, 4000), numbers(4000))),
         "vq": Case((60 * numbers(40, 300), 60 * numbers(50, 300)[:, ::-1])),
         "patch_embed": Case((60 + numbers(1, 3, 32, 32), 1 + numbers(6, 3, 16, 16), numbers(6))),
         "mlm_loss": Case(
