@@ -259,7 +259,7 @@ for name, lengths, sees, causal in (
     print(f"{name:<10} {share:4.0%} of all scores count in its blocks")
 
 # %% [markdown]
-# The times are in `python -m minivlp bench --only attention_blocks`.
+# The times are in `python -m minivlp bench --only blocks`.
 #
 # A second saving is a **cache**. A set of tokens that look only at one another can be computed once, whatever
 # is appended. That is why the captioner's picture is read once for a sentence of any length, and why words
