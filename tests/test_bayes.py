@@ -62,6 +62,9 @@ def equals_the_table(f, seed):
     joint = world(seed)
     p_x, p_c = joint.sum(1, keepdims=True), joint.sum(0)
     close(f(np.log(joint / p_c)), np.log(joint / (p_x * p_c)))
+    found = f(torch.from_numpy(np.log(joint / p_c)))
+    assert torch.is_tensor(found), "a tensor must come back for a tensor"
+    close(found.numpy(), np.log(joint / (p_x * p_c)))
 
 
 @law("pmi", hint="A picture that is likelier under every caption gains nothing by it.")

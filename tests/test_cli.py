@@ -421,7 +421,8 @@ def test_a_run_killed_again_and_again_at_any_time_resumes_to_the_same_weights(tm
     code = (
         "import sys; from dataclasses import replace;"
         "from minivlp import __main__; from minivlp.evaluation import vilt as evaluation;"
-        "from minivlp.recipes import vilt; evaluation.CANDIDATES = 4; vilt.CHECKED = 16;"
+        "from minivlp.recipes import vilt; from minivlp.recipes.base import Recipe;"
+        "evaluation.CANDIDATES = 4; Recipe.checked = 16;"
         "vilt.PRESETS['cpu'] = replace(vilt.PRESETS['cpu'], batch=16, save_every=7, report_every=5);"
         "vilt.ViltRecipe.draw = lambda *run: []; sys.exit(__main__.main())"
     )

@@ -225,6 +225,11 @@ PROMISES: dict[str, dict[str, str]] = {
         "Each pair is chosen with probability p, independently": "one_coin patches_first words_only"
     },
     "attention_blocks_fused": {"differentiable once": ""},
+    "pmi": {"Each row's mean of exp is 1 afterwards": "sum_in_place_of_the_mean mean_of_logarithms"},
+    "errors": {
+        "How well each class explains each picture": "",
+        "for every level and picture one": "own_noise_per_class",
+    },
     "mlm_loss_fused": {"each with its gradients": "plain made_twice panels_kept"},
     "chamfer_fused": {"all that is kept is each token's best partner": "plain partners_in_the_whole"},
 }

@@ -23,7 +23,16 @@ from minivlp.training.run import Run
 from minivlp.training.workers import ONE_PROCESS
 from tests.course import ROOT
 from tests.test_repo import code_lines
-from tests.tiny import CHAMELEON_SIZES, COCA_SIZES, DUAL_SIZES, FLAVA_SIZES, MASKVLM_SIZES, SIZES, XVLM_SIZES
+from tests.tiny import (
+    CHAMELEON_SIZES,
+    COCA_SIZES,
+    DENOISER_SIZES,
+    DUAL_SIZES,
+    FLAVA_SIZES,
+    MASKVLM_SIZES,
+    SIZES,
+    XVLM_SIZES,
+)
 
 # A model, and its recipe
 
@@ -243,7 +252,7 @@ from minivlp.recipes import recipe_class
 
 family, sizes, folder, whole = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 recipe = recipe_class(family)
-recipe.presets = {"cpu": replace(recipe.presets["cpu"], **sizes)}
+recipe.presets, recipe.checked = {"cpu": replace(recipe.presets["cpu"], **sizes)}, 4
 for name, module in list(sys.modules.items()):
     for number in ("CHECKED", "CANDIDATES"):
         if name.startswith("minivlp.") and hasattr(module, number):
@@ -278,6 +287,10 @@ OWN = {
         *("models.flava", "models.published.flava", "recipes.flava", "recipes.hiding"),
         *("models.published.start", "evaluation.hidden", "pictures.filled", "vq", "targets", "infonce"),
     ),
+    "denoiser": (
+        *("models.denoiser", "recipes.denoiser", "evaluation.denoiser"),
+        *("diffusion", "data.drawings"),
+    ),
     "maskvlm": (
         *("models.maskvlm", "recipes.maskvlm", "recipes.hiding", "evaluation.hidden"),
         *("models.published.start", "pictures.filled", "targets", "infonce"),
@@ -289,8 +302,10 @@ HIDING = (
 )
 # Most compare vectors by InfoNCE, two hide patches, two write.
 SHARED = {
-    "vilt": (), "clip": ("infonce",), "xvlm": ("infonce",), "coca": ("infonce", "targets", "decoder"),
+    "vilt": (), "clip": ("infonce", "data.drawings"), "xvlm": ("infonce",),
+    "coca": ("infonce", "targets", "decoder"),
     "chameleon": ("targets", "decoder", "vq"), "flava": (*HIDING, "vq"), "maskvlm": HIDING,
+    "denoiser": ("data.drawings",),
 }  # fmt: skip
 NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks")
 
@@ -303,7 +318,7 @@ def test_a_training_imports_no_other_family(family, whole, tmp_path):
     """Neither in its steps, nor, `whole`, in its evaluation and its drawings."""
     sizes = {
         "vilt": SIZES, "clip": DUAL_SIZES, "xvlm": XVLM_SIZES, "flava": FLAVA_SIZES, "maskvlm": MASKVLM_SIZES,
-        "coca": COCA_SIZES, "chameleon": CHAMELEON_SIZES,
+        "coca": COCA_SIZES, "chameleon": CHAMELEON_SIZES, "denoiser": DENOISER_SIZES,
     }[family]  # fmt: skip
     flags = [family, json.dumps(sizes), str(tmp_path / "run"), str(whole)]
     done = subprocess.run([sys.executable, "-c", TRAIN, *flags], cwd=ROOT, capture_output=True, text=True)

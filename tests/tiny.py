@@ -22,10 +22,12 @@ from minivlp.__main__ import main
 from minivlp.data import EmojiVL, Scene, emojivl, load_emojivl
 from minivlp.evaluation import dual as dual_evaluation
 from minivlp.evaluation import vilt as vilt_evaluation
-from minivlp.recipes import DUAL, chameleon, coca, dual, flava, hiding, tasks, vilt, xvlm
+from minivlp.recipes import DUAL, dual, flava, tasks, vilt, xvlm
+from minivlp.recipes.base import Recipe
 from minivlp.recipes.captions import CaptionsRecipe
 from minivlp.recipes.chameleon import ChameleonRecipe
 from minivlp.recipes.coca import CocaRecipe
+from minivlp.recipes.denoiser import DenoiserRecipe
 from minivlp.recipes.dual import DualRecipe, Filip
 from minivlp.recipes.flava import FlavaRecipe
 from minivlp.recipes.maskvlm import MaskVlmRecipe
@@ -41,6 +43,7 @@ DUAL_SIZES |= dict(embed=16, scenes=8, canvas=28, patch=14)
 XVLM_SIZES = {name: size for name, size in SIZES.items() if name != "layers"}
 XVLM_SIZES |= dict(image_layers=1, text_layers=1, cross_layers=1, embed=16)
 CHAMELEON_SIZES = SIZES | dict(codes=8, clustered=4)
+DENOISER_SIZES = SIZES
 COCA_SIZES = XVLM_SIZES | dict(image_dim=16, image_heads=2, image_hidden=32, layers=1, pool_heads=2)
 del COCA_SIZES["cross_layers"], COCA_SIZES["embed"]
 # These begin with the trained ViLT, whose width they have.
@@ -63,6 +66,7 @@ def shrink(put=setattr) -> None:
     """Make every preset, the checks during training and the candidates of the evaluation small."""
     families = {ViltRecipe: SIZES, CaptionsRecipe: SIZES, DualRecipe: DUAL_SIZES, XvlmRecipe: XVLM_SIZES}
     families |= {ChameleonRecipe: CHAMELEON_SIZES, CocaRecipe: COCA_SIZES}
+    families |= {DenoiserRecipe: DENOISER_SIZES}
     families |= {FlavaRecipe: FLAVA_SIZES, MaskVlmRecipe: MASKVLM_SIZES}
     for recipe, sizes in families.items():
         put(recipe, "presets", {name: replace(preset, **sizes) for name, preset in recipe.presets.items()})
@@ -71,7 +75,9 @@ def shrink(put=setattr) -> None:
     put(tasks, "OVERRIDES", {"batch": 16, "warmup": 2})
     for recipe in (VqaRecipe, Nlvr2Recipe):
         put(recipe, "overrides", {**recipe.overrides, "steps": 6})
-    for module in (vilt, tasks, dual, xvlm, hiding, chameleon, coca):
+    put(Recipe, "checked", 16)
+    put(DenoiserRecipe, "checked", 16)
+    for module in (tasks, dual, xvlm):
         put(module, "CHECKED", 16)
     for module in (vilt, vilt_evaluation, dual, dual_evaluation):
         put(module, "CANDIDATES", 4)
@@ -129,6 +135,7 @@ def kill_at(place: str, times: int) -> None:
         "logged": (Run, "log", True, lambda *a: True),
         "step": (vilt, "pretraining_loss", False, lambda *a: True),
         "chameleon": (ChameleonRecipe, "loss", False, lambda *a: True),
+        "denoiser": (DenoiserRecipe, "loss", False, lambda *a: True),
     }[place]
     real, seen = getattr(owner, name), 0
 

@@ -33,7 +33,7 @@ from minivlp.data.probes import (
     true_captions,
 )
 from minivlp.evaluation.interval import measured
-from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, artists_by_split, evaluate_splits, silent
+from minivlp.evaluation.splits import CANDIDATES, Progress, Tick, evaluate_pairs, silent
 from minivlp.evaluation.tables import scene_tables
 from minivlp.text import split_words
 
@@ -89,18 +89,16 @@ def evaluate_captions(
     """
     if items < 4:
         fail("items", "must be at least 4", items)
-    artists, sources, nats = artists_by_split(emojivl), {}, {}
-    for split in filter(artists.get, artists):
-        sources[split] = Scenes(emojivl, nouns, artists[split], canvas, pairs="held_out", seed=seed)
+    nats = {}
 
-    def measure(split: str, tick: Tick) -> dict[str, dict]:
-        scenes = [sources[split][i] for i in range(items)]
+    def measure(split: str, source: Scenes, tick: Tick) -> dict[str, dict]:
+        scenes = [source[i] for i in range(items)]
         pairs, rng = [meaning(scene)[:2] for scene in scenes], np.random.default_rng(seed)
         captions = [scene.caption for scene in scenes]
         exchanged = [swapped(scene) for scene in scenes]
         own = writer.log_p(captions, scenes)
         tick(1)
-        nats[split] = {"own": float(-own.mean()), "floor": FLOOR, "ceiling": blind_nats(sources[split])}
+        nats[split] = {"own": float(-own.mean()), "floor": FLOOR, "ceiling": blind_nats(source)}
         order = own > writer.log_p(exchanged, scenes)
         axis = own > writer.log_p([misrelated(scene, rng) for scene in scenes], scenes)
         tick(1)
@@ -108,10 +106,10 @@ def evaluate_captions(
         true = [text in true_captions(scene) for text, scene in zip(written, scenes, strict=True)]
         named = [named_objects(text, scene) / 2 for text, scene in zip(written, scenes, strict=True)]
         tick(1)
-        chance = 1 / (len(sources[split].nouns) * (len(sources[split].nouns) - 1) / 2 * len(RELATIONS))
+        chance = 1 / (len(source.nouns) * (len(source.nouns) - 1) / 2 * len(RELATIONS))
         measures = {
             "true": measured(true, pairs, chance=chance, objects=1 / len(RELATIONS)),
-            "objects": measured(named, pairs, chance=2 / len(sources[split].nouns), objects=1),
+            "objects": measured(named, pairs, chance=2 / len(source.nouns), objects=1),
             "order": measured(order, pairs, chance=1 / 2, objects=1 / 2),
             "axis": measured(axis, pairs, chance=1 / 2, objects=1 / 2),
         }
@@ -120,12 +118,11 @@ def evaluate_captions(
             measures["order_contrast"] = measured(
                 true_scores > false_scores, pairs, chance=1 / 2, objects=1 / 2
             )
-            measures["first_of_64"] = _first_of_64(contrast, sources[split], items, seed)
+            measures["first_of_64"] = _first_of_64(contrast, source, items, seed)
         tick(1)
         return measures
 
-    names = {split: [concept.noun for concept in source.nouns] for split, source in sources.items()}
-    results = evaluate_splits(artists, measure, 4, progress, nouns=names, canvas=canvas, seed=seed)
+    results = evaluate_pairs(measure, emojivl, nouns, canvas, seed, 4, progress)
     results["details"]["nats"] = nats
     if blind is not None:
         source = Scenes(emojivl, nouns, canvas=canvas, pairs="train", seed=seed)

@@ -26,7 +26,7 @@ from minivlp.data.probes import meaning, misrelated, swapped, true_captions
 from minivlp.decoder import Guided, decode
 from minivlp.evaluation.interval import measured
 from minivlp.evaluation.reading import BATCH, fitting_rows
-from minivlp.evaluation.splits import Progress, Tick, artists_by_split, evaluate_splits, silent
+from minivlp.evaluation.splits import Progress, Tick, evaluate_pairs, silent
 from minivlp.evaluation.tables import scene_tables
 from minivlp.models.chameleon import Chameleon, Writing
 from minivlp.text import WordPiece
@@ -119,12 +119,10 @@ def evaluate_chameleon(
     "low", "high", "chance", "objects", "items", "clusters"}}, …, "nats": {"seen": {"caption",
     "caption_alone", "code", "code_alone", "psnr"}, …}}}.
     """
-    artists, told = artists_by_split(emojivl), {}
-    drawn = {"canvas": canvas, "pairs": "held_out", "seed": seed}
-    sources = {s: Scenes(emojivl, nouns, artists[s], **drawn) for s in filter(artists.get, artists)}
+    told = {}
 
-    def measure(split: str, tick: Tick) -> dict[str, dict]:
-        scenes, rng = [sources[split][i] for i in range(items)], np.random.default_rng(seed)
+    def measure(split: str, source: Scenes, tick: Tick) -> dict[str, dict]:
+        scenes, rng = [source[i] for i in range(items)], np.random.default_rng(seed)
         pixels, pairs = scene_pixels(scenes), [meaning(scene)[:2] for scene in scenes]
         texts = {"own": [scene.caption for scene in scenes], "order": [swapped(scene) for scene in scenes]}
         texts["axis"] = [misrelated(scene, rng) for scene in scenes]
@@ -147,14 +145,13 @@ def evaluate_chameleon(
         measures = {name: measured(hit, pairs, chance=1 / 2, objects=1 / 2) for name, hit in hits.items()}
         own = write(model, tokenizer, pixels.to(model.codebook.device))
         true = [text in true_captions(scene) for text, scene in zip(own, scenes, strict=True)]
-        n = len(sources[split].nouns)
+        n = len(source.nouns)
         chance = {"chance": 1 / (2 * n * (n - 1)), "objects": 1 / len(RELATIONS)}
         return {name: measures[name] for name in NAMES if name in measures} | {
             "true": measured(true, pairs, **chance)
         }
 
-    names = {split: [concept.noun for concept in source.nouns] for split, source in sources.items()}
-    results = evaluate_splits(artists, measure, 6 * items, progress, nouns=names, canvas=canvas, seed=seed)
+    results = evaluate_pairs(measure, emojivl, nouns, canvas, seed, 6 * items, progress)
     results["details"]["nats"] = told
     return results
 

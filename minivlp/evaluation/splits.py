@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from minivlp.data import EmojiVL
+from minivlp.data import Concept, EmojiVL, Scenes
 
 CANDIDATES = 64  # pictures that compete for a caption
 Progress = Callable[[int, int], None]  # (done, total)
@@ -44,3 +44,31 @@ def evaluate_splits(
     details = {split: measure(split, tick) if artists[split] else {} for split in artists}
     values = {split: {name: value(m) for name, m in details[split].items()} for split in artists}
     return values | {"details": details | {"artists": dict(artists)} | about}
+
+
+def evaluate_pairs(
+    measure: Callable[[str, Scenes, Tick], dict[str, dict]],
+    emojivl: EmojiVL,
+    nouns: Sequence[Concept],
+    canvas: int,
+    seed: int,
+    ticks: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`evaluate_splits` on scenes of pairs of these nouns that training never shows together.
+
+    measure(split, scenes, tick) → {measure: numbers}; the details also hold the canvas, the seed and the
+    "nouns" that each split's artists drew.
+    """
+    artists, about = artists_by_split(emojivl), {"canvas": canvas, "seed": seed}
+    sources = {
+        split: Scenes(emojivl, nouns, names, pairs="held_out", **about)
+        for split, names in artists.items()
+        if names
+    }
+    drawn = {split: [concept.noun for concept in source.nouns] for split, source in sources.items()}
+
+    def one(split: str, tick: Tick) -> dict[str, dict]:
+        return measure(split, sources[split], tick)
+
+    return evaluate_splits(artists, one, ticks, progress, nouns=drawn, **about)

@@ -24,6 +24,7 @@ RECIPES = {
     "xvlm": ".xvlm:XvlmRecipe",
     "coca": ".coca:CocaRecipe",
     "chameleon": ".chameleon:ChameleonRecipe",
+    "denoiser": ".denoiser:DenoiserRecipe",
     "flava": ".flava:FlavaRecipe",
     "maskvlm": ".maskvlm:MaskVlmRecipe",
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minivlp.core.files import packaged
 from minivlp.core.require import fail
-from minivlp.data import Concept, EmojiVL, load_emojivl
+from minivlp.data import Concept, EmojiVL, Scene, Scenes, load_emojivl
 from minivlp.data.names import scene_tokenizer
 from minivlp.evaluation.splits import Progress
 from minivlp.pictures.figures import curves
@@ -81,6 +81,7 @@ class Recipe:
     terms: tuple[str, ...] = ()  # of the loss, in the order in which they are drawn
     ablations: Mapping[str, Mapping[str, Any]] = {}  # what --without may be → what it changes in a preset
     several_processes = False
+    checked = 128  # scenes of `fresh`
 
     def __init__(
         self,
@@ -150,6 +151,13 @@ class Recipe:
         sizes = self.settings.shared_with(self.Config)
         sizes |= {"vocab_size": len(self.tokenizer), "image_size": self.settings.canvas}
         return self.Model(self.Config(**sizes))
+
+    @cached_property
+    def fresh(self) -> list[Scene]:
+        """Scenes of pairs of nouns that training never shows together, for `check`."""
+        s = self.settings
+        scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, pairs="held_out", seed=s.seed + 1)
+        return [scenes[i] for i in range(self.checked)]
 
     @property
     def name(self) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minivlp.core.images import upright_rgb
-from minivlp.data import CPU_NOUNS, Scene, Scenes, scene_pixels
+from minivlp.data import CPU_NOUNS, Scenes, scene_pixels
 from minivlp.data.names import read_caption
 from minivlp.data.probes import swapped
 from minivlp.decoder import DecoderBlock
@@ -43,7 +43,6 @@ from minivlp.training.trained import Trained
 from minivlp.training.workers import ONE_PROCESS, Workers
 from minivlp.vq import kmeans
 
-CHECKED = 128  # scenes asked about twenty times during training
 SHOWN, DRAWN, SEED = 12, 6, 7  # pictures of a demo; of each caption of a run; of their draws
 
 
@@ -130,15 +129,9 @@ class ChameleonRecipe(Recipe):
     def chance(self) -> dict[str, float]:
         return {"order_written": 1 / 2, "order_drawn": 1 / 2}
 
-    @cached_property
-    def _fresh(self) -> list[Scene]:
-        s = self.settings
-        scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, pairs="held_out", seed=s.seed + 1)
-        return [scenes[i] for i in range(CHECKED)]
-
     def check(self, model: Chameleon) -> dict[str, float]:
         """Nouns exchanged, by both probabilities, on pairs that training never shows."""
-        scenes = self._fresh
+        scenes = self.fresh
         texts, pixels = [[s.caption for s in scenes], [swapped(s) for s in scenes]], scene_pixels(scenes)
         found = {}
         for name, column in (("order_written", 0), ("order_drawn", 1)):
@@ -154,7 +147,7 @@ class ChameleonRecipe(Recipe):
 
     def draw(self, trained: Trained, folder: Path, records: Sequence[dict]) -> list[Path]:
         """curves.png, and drawings.png: what the model draws for captions of pairs it never saw together."""
-        captions = list(dict.fromkeys(scene.caption for scene in self._fresh))[:4]
+        captions = list(dict.fromkeys(scene.caption for scene in self.fresh))[:4]
         contact_sheet(folder / "drawings.png", [_drawn(trained, caption, DRAWN)[0] for caption in captions])
         return [*super().draw(trained, folder, records), folder / "drawings.png"]
 

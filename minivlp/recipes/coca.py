@@ -40,7 +40,6 @@ from minivlp.training.screen import Screen
 from minivlp.training.trained import Trained
 from minivlp.training.workers import ONE_PROCESS, Workers
 
-CHECKED = 128  # scenes captioned twenty times during training
 DRAWN, DRAWN_SEED = 18, 7  # pictures whose captions are drawn
 BLIND_STEPS = 0.6  # of the run's
 
@@ -136,18 +135,12 @@ class CocaRecipe(Recipe):
     def chance(self) -> dict[str, float]:
         return {"order": 1 / 2, "order_contrast": 1 / 2}
 
-    @cached_property
-    def _fresh(self) -> list[Scene]:
-        s = self.settings
-        scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, pairs="held_out", seed=s.seed + 1)
-        return [scenes[i] for i in range(CHECKED)]
-
     @torch.inference_mode()
     def check(self, model: Coca) -> dict[str, float]:
         """Three of the evaluation's measures on pairs that training never shows."""
         if self.blind:
             return {}
-        scenes, writer = self._fresh, CocaWriter(self, model)
+        scenes, writer = self.fresh, CocaWriter(self, model)
         captions, exchanged = [s.caption for s in scenes], [swapped(s) for s in scenes]
         written = zip(writer.write(scenes), scenes, strict=True)
         own, other = (writer.contrast(texts, scenes).diagonal() for texts in (captions, exchanged))

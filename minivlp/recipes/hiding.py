@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minivlp.data import Scene, Scenes, scene_pixels
+from minivlp.data import Scenes, scene_pixels
 from minivlp.evaluation.hidden import Cost, costs, evaluate_hidden, hide_rows, report_hidden
 from minivlp.evaluation.splits import Progress
 from minivlp.pictures.filled import Fill, filled_demo, filled_sheet
@@ -22,7 +22,7 @@ from minivlp.text import WordPiece
 from minivlp.training.screen import Screen
 from minivlp.training.trained import Trained, read_trained
 
-CHECKED, CHECK_SEED = 128, 1  # pictures whose hidden patches are asked about during training
+CHECK_SEED = 1  # of what is hidden of them
 DRAWN, DRAWN_SEED = 6, 7  # pictures that are drawn filled in
 
 
@@ -59,20 +59,14 @@ class HidingRecipe(Recipe):
     def vocabulary(self) -> WordPiece:
         return WordPiece(self.vilt["tokens"])
 
-    @cached_property
-    def _checked(self) -> list[Scene]:
-        s = self.settings
-        scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, pairs="held_out", seed=CHECK_SEED)
-        return [scenes[i] for i in range(CHECKED)]
-
     @property
     def chance(self) -> dict[str, float]:
-        return {"found": 1 / CHECKED}
+        return {"found": 1 / self.checked}
 
     @torch.inference_mode()
     def check(self, model: nn.Module) -> dict[str, float]:
         """The gain of a caption at 85 % hidden; the share of captions that find their picture of all."""
-        scenes, device = self._checked, next(model.parameters()).device
+        scenes, device = self.fresh, next(model.parameters()).device
         captions = [scene.caption for scene in scenes]
         side, rng = self.settings.canvas // self.settings.patch, np.random.default_rng(CHECK_SEED)
         hidden = hide_rows([0.85] * len(scenes), side, rng)

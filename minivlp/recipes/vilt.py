@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minivlp.data import CPU_NOUNS, Scene, Scenes
+from minivlp.data import CPU_NOUNS
 from minivlp.data.probes import false_captions, hide_relation, hide_slots, swapped
 from minivlp.evaluation.rank import match_odds
 from minivlp.evaluation.splits import Progress
@@ -35,8 +35,6 @@ from minivlp.recipes.noun_contrast import noun_contrast
 from minivlp.recipes.vilt_batches import STAGES, SceneBatches, ViltBatch
 from minivlp.training.trained import Trained
 from minivlp.training.workers import ONE_PROCESS, Workers
-
-CHECKED = 128  # scenes asked about twenty times during training
 
 
 @dataclass(frozen=True)
@@ -95,16 +93,10 @@ class ViltRecipe(Recipe):
         relation = {"masked_relation": 1 / 4, "itm_random": 1 / 2, "itm_swapped": 1 / 2}
         return {"masked_object": 1 / (len(self.nouns) - 1)} | relation
 
-    @cached_property
-    def _fresh(self) -> list[Scene]:
-        s = self.settings
-        scenes = Scenes(self.emojivl, self.nouns, canvas=s.canvas, pairs="held_out", seed=s.seed + 1)
-        return [scenes[i] for i in range(CHECKED)]
-
     @torch.inference_mode()
     def check(self, model: Vilt) -> dict[str, float]:
         """Four of the evaluation's measures, in [0, 1], on pairs that training never shows."""
-        scenes, tokenizer = self._fresh, self.tokenizer
+        scenes, tokenizer = self.fresh, self.tokenizer
 
         def fills(hidden: Sequence[tuple]) -> float:
             return float(torch.cat(found(model, tokenizer, hidden, scenes)).float().mean())

@@ -1,8 +1,9 @@
 """Plausible wrong judges."""
 
 import numpy as np
+import torch
 
-from minivlp.bayes import posterior_np
+from minivlp.bayes import pmi, posterior_np
 from tests.laws import bug
 
 RULE, SHIFT, SLOPES = "is_bayes_rule", "a_constant_a_row_is_nothing", "gradients_are_the_slopes"
@@ -56,6 +57,13 @@ def mean_of_logarithms(loglik):
 @bug("pmi", TABLE, "log p(x) from the columns: pictures are compared raw.", rung="plain")
 def by_columns(loglik):
     return loglik - np.log(np.exp(loglik).mean(0))
+
+
+@bug("pmi", TABLE, "Tensors are added up over the other axis.", rung="plain")
+def tensors_by_columns(loglik):
+    if isinstance(loglik, torch.Tensor):
+        return loglik - loglik.logsumexp(0) + np.log(len(loglik))
+    return pmi(loglik)
 
 
 @bug("debias", PRIOR, "The prior to the power of α is subtracted as a probability.", rung="plain")
