@@ -50,7 +50,7 @@ def open_clip_coca() -> type:
 
 
 def torchmultimodal_qformer() -> type:
-    """torchmultimodal's Q-Former for captions, or a skip. It asks for torchvision, of which it needs a class."""
+    """torchmultimodal's Q-Former for captions, or a skip. It asks for torchvision and needs one class."""
     if importlib.util.find_spec("torchmultimodal") is None:
         pytest.skip("torchmultimodal is not installed: see tests/requirements-peers-nodeps.txt")
     depth = ModuleType("torchvision.ops.stochastic_depth")

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from minivlp.decoder import decode
-from minivlp.infonce import infonce
 from minivlp.masks import influence, visible
 from minivlp.mlm import mlm_loss
 from minivlp.models.published import names
@@ -51,7 +50,7 @@ def batch(B=3):
 
 def depends(function, x):
     """Which rows of function(x) depend on which rows of x (1, L, D): autograd's Jacobian, exactly not 0."""
-    jacobian = torch.autograd.functional.jacobian(function, x)  # (1, L', D', 1, L, D)
+    jacobian = torch.autograd.functional.jacobian(function, x, vectorize=True)  # (1, L', D', 1, L, D)
     return (jacobian.abs().sum((0, 2, 3, 5)) > 0).numpy()
 
 
@@ -171,6 +170,7 @@ def scores_are_the_loops(f):
     p, q = model.image_project(x), model.text_project(y[:, 0])
     wanted = torch.stack([torch.stack([cosine_similarity(a, b[None]).max() for b in q]) for a in p])
     assert torch.allclose(model.similarity(x, y), wanted, atol=1e-10), "the similarity is another"
+    assert model.similarity(x[:1], y[:1]).shape == (1, 1), "a batch of one lost an axis"
     S, pairs = model.scale * wanted, torch.arange(3)
     loss = sum(torch.nn.functional.cross_entropy(scores, pairs) for scores in (S, S.T)) / 2
     assert torch.allclose(model.contrast_loss(x, y), loss, atol=1e-10), "the loss is another"
@@ -305,7 +305,7 @@ def single(*arrays):
 @pytest.mark.parametrize("changes", [{}, {"cross_attention_frequency": 3}, {"num_hidden_layers": 1}], ids=str)
 @pytest.mark.parametrize("text", [False, True])
 def test_states_are_hugging_faces(changes, text):
-    """The stack alone: queries, and queries with words that see them (matching), with padding on both sides."""
+    """The stack alone: queries; queries and words that see one another; words; padding on both sides."""
     theirs, (_, mask, image, seen) = face(use_qformer_text_input=text, **changes), single(*batch())
     ours = load_qformer(theirs.state_dict(), heads=3)
     rows = torch.randn(3, Q + L, 24)
@@ -436,12 +436,14 @@ def test_captions_are_torchmultimodals():
 
 def test_torchmultimodals_one_pass_has_the_known_mistake():
     """Its triangle lies over queries and words, tests/bugs/masks.py: a query does not see the later ones."""
+    from tests.bugs.masks import queries_causal_in_one_pass  # which imports this file
+
     model, (ids, mask, image, _) = made(), batch()
     theirs = torchmultimodals(model)
     real, queries = torch.ones(3, Q + L, dtype=torch.float64), model.query.expand(3, -1, -1)
     found = theirs(ids, attention_mask=real, query_embeds=queries, encoder_hidden_states=image)
     full = torch.ones_like(mask)
     right = model.mlm_logits(model.encode(ids, full, image, "captions")[1])
-    wrong = made(QueriesCausal)
+    wrong = made(queries_causal_in_one_pass)
     assert (found - right).abs().max() > 0.01, "their one pass is right: the mistake is gone"
     assert torch.allclose(found, wrong.mlm_logits(wrong.encode(ids, full, image, "captions")[1]), atol=1e-5)

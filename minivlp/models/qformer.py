@@ -180,16 +180,20 @@ class Qformer(MaskedWords, nn.Module):
         (B, Q, D) and (B, L, D). Raises ValueError on bad shapes, dtypes, ids outside the vocabulary, texts
         without words and another table.
         """
-        if table not in TABLES:
-            require.fail("table", f"must be one of {', '.join(TABLES)}", table)
         words, Q = self._embed(ids, text_mask), len(self.query)
         require.shapes(ids=(ids, "B L"), image=(image, "B N I"))
-        B, (sees, causal) = self._check_image(image, image_mask), TABLES[table]
-        real = torch.cat([text_mask.new_ones(B, Q), text_mask], 1)
-        mask = real_keys(_table((Q, words.shape[1]), sees, causal, ids), real)
+        B, mask = self._check_image(image, image_mask), self.sees(table, text_mask)
         rows = torch.cat([self.query.expand(B, -1, -1), words], 1)
         states = self.run(rows, Q, image, image_mask, mask)
         return states[:, :Q], states[:, Q:]
+
+    def sees(self, table: str, text_mask: Tensor) -> Tensor:
+        """Which of queries and words look at which, under a table: (B, 1, Q + L, Q + L) bool."""
+        if table not in TABLES:
+            require.fail("table", f"must be one of {', '.join(TABLES)}", table)
+        (B, L), Q = text_mask.shape, len(self.query)
+        real = torch.cat([text_mask.new_ones(B, Q), text_mask], 1)
+        return real_keys(_table((Q, L), *TABLES[table], real), real)
 
     def write(self, ids: Tensor, text_mask: Tensor, kept: Kept) -> tuple[Tensor, Kept]:
         """The words of `captions` over kept keys: ids (B, L) → states (B, L, D), and what is kept now.
