@@ -43,29 +43,46 @@ def refuse(what: str, names: Iterable[str], rule: str) -> None:
         require.fail("source", rule, f"{what} {', '.join(names[:3])}{more}")
 
 
-def read(
-    model: str, rows: Rows, state: Mapping[str, Tensor], leading: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """The tensors of a state dict in our names and shapes, of all rows; `leading` as of `without`.
+def whole(model: str) -> tuple[str, str]:
+    """The rules that unexpected and missing names break; model: what the source must hold, as "a FLAVA"."""
+    return f"must hold {model} and nothing else", f"must hold {model} and every tensor of it"
 
-    Raises ValueError when one is unexpected or missing; `model` is what the source must hold, as "a FLAVA".
+
+def read(
+    rows: Rows, state: Mapping[str, Tensor], rules: tuple[str, str], leading: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a state dict in our names and shapes, one for each row.
+
+    leading: our name → how many axes of 1 theirs has in front. Raises ValueError, in the words of `rules`,
+    when a tensor is unexpected or missing.
     """
     wanted = {part for _, theirs in rows for part in parts(theirs)}
-    refuse("unexpected", sorted(set(state) - wanted), f"must hold {model} and nothing else")
-    refuse("missing", sorted(wanted - set(state)), f"must hold {model} and every tensor of it")
+    refuse("unexpected", sorted(set(state) - wanted), rules[0])
+    refuse("missing", sorted(wanted - set(state)), rules[1])
     found = {}
     for ours, theirs in rows:
-        pieces = [state[part] for part in parts(theirs)]
+        pieces, axes = [state[part] for part in parts(theirs)], (leading or {}).get(ours, 0)
         tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        found[ours] = without(theirs, tensor, leading.get(ours, 0))
+        if tensor.shape[:axes] != (1,) * axes:
+            require.fail(theirs, f"must have {axes} leading axes of size 1", tuple(tensor.shape))
+        found[ours] = tensor[(0,) * axes]
     return found
 
 
-def without(theirs: str, tensor: Tensor, leading: int) -> Tensor:
-    """The tensor without its `leading` axes, which must have size 1."""
-    if tensor.shape[:leading] != (1,) * leading:
-        require.fail(theirs, f"must have {leading} leading axes of size 1", tuple(tensor.shape))
-    return tensor[(0,) * leading]
+def write(rows: Rows, state: Mapping[str, Tensor], leading: Mapping[str, int]) -> dict[str, Tensor]:
+    """The inverse of `read`, of the rows that our state dict has."""
+    found: dict[str, Tensor] = {}
+    for ours, theirs in rows:
+        if ours in state:
+            tensor, names = state[ours][(None,) * leading.get(ours, 0)], parts(theirs)
+            found |= zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True)
+    return found
+
+
+def one_spelling(state: dict[str, Tensor], theirs: str, other: str) -> None:
+    """Call a tensor of the state dict `theirs` where it is called `other`, in place; refuse two values."""
+    if other in state and not torch.equal(state.setdefault(theirs, state[other]), state.pop(other)):
+        require.fail("source", f"must spell {theirs} one way or with equal values", "two values")
 
 
 def agree(where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
         parts = parts + TEXT * any(name.startswith(("intermediate.", "output.")) for name in held)
         rows += [(f"layers.{i}.{a}", f"{before}{i}.{b}") for a, b in parts]
     rows = names.both(rows)
-    tensors, spelling = names.read("a Q-Former", rows, state, {"query": 1}), dict(rows)
+    tensors, spelling = names.read(rows, state, names.whole("a Q-Former"), {"query": 1}), dict(rows)
     tensors.setdefault("query", tensors["norm.weight"].new_empty(0, len(tensors["norm.weight"])))
     if "itm.weight" in tensors:
         tensors["contrast.log_scale"] = torch.tensor(math.log(1 / 0.07))
