@@ -323,3 +323,16 @@ def test_a_frozen_weight_costs_no_gradient_of_its_size():
     with Sizes():
         out.backward()
     assert args[1].grad is None and max(made) <= 3 * 50
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_each_gradient_alone_is_what_it_is_among_all(which):
+    """The fused rung makes no gradient that nobody asks for, and mixes none up."""
+    shapes = ((3, 5), (4, 5), (2, 5), (4, 2), ())
+    args = [torch.rand(shape, dtype=torch.float64) + 0.5 for shape in shapes]
+    alone = [x.clone().requires_grad_(i == which) for i, x in enumerate(args)]
+    together = [x.clone().requires_grad_() for x in args]
+    lora_fused(*alone).square().sum().backward()
+    lora.lora(*together).square().sum().backward()
+    close(alone[which].grad, together[which].grad)
+    assert all(x.grad is None for i, x in enumerate(alone) if i != which)

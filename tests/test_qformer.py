@@ -234,6 +234,20 @@ def test_it_writes_with_a_cache_as_without():
         assert beams > 1 or torch.equal(found, ids[:, 1:])
 
 
+def test_bfloat16():
+    model, (ids, mask, image, seen) = made(), batch()
+    wanted = {table: model.encode(ids, mask, image, table, seen) for table in TABLES}
+    wanted["scores"] = model.similarity(*wanted["contrast"])
+    model = model.bfloat16()
+    for table in TABLES:
+        found = model.encode(ids, mask, image.bfloat16(), table, seen)
+        assert all(x.dtype == torch.bfloat16 for x in found)
+        assert (found[0].double() - wanted[table][0]).abs().mean() < 0.03
+        if table == "contrast":
+            scores = model.similarity(*found)
+            assert scores.dtype == torch.bfloat16 and (scores.double() - wanted["scores"]).abs().max() < 0.05
+
+
 def test_bad_input_is_refused_in_one_sentence():
     model, (ids, mask, image, seen) = made(), batch()
     for call, message in (
