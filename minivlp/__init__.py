@@ -10,11 +10,12 @@ Pictures and words become rows, and rows look at rows.
     transformer  LayerNorm, the block, the encoder, and blocks that look across at other tokens
     decoder      RMSNorm, rotary positions, QK-norm; and writing, one token after the other
 
-What is hidden, and what is matched.
+What is hidden, what is matched, what learns.
 
     mlm          masked words
     targets      one array of labels: next words, hidden patches, spans moved to the end
     vq           a vector becomes the number of its nearest code: pictures as words
+    lora         what learns: a frozen weight and a change of low rank beside it
     itm          does the caption belong to the picture? Wrong pairs, and hard ones
 
 From densities to partners.

@@ -47,3 +47,17 @@ def open_clip_coca() -> type:
         for name, module in stubs.items():
             patch.setitem(sys.modules, name, module)
         return importlib.import_module("open_clip.coca_model").CoCa
+
+
+def torchmultimodal_qformer() -> type:
+    """torchmultimodal's Q-Former for captions, or a skip. It asks for torchvision and needs one class."""
+    if importlib.util.find_spec("torchmultimodal") is None:
+        pytest.skip("torchmultimodal is not installed: see tests/requirements-peers-nodeps.txt")
+    depth = ModuleType("torchvision.ops.stochastic_depth")
+    depth.StochasticDepth = torch.nn.Dropout
+    stubs = {"torchvision.ops.stochastic_depth": depth}
+    stubs |= {name: ModuleType(name) for name in ("torchvision", "torchvision.ops")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in stubs.items():
+            patch.setitem(sys.modules, name, module)
+        return importlib.import_module("torchmultimodal.models.blip2.qformer_model").QformerForCLM

@@ -28,6 +28,7 @@ from minivlp import (
     infonce,
     ipot,
     itm,
+    lora,
     masks,
     mlm,
     nce,
@@ -41,8 +42,8 @@ from minivlp import (
 )
 
 IDEAS = [
-    attention, bayes, boxes, chamfer, decoder, filip, hinge, infonce, ipot, itm, masks, mlm, nce, patch,
-    pooling, regions, sigmoid, sinkhorn, transformer, vq,
+    attention, bayes, boxes, chamfer, decoder, filip, hinge, infonce, ipot, itm, lora, masks, mlm, nce,
+    patch, pooling, regions, sigmoid, sinkhorn, transformer, vq,
 ]  # fmt: skip
 RUNGS = {family: ladder for idea in IDEAS for family, ladder in idea.RUNGS.items() if "torch" in ladder}
 del RUNGS["nearest"]  # it has no gradient, and vq calls it
@@ -107,6 +108,7 @@ def case_of(family: str, n: int = 5, D: int = 6) -> Case:
         "rms_norm": Case((numbers(n, D), numbers(D))),
         "rotary": Case((numbers(2, 1, n, D),), settings={"positions": labels * 7}),
         "vq": Case((2 * numbers(n, D), numbers(m, D))),
+        "lora": Case((numbers(n, D), numbers(m, D), numbers(3, D), numbers(m, 3)), (1.5,)),
         "patch_embed": Case((numbers(2, 3, 4, 6), numbers(D, 3, 2, 2), numbers(D))),
         "mlm_loss": Case(
             (numbers(n, D), numbers(m, D), numbers(m)),
@@ -254,6 +256,9 @@ def large(family: str) -> Case:
         "rotary": Case((200 * numbers(1, 1, 9, 64),), settings={"positions": np.arange(9) * 5000}),
         "posterior": Case((numbers(9, 4000), numbers(4000))),
         "vq": Case((60 * numbers(40, 300), 60 * numbers(50, 300)[:, ::-1])),
+        "lora": Case(
+            (200 * numbers(9, 300), numbers(7, 300), 9 * numbers(5, 300), numbers(7, 5) / 50), (2.0,)
+        ),
         "patch_embed": Case((60 + numbers(1, 3, 32, 32), 1 + numbers(6, 3, 16, 16), numbers(6))),
         "mlm_loss": Case(
             (300 * numbers(9, 40), numbers(6500, 40) / 3000, numbers(6500)),

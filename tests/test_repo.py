@@ -118,7 +118,17 @@ def test_every_family_of_rungs_has_laws_and_bugs(concept):
 @pytest.mark.slow
 def test_the_base_install_is_enough():
     """Importing every module but the kernels, which are Triton's, needs none of the peers."""
-    peers = ["safetensors", "transformers", "tokenizers", "ot", "scipy", "triton", "open_clip"]
+    peers = [
+        "safetensors",
+        "transformers",
+        "tokenizers",
+        "ot",
+        "scipy",
+        "triton",
+        "open_clip",
+        "peft",
+        "torchmultimodal",
+    ]
     names = [
         ".".join(p.relative_to(ROOT).with_suffix("").parts)
         for p in LIBRARY

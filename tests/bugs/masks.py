@@ -1,11 +1,14 @@
 """Plausible wrong tables, powers, leaks and attentions on blocks."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from minivlp.attention import attention, attention_fused
+from minivlp.filip import late_interaction
 from minivlp.masks import (
     attention_blocks,
     attention_blocks_fused,
@@ -14,6 +17,8 @@ from minivlp.masks import (
     leaks,
     visible,
 )
+from minivlp.models.qformer import Qformer
+from tests import test_qformer  # noqa: F401, it registers the Q-Former's laws
 from tests.laws import bug
 
 LOOP, LAYOUT = "equals_the_slow_loop", "the_layout_means_nothing"
@@ -34,6 +39,8 @@ def transposed(lengths, sees, causal=()):
     return visible(lengths, sees, causal).T
 
 
+# Published: get_causal_mask in models/blip2/qformer_utils.py of torchmultimodal-nightly 2024.4.1, for queries
+# and words in one pass. The same mistake in a whole Q-Former stands at the end of this file.
 @bug("visible", LOOP, "A plain triangle over all tokens, as soon as one segment is causal.", rung="plain")
 def queries_causal(lengths, sees, causal=()):
     mask = visible(lengths, sees)
@@ -305,3 +312,160 @@ def masked_tiles(q, k, v, lengths, sees, causal=()):
 def walked_twice(q, k, v, lengths, sees, causal=()):
     attention_blocks_fused(q.detach(), k.detach(), v.detach(), lengths, sees, causal)
     return attention_blocks_fused(q, k, v, lengths, sees, causal)
+
+
+# The Q-Former is one stack under three of these tables; its laws stand in tests/test_qformer.py.
+
+TABLES, THROUGH = "three_tables_on_one_set_of_weights", "words_learn_of_the_picture_through_queries"
+ALONE, CACHED = "words_of_contrast_have_no_gradient_by_the_picture", "one_pass_equals_the_cached_pass"
+ORDER, TWICE = "queries_have_no_order", "contrast_is_unchanged_by_a_query_twice"
+SCORES, PADDING = "scores_are_the_loops", "padding_changes_nothing"
+
+
+@bug(
+    "qformer",
+    CACHED,
+    "Captions in one pass under a plain triangle: a query misses the later ones.",
+    rung="plain",
+)
+class queries_causal_in_one_pass(Qformer):
+    def sees(self, table, text_mask):
+        mask = super().sees(table, text_mask)
+        return mask.tril() if table == "captions" else mask
+
+
+@bug("qformer", TABLES, "Queries of captions see the words, and words come back through them.", rung="plain")
+class queries_see_words(Qformer):
+    def sees(self, table, text_mask):
+        mask, Q = super().sees(table, text_mask), len(self.query)
+        mask[:, :, :Q, Q:] |= (table == "captions") & text_mask[:, None, None]
+        return mask
+
+
+@bug("qformer", TABLES, "Words of captions see later words: the next word is copied.", rung="plain")
+class words_see_later_ones(Qformer):
+    def sees(self, table, text_mask):
+        mask, Q = super().sees(table, text_mask), len(self.query)
+        mask[:, :, Q:, Q:] |= text_mask[:, None, None]
+        return mask
+
+
+@bug("qformer", TABLES, "Queries and words that are to be compared see one another.", rung="plain")
+class compared_while_looking(Qformer):
+    def sees(self, table, text_mask):
+        return super().sees("matching" if table == "contrast" else table, text_mask)
+
+
+@bug("qformer", THROUGH, "Every layer looks at the picture.", rung="plain")
+class every_layer_looks(Qformer):
+    def __init__(self, config):
+        super().__init__(replace(config, every=1))
+
+
+@bug("qformer", THROUGH, "Words look at the picture themselves.", rung="plain")
+class words_look(Qformer):
+    def run(self, rows, Q, image=None, image_mask=None, mask=None, kept=None):
+        return super().run(rows, rows.shape[1] if image is not None else Q, image, image_mask, mask, kept)
+
+
+@bug("qformer", ALONE, "Words alone are causal, as for captions.", rung="plain")
+class words_alone_causal(Qformer):
+    def read_words(self, ids, text_mask):
+        L = ids.shape[1]
+        mask = torch.ones(L, L, dtype=torch.bool).tril() & text_mask[:, None, None]
+        return self.run(self._embed(ids, text_mask), 0, mask=mask | torch.eye(L, dtype=torch.bool))
+
+
+@bug(
+    "qformer",
+    CACHED,
+    "Words over kept keys stand behind the queries, at the positions Q, Q + 1, …",
+    rung="plain",
+)
+class places_count_the_queries(Qformer):
+    def write(self, ids, text_mask, kept):
+        shift = torch.nn.functional.embedding(torch.tensor(1), self.position.weight) - self.position.weight[0]
+        handle = self.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + shift,))
+        found = super().write(ids, text_mask, kept)
+        handle.remove()
+        return found
+
+
+@bug("qformer", CACHED, "What is kept grows under the hands of who kept it.", rung="plain")
+class kept_grows(Qformer):
+    def write(self, ids, text_mask, kept):
+        words, more = super().write(ids, text_mask, kept)
+        for old, new in zip(kept, more, strict=True):
+            old[:] = new
+        return words, kept
+
+
+@bug("qformer", ORDER, "Queries with positions, as words have.", rung="plain")
+class queries_with_places(Qformer):
+    def run(self, rows, Q, image=None, image_mask=None, mask=None, kept=None):
+        places = torch.zeros_like(rows[0])
+        places[:Q] = self.position.weight[:Q]
+        return super().run(rows + places, Q, image, image_mask, mask, kept)
+
+
+@bug("qformer", ORDER, "The first query alone says whether they match.", rung="plain")
+class first_query_matches(Qformer):
+    def itm_logits(self, queries):
+        return self.itm(queries[:, 0])
+
+
+@bug(
+    "qformer",
+    TWICE,
+    "The mean over queries, not the largest: every query must look at what the text names.",
+    rung="plain",
+)
+class mean_over_queries_in_itc(Qformer):
+    def similarity(self, queries, words):
+        x, y = (normalize(z, dim=-1) for z in (self.image_project(queries), self.text_project(words[:, 0])))
+        return (x @ y.T).mean(1)
+
+
+@bug("qformer", SCORES, "The scores are squeezed, and a batch of one loses its axis.", rung="plain")
+class squeezed(Qformer):
+    def similarity(self, queries, words):
+        return super().similarity(queries, words).squeeze()
+
+
+@bug("qformer", SCORES, "Pictures choose texts, and no text chooses its picture.", rung="plain")
+class one_direction(Qformer):
+    def contrast_loss(self, queries, words):
+        S = self.scale * self.similarity(queries, words)
+        return (S.logsumexp(1) - S.diagonal()).mean()
+
+
+@bug("qformer", SCORES, "Every word is compared, not the first alone.", rung="plain")
+class all_words_compared(Qformer):
+    def similarity(self, queries, words):
+        return late_interaction(self.text_project(words), self.image_project(queries)).T
+
+
+@bug("qformer", SCORES, "A linear map of the largest query states, not the mean of maps.", rung="plain")
+class largest_states_match(Qformer):
+    def itm_logits(self, queries):
+        return self.itm(queries.amax(1))
+
+
+@bug("qformer", PADDING, "Padding is looked at like a word.", rung="plain")
+class padded_words_read(Qformer):
+    def sees(self, table, text_mask):
+        return super().sees(table, torch.ones_like(text_mask))
+
+    def read_words(self, ids, text_mask):
+        return self.encode(
+            ids, text_mask, torch.zeros(len(ids), 1, self.config.image_dim).to(self.query), "contrast"
+        )[1]
+
+    def write(self, ids, text_mask, kept):
+        return super().write(ids, torch.ones_like(text_mask), kept)
+
+
+@bug("qformer", PADDING, "Padding of the picture is looked at like a patch.", rung="plain")
+class padded_patches_read(Qformer):
+    def run(self, rows, Q, image=None, image_mask=None, mask=None, kept=None):
+        return super().run(rows, Q, image, None, mask, kept)

@@ -10,26 +10,29 @@ Left out: the VQ-VAE's tensors, which are read over.
 import re
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.models.published import names
 
-MODEL = {"word.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-MODEL |= {"head.weight": "lm_head.weight"}
-BLOCK = {
-    "norm1.weight": "input_layernorm.weight",
-    "q_norm.weight": "self_attn.q_norm.weight",
-    "q_norm.bias": "self_attn.q_norm.bias",
-    "k_norm.weight": "self_attn.k_norm.weight",
-    "k_norm.bias": "self_attn.k_norm.bias",
-    "proj.weight": "self_attn.o_proj.weight",
-    "norm2.weight": "post_attention_layernorm.weight",
-    "mlp.gate.weight": "mlp.gate_proj.weight",
-    "mlp.up.weight": "mlp.up_proj.weight",
-    "mlp.down.weight": "mlp.down_proj.weight",
-}
-QKV = [f"self_attn.{part}_proj.weight" for part in "qkv"]
+# A name that ends in "." stands for its weight and its bias, braces for tensors that are stacked in ours.
+MODEL = [
+    ("word.weight", "model.embed_tokens.weight"),
+    ("norm.weight", "model.norm.weight"),
+    ("head.weight", "lm_head.weight"),
+]
+BLOCK = [
+    ("norm1.weight", "input_layernorm.weight"),
+    ("qkv.weight", "self_attn.{q,k,v}_proj.weight"),
+    ("q_norm.", "self_attn.q_norm."),
+    ("k_norm.", "self_attn.k_norm."),
+    ("proj.weight", "self_attn.o_proj.weight"),
+    ("norm2.weight", "post_attention_layernorm.weight"),
+    ("mlp.gate.weight", "mlp.gate_proj.weight"),
+    ("mlp.up.weight", "mlp.up_proj.weight"),
+    ("mlp.down.weight", "mlp.down_proj.weight"),
+]
+RULE = "must hold a Chameleon with its Hugging Face names, and nothing else"
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -38,28 +41,16 @@ def from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
     Raises ValueError when a tensor is missing or unexpected.
     """
     state = {name: tensor for name, tensor in state.items() if not name.startswith("model.vqmodel.")}
-    numbers = [re.match(r"model\.layers\.(\d+)\.", name) for name in state]
-    layers = 1 + max((int(n[1]) for n in numbers if n), default=0)
-    spelling, stacked = dict(MODEL), {}
-    for i in range(layers):
-        ours, face = f"blocks.{i}.", f"model.layers.{i}."
-        spelling |= {ours + a: face + b for a, b in BLOCK.items()}
-        stacked[ours + "qkv.weight"] = [face + name for name in QKV]
-    wanted = [*spelling.values(), *(name for parts in stacked.values() for name in parts)]
-    wrong = {"missing": [name for name in wanted if name not in state]}
-    wrong["unexpected"] = [name for name in state if name not in set(wanted)]
-    for what, found in wrong.items():
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            rule = "must hold a Chameleon with its Hugging Face names, and nothing else"
-            require.fail("source", rule, f"{what} {', '.join(found[:3])}{more}")
-    tensors = {a: state[b] for a, b in spelling.items()}
-    tensors |= {a: torch.cat([state[b] for b in parts]) for a, parts in stacked.items()}
+    rows = list(MODEL)
+    for i in range(names.count_layers(state, "model.layers.")):
+        rows += [(f"blocks.{i}.{a}", f"model.layers.{i}.{b}") for a, b in BLOCK]
+    rows = names.both(rows)
+    tensors, spelling = names.read(rows, state, (RULE, RULE)), dict(rows)
     for name, tensor in tensors.items():
         if re.search(r"[qk]_norm\.", name):
             require.shapes(**{spelling[name]: (tensor, "H d")})
             tensors[name] = tensor[:, None]
-    return tensors, spelling | {a: parts[0] for a, parts in stacked.items()}
+    return tensors, spelling
 
 
 def config_fields(

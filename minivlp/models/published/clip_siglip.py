@@ -11,18 +11,16 @@ Source: the names and the configuration classes of Hugging Face's CLIP and SigLI
 Left out: the names of OpenAI's and open_clip's own files; models with one tower; classifiers.
 """
 
-import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.models.published import names
 
-# A name ending in "." stands for its weight and its bias.
+# A name that ends in "." stands for its weight and its bias, braces for tensors that are stacked in ours.
 COMMON = [
     ("text.word.weight", "text_model.embeddings.token_embedding.weight"),
     ("text.position", "text_model.embeddings.position_embedding.weight"),
@@ -34,14 +32,13 @@ COMMON = [
 ]
 BLOCK = [
     ("norm1.", "layer_norm1."),
-    ("qkv.", "self_attn.qkv."),  # three tensors of theirs, see QKV
+    ("qkv.", "self_attn.{q,k,v}_proj."),
     ("proj.", "self_attn.out_proj."),
     ("norm2.", "layer_norm2."),
     ("fc1.", "mlp.fc1."),
     ("fc2.", "mlp.fc2."),
 ]
 SCALARS = ("log_scale", "logit_bias")
-QKV = ("q_proj", "k_proj", "v_proj")
 IGNORED = re.compile(r"(text|vision)_model\.embeddings\.position_ids")  # buffers of older files
 WIDEST = 16  # heads: the largest published image towers, and SigLIP's texts, widen theirs beyond 64
 
@@ -111,27 +108,13 @@ def _rows(form: Form, text_layers: int, image_layers: int) -> list[tuple[str, st
         for i in range(layers):
             before = f"{ours}.encoder.blocks.{i}.", f"{theirs}_model.encoder.layers.{i}."
             rows += [(before[0] + a, before[1] + b) for a, b in BLOCK]
-    both = [(a + end, b + end) for a, b in rows if a.endswith(".") for end in ("weight", "bias")]
-    return both + [row for row in rows if not row[0].endswith(".")]
-
-
-def _count_layers(names: Iterable[str], blocks: str) -> int:
-    """One more than the largest number that follows `blocks` in the names, at least 1."""
-    found = [re.match(re.escape(blocks) + r"\.(\d+)\.", name) for name in names]
-    return 1 + max((int(match[1]) for match in found if match), default=0)
+    return names.both(rows)
 
 
 def to_hugging_face(form: Form, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A Dual's state dict in Hugging Face's names and shapes."""
-    layers = [_count_layers(state, f"{tower}.encoder.blocks") for tower in ("text", "image")]
-    out = {}
-    for ours, theirs in _rows(form, *layers):
-        if ".self_attn.qkv." in theirs:
-            parts = zip(QKV, state[ours].chunk(3), strict=True)
-            out |= {theirs.replace("qkv", part): tensor for part, tensor in parts}
-        else:
-            out[theirs] = state[ours][(None,) * form.leading.get(ours, 0)]
-    return out
+    layers = [names.count_layers(state, f"{tower}.encoder.blocks.") for tower in ("text", "image")]
+    return names.write(_rows(form, *layers), state, form.leading)
 
 
 def from_published(form: Form, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -143,37 +126,12 @@ def from_published(form: Form, state: dict[str, Tensor]) -> tuple[dict[str, Tens
     if not any(name.startswith(("text_model.", "vision_model.")) for name in state):
         got = ", ".join([*sorted(state)[:3], "…"])
         require.fail("source", f"must hold a {form.name} with its Hugging Face names", got)
-    _join_qkv(form, state)
-    layers = [_count_layers(state, f"{tower}_model.encoder.layers") for tower in ("text", "vision")]
+    layers = [names.count_layers(state, f"{tower}_model.encoder.layers.") for tower in ("text", "vision")]
     rows = _rows(form, *layers)
-    ours, spelling = {b: a for a, b in rows}, dict(rows)
-    _all_or_refuse(form, "nothing else", "unexpected", sorted(set(state) - set(ours)))
-    _all_or_refuse(form, "every tensor of it", "missing", sorted(set(ours) - set(state)))
-    tensors = {}
-    for theirs, name in ours.items():
-        leading, tensor = form.leading.get(name, 0), state[theirs]
-        if name in SCALARS and tensor.ndim < 2:  # written with an axis of 1 and without
-            leading = tensor.ndim
-        if tensor.shape[:leading] != (1,) * leading:
-            require.fail(theirs, f"must have {leading} leading axes of size 1", tuple(tensor.shape))
-        tensors[name] = tensor[(0,) * leading]
-    return tensors, spelling
-
-
-def _join_qkv(form: Form, state: dict[str, Tensor]) -> None:
-    """Stack Hugging Face's query, key and value into qkv, in place."""
-    one = re.compile(r"(.*\.self_attn\.)(?:q|k|v)_proj\.(weight|bias)")
-    for before, end in sorted({match.groups() for match in map(one.fullmatch, state) if match}):
-        names = [f"{before}{part}.{end}" for part in QKV]
-        missing = [name for name in names if name not in state]
-        _all_or_refuse(form, "every tensor of it", "missing", missing)
-        state[f"{before}qkv.{end}"] = torch.cat([state.pop(name) for name in names])
-
-
-def _all_or_refuse(form: Form, rule: str, what: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        require.fail("source", f"must hold a {form.name} and {rule}", f"{what} {', '.join(names[:3])}{more}")
+    # Scalars are written with an axis of 1 and without.
+    axes = {ours: state[theirs].ndim for ours, theirs in rows if ours in SCALARS and theirs in state}
+    leading = form.leading | {ours: n for ours, n in axes.items() if n < 2}
+    return names.read(rows, state, names.whole(f"a {form.name}"), leading), dict(rows)
 
 
 def config_fields(
@@ -197,10 +155,9 @@ def config_fields(
     }  # fmt: skip
     size = require.shapes(**{spelling[a]: (tensors[a], pattern) for a, pattern in axes.items()})
     cls = int("image.cls" in tensors)
-    grid = math.isqrt(max(size["P"] - cls, 0))
-    if not grid or grid**2 != size["P"] - cls:
-        require.fail(spelling["image.position"], "must hold g · g positions" + " and one" * cls, size["P"])
-    layers = {t: _count_layers(tensors, f"{t}.encoder.blocks") for t in ("text", "image")}
+    rule = "must hold g · g positions" + " and one" * cls
+    grid = names.square(spelling["image.position"], size["P"], cls, rule)
+    layers = {t: names.count_layers(tensors, f"{t}.encoder.blocks.") for t in ("text", "image")}
     towers = {name: _tower(form, json, name) for name in ("text", "vision")}
     expected = {
         "config.json": (json, {"model_type": form.model_type}),
@@ -211,9 +168,7 @@ def config_fields(
         ),
     }
     for where, (found, wanted) in expected.items():
-        for key, value in wanted.items():
-            if found.get(key, value) != value:
-                require.fail(where, f"must have {key} = {value!r}, as the weights do", repr(found[key]))
+        names.agree(where, found, wanted)
     # Pixels beyond the last whole patch, as of 384 in patches of 14, are not seen.
     side = towers["vision"].get("image_size", grid * size["p"])
     if type(side) is not int or side // size["p"] != grid:
@@ -255,11 +210,8 @@ def _agreed(form: Form, towers: dict[str, dict[str, Any]], key: str) -> Any:
 
 def _heads(asked: int | None, tower: dict[str, Any], dim: int, most: int | None) -> int:
     heads = tower.get("num_attention_heads") if asked is None else asked
-    if heads is None and dim % 64:
-        require.fail("heads", f"must be given, as D={dim} is not a multiple of 64", "None")
-    if heads is None:
-        heads = dim // 64 if most is None else min(dim // 64, most)
-    return heads
+    found = names.head_count(heads, dim)
+    return found if heads is not None or most is None else min(found, most)
 
 
 def hugging_face_config(form: Form, c: Any) -> dict[str, Any]:

@@ -8,14 +8,13 @@ Left out: LayerScale, towers of timm and of Hugging Face, models without [CLS]; 
 name.
 """
 
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.models.published import names
 
 # A name ending in "." stands for its weight and its bias.
 MODEL = [
@@ -60,15 +59,7 @@ TRANSPOSED = ("image_project.weight", "text_project.weight", "vocabulary.weight"
 STACKED = "visual.attn_pool.attn.in_proj_"  # weight and bias of the pooler
 
 
-def _rows(layers: dict[str, int]) -> list[tuple[str, str]]:
-    """(ours, theirs) for every tensor of a CoCa with so many layers."""
-    rows = list(MODEL)
-    for ours, theirs in BLOCKS.items():
-        for i in range(layers[ours]):
-            parts = BLOCK + [("norm_others.", "ln_1_kv.")] * (ours == "across")
-            rows += [(f"{ours}.{i}.{a}", f"{theirs}.{i}.{b}") for a, b in parts]
-    both = [(a + end, b + end) for a, b in rows if a.endswith(".") for end in ("weight", "bias")]
-    return both + [row for row in rows if not row[0].endswith(".")]
+RULE = "must hold open_clip's CoCa, every tensor of it and nothing else"
 
 
 def from_published(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -76,22 +67,19 @@ def from_published(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
     Raises ValueError when a tensor is missing or unexpected.
     """
-    state, layers = dict(state), {}
+    state, rows = dict(state), list(MODEL)
     for ours, theirs in BLOCKS.items():
-        found = [re.match(re.escape(theirs) + r"\.(\d+)\.", name) for name in state]
-        layers[ours] = 1 + max((int(match[1]) for match in found if match), default=0)
+        for i in range(names.count_layers(state, theirs + ".")):
+            parts = BLOCK + [("norm_others.", "ln_1_kv.")] * (ours == "across")
+            rows += [(f"{ours}.{i}.{a}", f"{theirs}.{i}.{b}") for a, b in parts]
     for end in {"weight", "bias"} & {name.removeprefix(STACKED) for name in state}:
         parts = state.pop(STACKED + end).chunk(3)
         for part, tensor in zip("qkv", parts, strict=True):
             state[f"visual.attn_pool.attn.{part}_proj_{end}"] = tensor
-    rows = _rows(layers) + [(f"pool.{p}.bias", f"visual.attn_pool.attn.{p}_proj_bias") for p in "qkv"]
-    ours = {b: a for a, b in rows}
-    for what, names in (("unexpected", set(state) - set(ours)), ("missing", set(ours) - set(state))):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            got = f"{what} {', '.join(sorted(names)[:3])}{more}"
-            require.fail("source", "must hold open_clip's CoCa, every tensor of it and nothing else", got)
-    tensors = {ours[b]: tensor.T if ours[b] in TRANSPOSED else tensor for b, tensor in state.items()}
+    rows += [(f"pool.{p}.bias", f"visual.attn_pool.attn.{p}_proj_bias") for p in "qkv"]
+    rows = names.both(rows)
+    tensors = names.read(rows, state, (RULE, RULE))
+    tensors |= {ours: tensors[ours].T for ours in TRANSPOSED}
     tensors["contrast.log_scale"] = tensors["contrast.log_scale"].reshape(())
     return tensors, dict(rows)
 
@@ -105,16 +93,14 @@ def config_fields(
         "patch.weight": "I 3 p p", "position": "P I", "image.blocks.0.fc1.weight": "G I",
     }  # fmt: skip
     size = require.shapes(**{spelling[a]: (tensors[a], pattern) for a, pattern in axes.items()})
-    grid = math.isqrt(size["P"] - 1)
-    if grid**2 != size["P"] - 1:
-        require.fail(spelling["position"], "must hold g · g positions and one", size["P"])
+    rule = "must hold g · g positions and one"
+    grid = names.square(spelling["position"], size["P"], rule=rule)
     if heads is None:
         for name in "ID":
             if size[name] % 64:
                 require.fail("heads", f"must be given, as {size[name]} is not a multiple of 64", "None")
         heads = (size["I"] // 64, size["D"] // 64, 8)
-    layers = {ours: len({n.split(".")[ours.count(".") + 1] for n in tensors if n.startswith(ours + ".")})
-              for ours in BLOCKS}  # fmt: skip
+    layers = {ours: names.count_layers(tensors, ours + ".") for ours in BLOCKS}
     return {
         "vocab_size": size["V"], "max_text_len": size["T"] - 1, "patch": size["p"],
         "image_size": grid * size["p"], "image_dim": size["I"], "image_hidden": size["G"],

@@ -9,16 +9,15 @@ Left out: the poolers of the three encoders, which no loss reads, and the pictur
 own; their tensors are passed over.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minivlp.core import require
-from minivlp.models.published.start import BLOCK, HEAD, both, names_of
+from minivlp.models.published import names
+from minivlp.models.published.start import BLOCK, HEAD
 
 T, P, M = "flava.text_model.", "flava.image_model.", "flava.multimodal_model."
 # A name ending in "." stands for its weight and its bias.
@@ -56,44 +55,16 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
     if P + "embeddings.cls_token" not in state:
         got = ", ".join([*sorted(state)[:3], "…"])
         require.fail("source", "must hold a FLAVA for pretraining with its Hugging Face names", got)
-    for bias, decoder in [(f"{head}_head.bias", f"{head}_head.decoder.bias") for head in HEADS]:
-        if bias in state and not torch.equal(state.setdefault(decoder, state[bias]), state.pop(bias)):
-            require.fail("source", f"must spell {decoder} one way or with equal values", "two values")
-    spelling, tensors = _spelling(state), {}
-    wanted = {part for theirs in spelling.values() for part in names_of(theirs)}
-    for rule, what, names in (
-        ("nothing else", "unexpected", sorted(set(state) - wanted)),
-        ("every tensor of it", "missing", sorted(wanted - set(state))),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            require.fail("source", f"must hold a FLAVA and {rule}", f"{what} {', '.join(names[:3])}{more}")
-    for ours, theirs in spelling.items():
-        parts, leading = [state[part] for part in names_of(theirs)], LEADING.get(ours, 0)
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if tensor.shape[:leading] != (1,) * leading:
-            require.fail(theirs, f"must have {leading} leading axes of size 1", tuple(tensor.shape))
-        tensors[ours] = tensor[(0,) * leading]
-    return tensors, spelling
-
-
-def _spelling(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Our name → theirs for every tensor of a FLAVA with the layers of this one."""
+    for head in HEADS:
+        names.one_spelling(state, f"{head}_head.decoder.bias", f"{head}_head.bias")
     rows = list(MODEL)
     for ours, theirs in ENCODERS.items():
         rows.append((f"{ours}.norm.", theirs + "layernorm."))
-        for i in range(_count_layers(state, theirs + "encoder.layer.")):
+        for i in range(names.count_layers(state, theirs + "encoder.layer.")):
             rows += [(f"{ours}.blocks.{i}.{a}", f"{theirs}encoder.layer.{i}.{b}") for a, b in BLOCK]
     rows += [(f"{head}.{a}", f"{head}_head.{b}") for head in HEADS for a, b in HEAD]
-    return dict(
-        [row for row in rows if not row[1].endswith(".")] + both([r for r in rows if r[1].endswith(".")])
-    )
-
-
-def _count_layers(names: Mapping[str, Any], before: str) -> int:
-    """One more than the largest number that follows `before` in the names, at least 1."""
-    found = [re.match(re.escape(before) + r"(\d+)\.", name) for name in names]
-    return 1 + max((int(match[1]) for match in found if match), default=0)
+    rows = names.both(rows)
+    return names.read(rows, state, names.whole("a FLAVA"), LEADING), dict(rows)
 
 
 def config_fields(
@@ -115,29 +86,22 @@ def config_fields(
         **{f"{encoder}.blocks.0.fc1.weight": "F D" for encoder in ENCODERS},
     }  # fmt: skip
     size = require.shapes(**{spelling[a]: (tensors[a], pattern) for a, pattern in axes.items()})
-    grid = math.isqrt(max(size["P"] - 1, 0))
-    if not grid or grid**2 != size["P"] - 1:
-        require.fail(spelling["position"], "must hold 1 + g · g positions", size["P"])
-    layers = {name: _count_layers(tensors, f"{name}.blocks.") for name in ENCODERS}
+    grid = names.square(spelling["position"], size["P"])
+    layers = {name: names.count_layers(tensors, f"{name}.blocks.") for name in ENCODERS}
     parts = {f"{name}_config": json.get(f"{name}_config") or {} for name in ("image", "text", "multimodal")}
     for (where, part), count in zip(parts.items(), layers.values(), strict=True):
         wanted = {"hidden_act": "gelu", "hidden_size": size["D"], "num_hidden_layers": count}
-        for key, value in wanted.items():
-            if part.get(key, value) != value:
-                rule = f"must have {key} = {value!r}, as the weights do"
-                require.fail(f"{where} of config.json", rule, repr(part[key]))
+        names.agree(f"{where} of config.json", part, wanted)
     for key, asked in {"num_attention_heads": heads, "layer_norm_eps": eps}.items():
         values = {part[key] for part in parts.values() if key in part}
         if asked is None and len(values) > 1:
             require.fail("config.json", f"must have one {key} in all encoders", sorted(values))
     told = {key: value for part in parts.values() for key, value in part.items()}
     heads = told.get("num_attention_heads", 12 if json else None) if heads is None else heads
-    if heads is None and size["D"] % 64:
-        require.fail("heads", f"must be given, as D={size['D']} is not a multiple of 64", "None")
     eps = told.get("layer_norm_eps", 1e-12) if eps is None else eps
     require.positive(eps=eps)
     return {f"{name}_layers": count for name, count in layers.items()} | {
         "vocab_size": size["V"], "max_text_len": size["T"], "segments": size["S"], "dim": size["D"],
         "hidden": size["F"], "embed": size["E"], "codes": size["K"], "patch": size["p"],
-        "image_size": grid * size["p"], "heads": size["D"] // 64 if heads is None else heads, "eps": eps,
+        "image_size": grid * size["p"], "heads": names.head_count(heads, size["D"]), "eps": eps,
     }  # fmt: skip

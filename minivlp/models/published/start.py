@@ -12,26 +12,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from minivlp.models.published.names import both, parts
+
 BLOCK = [
     ("norm1.", "layernorm_before."),
-    ("qkv.", "attention.attention.qkv."),  # three tensors of theirs
+    ("qkv.", "attention.attention.{query,key,value}."),
     ("proj.", "attention.output.dense."),
     ("norm2.", "layernorm_after."),
     ("fc1.", "intermediate.dense."),
     ("fc2.", "output.dense."),
 ]
 HEAD = [("dense.", "transform.dense."), ("norm.", "transform.LayerNorm."), ("", "decoder.")]
-
-
-def names_of(theirs: str) -> list[str]:
-    """The names that Hugging Face has for one tensor of ours: queries, keys and values are three."""
-    names = ("query", "key", "value") if ".qkv." in theirs else ("",)
-    return [theirs.replace(".qkv.", f".{name}.") if name else theirs for name in names]
-
-
-def both(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Rows of names that end in ".", once for their weights and once for their biases."""
-    return [(ours + end, theirs + end) for ours, theirs in rows for end in ("weight", "bias")]
 
 
 def towers(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -60,7 +51,7 @@ def towers(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
 def block(state: Mapping[str, Tensor], i: int, name: str) -> dict[str, Tensor]:
     """Block i, called `name`."""
     rows = both([(name + a, f"vilt.encoder.layer.{i}.{b}") for a, b in BLOCK])
-    return {ours: torch.cat([state[part] for part in names_of(theirs)]) for ours, theirs in rows}
+    return {ours: torch.cat([state[part] for part in parts(theirs)]) for ours, theirs in rows}
 
 
 def cross_block(state: Mapping[str, Tensor], i: int, name: str) -> dict[str, Tensor]:

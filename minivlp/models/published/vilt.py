@@ -8,7 +8,6 @@ Sources: the state dicts of the original code (Kim, Son and Kim 2021) and of Hug
 Left out: the masked-patch head, distilled models and token classification; their tensors are refused by name.
 """
 
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from minivlp.core import require
+from minivlp.models.published import names
 
 E, T = "vilt.embeddings.", "text_embeddings."
-# A name ending in "." stands for its weight and its bias.
+# A name that ends in "." stands for its weight and its bias, braces for tensors that are stacked in ours.
 MODEL = [
     ("word.weight", E + T + "word_embeddings.weight", T + "word_embeddings.weight"),
     ("text_position.weight", E + T + "position_embeddings.weight", T + "position_embeddings.weight"),
@@ -39,13 +39,12 @@ MODEL = [
 ]
 BLOCK = [
     ("norm1.", "layernorm_before.", "norm1."),
-    ("qkv.", "attention.attention.qkv.", "attn.qkv."),  # three tensors in Hugging Face, see QKV
+    ("qkv.", "attention.attention.{query,key,value}.", "attn.qkv."),
     ("proj.", "attention.output.dense.", "attn.proj."),
     ("norm2.", "layernorm_after.", "norm2."),
     ("fc1.", "intermediate.dense.", "mlp.fc1."),
     ("fc2.", "output.dense.", "mlp.fc2."),
 ]
-QKV = ("query", "key", "value")
 LEADING = {"cls": 2, "position": 1}  # how many axes of 1 the published shapes have in front
 # Buffers of older files, and the ImageNet classifier that came with the original's blocks.
 IGNORED = re.compile(r"(.*\.)?position_ids|transformer\.head\.(weight|bias)")
@@ -62,21 +61,15 @@ def _rows(layers: int, vqa: bool, nlvr2: bool) -> list[tuple[str, str, str]]:
         # The one classifier of a model is "classifier"; a second keeps the original's name.
         face = "classifier" if name == heads[0] else f"{name}_classifier"
         rows += [(f"{name}.{i}.", f"{face}.{i}.", f"{name}_classifier.{i}.") for i in (0, 1, 3)]
-    both = [(a + end, b + end, c + end) for a, b, c in rows if a.endswith(".") for end in ("weight", "bias")]
-    return both + [row for row in rows if not row[0].endswith(".")]
+    return names.both(rows)
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A Vilt's state dict in Hugging Face's names and shapes."""
-    layers = len({name.split(".")[2] for name in state if name.startswith("encoder.blocks.")})
-    out = {}
-    for ours, face, _ in _rows(layers, "vqa.0.weight" in state, "nlvr2.0.weight" in state):
-        if ".qkv." in ours:
-            parts = zip(QKV, state[ours].chunk(3), strict=True)
-            out |= {face.replace("qkv", part): tensor for part, tensor in parts}
-        elif ours in state:
-            out[face] = state[ours][(None,) * LEADING.get(ours, 0)]
-    return out
+    rows = _rows(
+        names.count_layers(state, "encoder.blocks."), "vqa.0.weight" in state, "nlvr2.0.weight" in state
+    )
+    return names.write([(ours, face) for ours, face, _ in rows], state, LEADING)
 
 
 class Published(NamedTuple):
@@ -100,48 +93,23 @@ def from_published(state: dict[str, Tensor]) -> Published:
     if not original and "vilt.embeddings.position_embeddings" not in state:
         got = ", ".join([*sorted(state)[:3], "…"])
         require.fail("source", "must hold a ViLT with its Hugging Face or its original names", got)
-    _join_qkv(state)
-    blocks = [re.match(r"(?:vilt\.encoder\.layer|transformer\.blocks)\.(\d+)\.", name) for name in state]
-    layers = 1 + max((int(block[1]) for block in blocks if block), default=0)
+    layers = names.count_layers(state, "transformer.blocks." if original else "vilt.encoder.layer.")
     # Hugging Face's one name: VQA reads one pooled vector (2D × D), NLVR2 two side by side (2D × 2D).
     first = state.get("classifier.0.weight")
     pairs = first is not None and first.ndim == 2 and first.shape[0] == first.shape[1]
     vqa = "vqa_classifier.0.weight" in state or (first is not None and not pairs)
     nlvr2 = "nlvr2_classifier.0.weight" in state or pairs
     rows = _rows(layers, vqa, nlvr2)
-    ours = {name: a for a, b, c in rows for name in (b, c)}
-    spelling = {a: c if original else b for a, b, c in rows}
-    _all_or_refuse("nothing else", "unexpected", sorted(set(state) - set(ours)))
-    found = {ours[name] for name in state}
-    absent = {"mlm", "itm", "rank"} - {name.split(".")[0] for name in found}
-    wanted = {a for a in spelling if a.split(".")[0] not in absent} - {"mlm.weight"}  # tied, it has no tensor
-    _all_or_refuse("every tensor of it", "missing", sorted(spelling[a] for a in wanted - found))
-
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        a, leading = ours[name], LEADING.get(ours[name], 0)
-        if tensor.shape[:leading] != (1,) * leading:
-            require.fail(name, f"must have {leading} leading axes of size 1", tuple(tensor.shape))
-        tensor = tensor[(0,) * leading]
-        if a in tensors and not torch.equal(tensors[a], tensor):
-            require.fail("source", f"must spell {spelling[a]} one way or with equal values", "two values")
-        tensors[a] = tensor
-    return Published(tensors, spelling, original)
-
-
-def _join_qkv(state: dict[str, Tensor]) -> None:
-    """Stack Hugging Face's query, key and value into qkv, in place."""
-    one = re.compile(r"(.*\.attention\.attention\.)(?:query|key|value)\.(weight|bias)")
-    for before, end in sorted({match.groups() for match in map(one.fullmatch, state) if match}):
-        names = [f"{before}{part}.{end}" for part in QKV]
-        _all_or_refuse("every tensor of it", "missing", [name for name in names if name not in state])
-        state[f"{before}qkv.{end}"] = torch.cat([state.pop(name) for name in names])
-
-
-def _all_or_refuse(rule: str, what: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        require.fail("source", f"must hold a ViLT and {rule}", f"{what} {', '.join(names[:3])}{more}")
+    spelling = {}
+    for a, face, first in rows:
+        spelling[a], other = (first, face) if original else (face, first)
+        if other != spelling[a]:
+            names.one_spelling(state, spelling[a], other)
+    heads = {"mlm", "itm", "rank"} - {a.split(".")[0] for a, theirs in spelling.items() if theirs in state}
+    held = [(a, theirs) for a, theirs in spelling.items() if a.split(".")[0] not in heads]
+    # Tied to the words, the decoder of masked words has no tensor.
+    held = [(a, theirs) for a, theirs in held if a != "mlm.weight" or theirs in state]
+    return Published(names.read(held, state, names.whole("a ViLT"), LEADING), spelling, original)
 
 
 def config_fields(
@@ -160,21 +128,15 @@ def config_fields(
         "encoder.blocks.0.fc1.weight": "F D",
     }  # fmt: skip
     size = require.shapes(**{spelling[a]: (tensors[a], pattern) for a, pattern in axes.items()})
-    layers = len({name.split(".")[2] for name in tensors if name.startswith("encoder.blocks.")})
-    grid = math.isqrt(max(size["P"] - 1, 0))
-    if not grid or grid**2 != size["P"] - 1:
-        require.fail(spelling["position"], "must hold 1 + g · g positions", size["P"])
+    layers = names.count_layers(tensors, "encoder.blocks.")
+    grid = names.square(spelling["position"], size["P"])
     expected = {
         "model_type": "vilt", "hidden_act": "gelu", "qkv_bias": True, "hidden_size": size["D"],
         "num_hidden_layers": layers, "patch_size": size["p"],
     }  # fmt: skip
-    for key, value in expected.items():
-        if json.get(key, value) != value:
-            require.fail("config.json", f"must have {key} = {value!r}, as the weights do", repr(json[key]))
+    names.agree("config.json", json, expected)
     if heads is None:
         heads = json.get("num_attention_heads")
-    if heads is None and size["D"] % 64:
-        require.fail("heads", f"must be given, as D={size['D']} is not a multiple of 64", "None")
     if eps is None:
         block_eps = json.get("layer_norm_eps", 1e-6 if original else 1e-12)
         text_eps = json.get("text_eps", json.get("layer_norm_eps", 1e-12))
@@ -184,7 +146,7 @@ def config_fields(
     mlm, word = "mlm.bias" in tensors, tensors["word.weight"]
     return {
         "vocab_size": size["V"], "max_text_len": size["T"], "dim": size["D"], "layers": layers,
-        "heads": size["D"] // 64 if heads is None else heads, "hidden": size["F"], "patch": size["p"],
+        "heads": names.head_count(heads, size["D"]), "hidden": size["F"], "patch": size["p"],
         "image_size": grid * size["p"], "image_types": size["R"] - 1, "segments": size["S"],
         "eps": block_eps, "text_eps": text_eps, "mlm": mlm,
         # Tied only if the numbers say so: the original's decoder is a matrix of its own.
