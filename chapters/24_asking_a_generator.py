@@ -54,7 +54,7 @@ def show(ax, pixels, title="", colour="black"):
 
 
 # %%
-texts = ["a dog left of a guitar", "a guitar left of a dog"]
+texts = ["a tomato left of a panda", "a panda left of a tomato"]
 fig, axes = plt.subplots(2, 7, figsize=(8, 2.6), constrained_layout=True)
 for row, text in zip(axes, texts, strict=True):
     drawn = draw(model, tokenizer, text, len(row), np.random.default_rng(3))
@@ -137,10 +137,13 @@ joint[1, 1] = joint[2, 2] = 0.1
 S = np.log(joint / joint.sum(0))  # log p(picture | caption)
 fig, axes = plt.subplots(1, 2, figsize=(6, 2.4), constrained_layout=True)
 for ax, values, title in zip(axes, (S, pmi(S)), ("log p(picture | caption)", "pmi"), strict=True):
-    ax.imshow(values, cmap="Blues")
+    ax.imshow(values, cmap="Blues", vmax=2.5)
     for (i, j), value in np.ndenumerate(values):
-        best = values[:, j].argmax() == i
-        ax.text(j, i, f"{value:.1f}", ha="center", va="center", color=RED if best else "black", fontsize=9)
+        if values[:, j].argmax() == i:
+            ax.add_patch(
+                plt.Rectangle((j - 0.45, i - 0.45), 0.9, 0.9, fill=False, edgecolor=RED, linewidth=2)
+            )
+        ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9)
     ax.set(xlabel="caption", ylabel="picture", xticks=range(3), yticks=range(3), title=title)
 plt.show()
 print("pictures found for captions 0, 1, 2: raw", S.argmax(0), " pmi", pmi(S).argmax(0))
@@ -148,7 +151,7 @@ assert S.argmax(0).tolist() == [0, 0, 0] and pmi(S).argmax(0).tolist() == [0, 1,
 assert np.array_equal(S.argmax(1), pmi(S).argmax(1))  # rows choose the same by both
 
 # %% [markdown]
-# What to see: the red number is the picture that a column chooses. Raw, picture 0 is chosen for all three
+# What to see: the red frame is the picture that a column chooses. Raw, picture 0 is chosen for all three
 # captions; by the information each caption finds its own. In a row both choose alike, because the row's
 # constant is what is taken off.
 #

@@ -69,7 +69,9 @@ def test_a_wrong_pair_has_another_picture_and_a_true_one_its_own():
 
 def test_the_pairs_of_flava_hide_both_sides_or_patches_alone():
     made = recipe("flava", batch=64, both=0.5)
-    pairs, pictures, texts = made.batch(0)
+    covered = made.batch(0)[0]
+    assert (covered.hidden[:32].sum(1) == round(0.4 * 36)).all() and covered.hidden[32:].all()
+    pairs, pictures, texts = made.batch(made.settings.steps // 2)
     assert isinstance(pairs, Pairs) and isinstance(pictures, Pictures) and isinstance(texts, Texts)
     assert (pairs.hidden[:32].sum(1) == round(0.4 * 36)).all() and (pictures.hidden.sum(1) == 14).all()
     share = pairs.hidden[32:].float().mean(1)

@@ -120,7 +120,8 @@ class CocaRecipe(Recipe):
 
     def loss(self, model: Coca, batches: Sequence[CaptionBatch], workers: Workers = ONE_PROCESS) -> Terms:
         s, (b,) = self.settings, batches
-        x, tokens = model.encode_image(b.pixels)
+        x, tokens = model.encode_image(b.pixels[:1] if self.blind else b.pixels)
+        tokens = tokens.expand(len(b.ids), -1, -1)  # grey pictures are all alike
         y, words = model.encode_text(b.ids, b.text_mask)
         terms = {}
         if s.contrast_weight and not self.blind:
