@@ -225,6 +225,8 @@ PROMISES: dict[str, dict[str, str]] = {
         "Each pair is chosen with probability p, independently": "one_coin patches_first words_only"
     },
     "attention_blocks_fused": {"differentiable once": ""},
+    "nearest_np": {"The nearest code of each vector": "nearest_without_norm vector_of_each_code"},
+    "kmeans": {"Each step moves every code to the mean": "jumps_over half_way_once dead_codes_kept"},
     "mlm_loss_fused": {"each with its gradients": "plain made_twice panels_kept"},
     "chamfer_fused": {"all that is kept is each token's best partner": "plain partners_in_the_whole"},
 }
