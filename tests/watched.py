@@ -205,6 +205,8 @@ def _kind(out: Any) -> str:
 
 
 def _same(was: Any, now: Any) -> bool:
+    if isinstance(was, tuple):
+        return all(map(_same, was, now))
     if isinstance(was, torch.Tensor):
         was, now = was.numpy(), now.numpy()
     if isinstance(was, np.ndarray):
