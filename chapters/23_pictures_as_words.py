@@ -87,8 +87,9 @@ plt.show()
 # %% [markdown]
 # What to see: on the left stands a caption of two nouns that the shipped model never saw together. It has
 # drawn five pictures for it, and then it has read each of its own drawings: the sentence above a drawing is
-# the caption that the same model writes for it, green where it says the same. One model of four layers does
-# both, with one softmax. The drawings are coarse, because 36 codes are all that it may use.
+# the caption that the same model writes for it, green where it says the same. The first caption is drawn
+# well. The second asks for two white things, and the drawings are read as other white things. One model of
+# four layers does both, with one softmax. The drawings are coarse, because 36 codes are all that it may use.
 #
 # ## The nearest code
 #
@@ -289,8 +290,8 @@ assert not far[4:].any() and far[:4].any()
 #
 # In much public code $\beta$ stands on the first term: taming-transformers had it so (issues 46 and 57; its
 # quantiser still has `legacy=True` for weights that were trained with it), deep-vector-quantization (issue
-# 2), 1d-tokenizer (pull request 120), and the quantiser of Chameleon in
-# transformers, which `tests/test_vq.py` compares with ours. Why did nobody see it?
+# 2), 1d-tokenizer (pull request 120), and the quantiser of Chameleon in transformers, which
+# `tests/test_vq.py` compares with ours. Why did nobody see it?
 
 # %%
 
@@ -417,10 +418,8 @@ plt.show()
 # encoder's vectors begin near zero, and codes drawn from a normal distribution of 32 numbers are about
 # $\sqrt{32}$ long. In $S_{ik} = 2 z_i \cdot c_k - \lVert c_k \rVert^2$ the second term decides, so nearly the
 # shortest code wins everything. Only a chosen code has a gradient: the winner moves to the vectors, and the
-# others stay where they are for ever. K-means would suffer the same without its rule for codes that nobody
-# chose. Compare the qualities: the k-means of pixels paints
-# held-out pictures better than this small VQ-VAE, and it trains no network. So the shipped Chameleon has
-# k-means codes.
+# others stay where they are for ever. Compare the qualities: the k-means of pixels paints held-out pictures
+# better than this small VQ-VAE, and it trains no network. So the shipped Chameleon has k-means codes.
 #
 # **Exercise 8** · ablate · 20 minutes. Change one thing at a time in `trained_vqvae`, without restarts: (a)
 # codes that start on 256 vectors of the first batch; (b) codes of a tenth of the length; (c) $\beta$ on the
@@ -476,8 +475,8 @@ assert (image_first[np.ix_(turned, turned)] == np.tri(9, dtype=bool)).all()
 #
 # $$ \tfrac12 \cdot \text{next words} + \text{next codes} + 10^{-5} (\log Z)^2, $$
 #
-# each the mean over its own tokens, for a picture has 36 codes and a caption eight words. The last term is
-# explained below. One pass in each order gives four numbers, by the chain rule of chapter 21:
+# each the mean over its own tokens, for a picture has 36 codes and a caption about seven words. The last
+# term is explained below. One pass in each order gives four numbers, by the chain rule of chapter 21:
 
 # %%
 captions = [scene.caption for scene in scenes]
