@@ -576,6 +576,9 @@ assert torch.allclose(turned.norm(dim=1), q.norm())
 check("rms_norm_np", "rotary_np")
 
 # %% [markdown]
+# **The gated MLP** is $W_{\text{down}} \bigl( \text{silu}(W_{\text{gate}} x) \circ W_{\text{up}} x \bigr)$
+# with $\text{silu}(u) = u / (1 + e^{-u})$: one product decides how much of the other passes (Shazeer 2020).
+#
 # **QK-norm.** With two kinds of tokens in one softmax the Chameleon team saw norms grow until training
 # broke down: a kind that wants to be heard raises its scores, and the other answers. QK-norm puts a
 # LayerNorm on each head's queries and keys, before they are turned. A normed vector of $d$ numbers has
@@ -618,8 +621,8 @@ for drift in (0.0, 300.0):
     print(f"scores {low.float().tolist()}, probabilities {low.float().softmax(0).numpy().round(3)}")
 assert (scores + 300).to(torch.bfloat16)[0] == (scores + 300).to(torch.bfloat16)[1]
 with torch.no_grad():
-    every = torch.zeros(1, dtype=torch.bool)  # the text first
-    log_z = model.scores(model.encode(text_ids, text_mask, image_ids, every)).logsumexp(-1)[0]
+    text_leads = torch.zeros(1, dtype=torch.bool)
+    log_z = model.scores(model.encode(text_ids, text_mask, image_ids, text_leads)).logsumexp(-1)[0]
 print(f"log Z of the shipped model lies between {log_z.min():.1f} and {log_z.max():.1f}")
 assert log_z.abs().max() < 50
 
@@ -642,8 +645,7 @@ assert log_z.abs().max() < 50
 
 # %%
 with torch.no_grad():
-    images_first = torch.ones(1, dtype=torch.bool)
-    states = model.encode(text_ids, text_mask, image_ids, images_first)
+    states = model.encode(text_ids, text_mask, image_ids, ~text_leads)
     at_words = model.scores(states[0, : len(text_ids[0]) - 1])  # of the next word
 word = torch.arange(config.vocab_size) < config.begin
 astray = at_words.softmax(-1)[:, ~word].sum(1)
@@ -671,13 +673,13 @@ assert torch.equal(public, at_words)
 #
 # **Exercise 13** · `restrict` · difficulty 1 of 3 · 10 minutes. Open `chapters/exercises/decoder.py`.
 #
-# **Exercise 14** · break and repair · 15 minutes. Write −10,000 over the others in place of $-\infty$, in
-# float32, and find scores for which a forbidden token is drawn. Which law tells?
+# **Exercise 14** · break and repair · 15 minutes. Subtract 10,000 from the other scores in place of writing
+# $-\infty$, as much code does, and find scores for which a forbidden token is drawn. Which law tells?
 #
 # <details><summary>Answer</summary>
 #
 # Scores that lie more than 10,000 apart, `[0, 20000]` with the second one forbidden: it keeps 10,000 and
-# wins. `outside_is_exactly_zero` asks with such scores. They are rare, which is why −10,000 is common.
+# wins. `outside_is_exactly_zero` asks with such scores, and it asks for $-\infty$, not for a large number.
 # </details>
 
 # %%
@@ -737,7 +739,8 @@ assert followed[0] < 0.05 < followed[1] < followed[2] and spread[-1] < spread[1]
 #
 # A model that gives every picture a probability can be asked the question of chapter 21 the other way round:
 # after which caption is this picture likelier, after its own, or after the same words with the nouns
-# exchanged? The picture is the same on both sides, so all that is hard about it cancels.
+# exchanged? Both sides have the same picture, so what is hard to draw in it costs the same
+# under both captions.
 
 # %%
 false = [swapped(scene) for scene in scenes]
@@ -783,7 +786,7 @@ for spans in ([(2, 3)], [(2, 3), (9, 12)], [(4, 4)]):
 lost = document.tolist()
 word_lost, lost[4] = lost[4], marks[0]  # an empty span that overwrites a word, as in the public code
 print("an empty span that takes its place from a word loses:", names[word_lost])
-assert word_lost not in lost[4:5] and len(spans_to_end(document, [(4, 4)], marks, end)) == 17
+assert word_lost not in lost and len(spans_to_end(document, [(4, 4)], marks, end)) == 17
 
 # %% [markdown]
 # What to see: in the second line a hole is in the words and another in the picture, and both are filled at
@@ -813,10 +816,16 @@ assert word_lost not in lost[4:5] and len(spans_to_end(document, [(4, 4)], marks
 check("spans_back")
 
 # %% [markdown]
+# ## The answer
+#
+# One vocabulary can hold both. One model with one softmax drew, captioned and judged, and what differs
+# between the three is a table of who sees whom and a table of what is allowed. The price is the codebook:
+# nothing finer than its codes can be drawn or read.
+#
 # ## Bugs of public code
 #
 # * $\beta$ on the codebook's term: taming-transformers, issues 46 and 57; deep-vector-quantization, issue 2;
-#   1d-tokenizer, pull request 120; transformers' Chameleon quantiser. The cell of four pulls finds it.
+#   1d-tokenizer, pull request 120; transformers' Chameleon quantiser. The cell that prints the pulls finds it.
 # * A processor that allows only some tokens and lets all pass: facebookresearch/chameleon,
 #   `logits_processor.py`. The cell of probability 0 finds it.
 # * An empty span that loses a word, and an end mark that is cut off: facebookresearch/metaseq,
