@@ -825,7 +825,7 @@ check("spans_back")
 # ## Bugs of public code
 #
 # * $\beta$ on the codebook's term: taming-transformers, issues 46 and 57; deep-vector-quantization, issue 2;
-#   1d-tokenizer, pull request 120; transformers' Chameleon quantiser. The cell that prints the pulls finds it.
+#   1d-tokenizer, pull request 120; transformers' Chameleon quantiser. The cell that prints pulls finds it.
 # * A processor that allows only some tokens and lets all pass: facebookresearch/chameleon,
 #   `logits_processor.py`. The cell of probability 0 finds it.
 # * An empty span that loses a word, and an end mark that is cut off: facebookresearch/metaseq,
