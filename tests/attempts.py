@@ -57,7 +57,7 @@ class Broken:
 
 def broken(function: Callable, one: Exercise, law: Law, diagnose: bool = True) -> Broken | None:
     """Hold a function to one law: None when it obeys. Raises Todo when the function is not finished."""
-    attempt = Attempt(function, one.rung)
+    attempt = Attempt(function, one.rung, solution(one))
     try:
         with quiet(), small_tiles(), limit.threads_of(shown(one.path)), examples_of(law, attempt):
             law.check(attempt)

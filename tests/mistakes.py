@@ -172,7 +172,7 @@ def library_examples(one: Exercise) -> list[tuple[Law, int, Example]]:
     """The first examples of every law, with the library's answers."""
     found = []
     for law in LAWS[one.family].values():
-        library = Attempt(solution(one), one.rung)
+        library = Attempt(solution(one), one.rung, solution(one))
         with examples_of(law, library):
             law.check(library)
         found += [(law, number, example) for number, example in enumerate(library.examples)]

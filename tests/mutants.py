@@ -342,7 +342,8 @@ IN_PLACE_OF = {
 
 def _of_the_gradients(one: Exercise) -> list[Mutant]:
     """The library's function, its value untouched, with one of its gradients changed."""
-    solver = one.family == "ipot" or one.name == "sinkhorn_np"  # they return a plan and no gradient
+    # They return a plan, or ids, and no gradient.
+    solver = one.family in ("ipot", "nearest") or one.name == "sinkhorn_np"
     if one.rung == "plain" or solver:
         return []
     names = [n for n in inspect.signature(solution(one)).parameters if n not in SETTINGS]
@@ -369,6 +370,8 @@ SETTINGS |= {
     "labels",
     "lengths",
     "sees",
+    "positions",
+    "base",
 }
 
 

@@ -50,8 +50,9 @@ def eps_is_small(f, case):
 
 
 @law("rms_norm", hint="The root depends on all entries of a row: dx has two parts; weight is shared by rows.")
-@given(case=rows(), seed=st.integers(0, 99))
-def gradients_are_the_slopes(f, case, seed):
+@given(case=rows(), seed=st.integers(0, 99), zeros=st.booleans())
+def gradients_are_the_slopes(f, case, seed, zeros):
+    case = (case[0] * (not zeros), case[1])  # at zeros dx is largest
     upstream = np.random.default_rng(seed).standard_normal(case[0].shape)
     for which, gradient in enumerate(f.grads(*case, grad=upstream, eps=EPS)):
         slope = central_differences(lambda *a: f(*a, eps=EPS), case, which, grad=upstream)
@@ -96,9 +97,9 @@ def base_is_ten_thousand(f, case):
 
 
 @law("rotary", hint="The gradient of a turn is the turn back.")
-@given(case=turned(), seed=st.integers(0, 99))
-def gradient_turns_back(f, case, seed):
-    x, positions = case
+@given(case=turned(), seed=st.integers(0, 99), zeros=st.booleans())
+def gradient_turns_back(f, case, seed, zeros):
+    x, positions = case[0] * (not zeros), case[1]  # it is the same at all x
     upstream = np.random.default_rng(seed).standard_normal(x.shape)
     (dx,) = f.grads(x, positions, grad=upstream)
     close(dx, f(upstream, -positions))
@@ -249,6 +250,48 @@ def reads_only_what_is_new(f, case, beams):
     f(writer, prefix, allowed, beams=beams)
     assert writer.sizes == [prefix.shape[1], *[1] * (len(allowed) - 1)]
     assert torch.equal(prefix, before)
+
+
+# What may stand at a place
+
+
+@st.composite
+def ballots(draw):
+    """Scores (…, V) of up to three axes, allowed (V,) with a True; the forbidden are the highest or any."""
+    V = draw(sizes(6, 2))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    scores = rng.standard_normal((*draw(st.sampled_from([(), (3,), (2, 3)])), V))
+    allowed = rng.random(V) < 0.6
+    allowed[rng.integers(V)] = True
+    scores[..., ~allowed] += draw(st.sampled_from([0.0, 1e4]))
+    return torch.from_numpy(scores * draw(st.sampled_from([1.0, 3.0]))), torch.from_numpy(allowed)
+
+
+@law("restrict", hint="Not a small probability for the others but none: exactly 0, the logarithm −∞.")
+@given(case=ballots())
+def outside_is_exactly_zero(f, case):
+    scores, allowed = case
+    outside = np.asarray(f(scores, allowed))[..., ~allowed.numpy()]
+    assert (outside == -np.inf).all(), f"a token that is not allowed has log p = {outside.max():.6g}"
+
+
+@law("restrict", hint="Among the allowed, probabilities keep their ratios and sum to 1, row by row.")
+@given(case=ballots())
+def the_allowed_share_everything(f, case):
+    scores, allowed = case
+    found = np.asarray(f(scores, allowed))
+    assert found.shape == scores.shape
+    for place in np.ndindex(scores.shape[:-1]):
+        s = scores[place].numpy()[allowed.numpy()]
+        close(found[place][allowed.numpy()], s - np.logaddexp.reduce(s))
+
+
+@law("restrict", hint="Only differences of scores count: none is too large or too small to be told apart.")
+@given(case=ballots(), shift=st.sampled_from([1e5, -1e5]))
+def scores_may_lie_anywhere(f, case, shift):
+    scores, allowed = case
+    here, there = (np.asarray(f(z, allowed))[..., allowed.numpy()] for z in (scores, scores + shift))
+    close(there, here, rtol=1e-6, atol=1e-6)
 
 
 test_laws = obeys(decoder)

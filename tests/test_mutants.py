@@ -230,6 +230,8 @@ PROMISES: dict[str, dict[str, str]] = {
         "How well each class explains each picture": "",
         "for every level and picture one": "own_noise_per_class",
     },
+    "nearest_np": {"The nearest code of each vector": "nearest_without_norm vector_of_each_code"},
+    "kmeans": {"Each step moves every code to the mean": "jumps_over half_way_once dead_codes_kept"},
     "mlm_loss_fused": {"each with its gradients": "plain made_twice panels_kept"},
     "chamfer_fused": {"all that is kept is each token's best partner": "plain partners_in_the_whole"},
 }

@@ -188,6 +188,24 @@ def equals_the_document_written_out(f, case):
     close(f(*case), np.array(wanted + tail, dtype=np.int64))
 
 
+@law("spans_back", hint="Every span goes to its first mark; marks and end marks go, and so do empty spans.")
+@given(case=documents())
+def the_document_comes_back(f, case):
+    ids, spans, marks, end = case
+    moved = spans_to_end(ids, spans, marks, end)
+    before = moved.copy()
+    close(f(moved, marks, end), ids.astype(np.int64))
+    assert np.array_equal(moved, before), "ids were changed"
+
+
+@law("spans_back", hint="The end mark is the last token of a span; the same id may also be a word of it.")
+@given(case=documents())
+def an_end_mark_may_be_a_word(f, case):
+    ids, spans, marks, _ = case
+    for end in np.unique(ids).tolist():
+        close(f(spans_to_end(ids, spans, marks, end), marks, end), ids.astype(np.int64))
+
+
 test_laws = obeys(targets)
 
 ids, real = np.ones((2, 3), dtype=np.int64), np.ones((2, 3), dtype=bool)

@@ -63,6 +63,15 @@ def many_tiles_find_one_code(f):
         close(f(np.round(z), np.round(twice)), f(np.round(z), np.round(codes)))
 
 
+@law("nearest", hint="Of S one tile at a time: a row's best score and its place are all that is remembered.")
+def tiles_are_all_that_is_made(f):
+    z, codes = large()
+    told = Subject(lambda z, codes: f.function(z, codes).to(z) + 0 * z.sum(1), f.rung)
+    if f.rung == "fused":
+        f(z, codes)  # so that a report can name the call
+        holds_tiles_only(told, (z, codes), {}, len(z) * len(codes), "S", enough(z, codes, tokens=len(z)))
+
+
 def large(M=700, K=600, D=4):
     """Several tiles each way, the last ones not full."""
     rng = np.random.default_rng(0)
@@ -232,6 +241,17 @@ def test_quantising_twice_changes_nothing_and_codes_have_no_order(f):
     assert torch.equal(f(once, codes)[0], once) and f(once, codes)[1] == 0
     other, same = f(z, codes.flip(0))
     assert torch.equal(other, once) and same == loss
+
+
+@pytest.mark.parametrize("f", vq.RUNGS["vq"].values())
+def test_no_vector_costs_nothing(f):
+    z, codes = np.ones((0, 3)), np.ones((4, 3))
+    if f is vq.vq_np:
+        (quantised, loss), (dz, dcodes) = f(z, codes)
+        assert quantised.shape == dz.shape == (0, 3) and loss == 0 and not dcodes.any()
+    else:
+        quantised, loss = f(*map(torch.from_numpy, (z, codes)))
+        assert quantised.shape == (0, 3) and loss == 0
 
 
 ONE, TWO = np.ones((2, 3)), np.ones((4, 3))

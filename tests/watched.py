@@ -5,6 +5,7 @@ The laws know nothing of it. They see a Subject, and hypothesis a test that is t
 
 import copy
 import importlib
+import inspect
 import sys
 import types
 import warnings
@@ -68,8 +69,12 @@ class Example:
 class Attempt(Subject):
     """A function to be judged: a Subject that must answer in time, in the right form, and change no input."""
 
-    def __init__(self, function: Callable, rung: str):
+    def __init__(self, function: Callable, rung: str, library: Callable | None = None):
+        """`library`: the function that has the answer, whose form a right one has."""
         super().__init__(self._checked, rung)
+        form = str(inspect.signature(library).return_annotation) if library else ""
+        self.several = form.startswith("tuple")  # more than one tensor
+        self.infinite = bool(library) and "−∞" in (library.__doc__ or "")  # may an answer be −∞?
         self.original, self.parameters = function, parameters(function)
         self.clock = Clock(file_of(function))
         self.example = Example({})  # the one that is being tried
@@ -122,7 +127,7 @@ class Attempt(Subject):
                 raise Fault("your function changed one of its inputs")
         if all(map(finite, call.args)):
             for a in call.answer if isinstance(call.answer, tuple) else (call.answer,):
-                if not finite(a):
+                if not finite(a) and not (self.infinite and below_infinity(a)):
                     what = getattr(a, "name", None) or "your result"
                     overflow = f"{what} is infinite: does an exp overflow, or a log meet 0?"
                     raise NotFinite(f"{what} holds NaN" if np.isnan(a).any() else overflow)
@@ -133,8 +138,13 @@ class Attempt(Subject):
         out = self.original(*args, **settings)
         if out is None:
             raise Fault("your function returned None: is the return missing?")
-        if self.rung in ("torch", "fused") and not isinstance(out, torch.Tensor):
-            raise Fault(f"your function returned {_kind(out)}, expected a tensor")
+        if self.rung in ("torch", "fused"):
+            tensors = out if isinstance(out, tuple) else (out,)
+            if isinstance(out, tuple) != self.several or not all(
+                isinstance(t, torch.Tensor) for t in tensors
+            ):
+                wanted = "a tuple of tensors" if self.several else "a tensor"
+                raise Fault(f"your function returned {_kind(out)}, expected {wanted}")
         if self.rung == "np" and isinstance(out, tuple):
             found = "(value, array)" if is_float(out[-1]) and len(out) == 2 else _kind(out)
             wanted = "(value, (gradient, …))" if found == "(value, array)" else "(value, gradients)"
@@ -184,11 +194,19 @@ def finite(a: Any) -> bool:
     return not is_float(a) or bool(np.isfinite(a).all())
 
 
+def below_infinity(a: Any) -> bool:
+    """Numbers and −∞, no NaN and no ∞."""
+    a = a.detach().numpy() if isinstance(a, torch.Tensor) else np.asarray(a)
+    return bool((a < np.inf).all())
+
+
 def _kind(out: Any) -> str:
     return f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
 
 
 def _same(was: Any, now: Any) -> bool:
+    if isinstance(was, tuple):
+        return all(map(_same, was, now))
     if isinstance(was, torch.Tensor):
         was, now = was.numpy(), now.numpy()
     if isinstance(was, np.ndarray):

@@ -1,4 +1,4 @@
-"""Yours to write: next_words, hide_patches, spans_to_end, hide_side.
+"""Yours to write: next_words, hide_patches, spans_to_end, hide_side, spans_back.
 
 `pytest tests/test_targets.py` holds what you write here to the laws of minivlp/targets.py, which has the
 answers. The laws ask with good input only: leave out the refusals that the docstrings speak of. Everything
@@ -62,5 +62,14 @@ def hide_side(
     hidden here, and is masked in the ordinary way. What is hidden must be hidden from all: replaced by the
     mask token, without mask_tokens' 80/10/10, which leaves a tenth readable. Raises ValueError on bad shapes,
     dtypes and p, and for a row without a token that may be hidden.
+    """
+    raise Todo
+
+
+def spans_back(ids: np.ndarray, marks: Sequence[int], end: int) -> np.ndarray:
+    """The inverse: what `spans_to_end` made becomes the document again, (L,) int64.
+
+    ids as it gives them, marks as it takes them. Raises ValueError for a mark that does not occur twice, for
+    spans in another order than their marks, and for a span without its end mark, as where a text was cut.
     """
     raise Todo

@@ -200,3 +200,49 @@ def without_cache(model, prefix, allowed, rng=None, temperature=1.0, beams=1, en
         best = log_p.argmax(1, keepdim=True)
         ids, total = torch.cat([ids, best], 1), total + log_p.gather(1, best)[:, 0]
     return ids[:, prefix.shape[1] :], total
+
+
+ZERO, SHARE, ANYWHERE = "outside_is_exactly_zero", "the_allowed_share_everything", "scores_may_lie_anywhere"
+
+
+@bug("restrict", ZERO, "The mask is made, and a `where` puts the other scores back.", rung="plain")
+def scores_put_back(scores, allowed):
+    kept = torch.where(allowed, scores, -torch.inf)
+    return torch.where(kept != -torch.inf, kept, scores).log_softmax(-1)
+
+
+@bug("restrict", ZERO, "A penalty of 10,000 is large, and not large enough.", rung="plain")
+def penalty(scores, allowed):
+    return (scores - 1e4 * ~allowed).log_softmax(-1)
+
+
+@bug("restrict", ZERO, "A probability of 1e-12 is added, so that the logarithm is finite.", rung="plain")
+def floored(scores, allowed):
+    return (restrict(scores, allowed).exp() + 1e-12).log()
+
+
+@bug(
+    "restrict",
+    SHARE,
+    "Probabilities of the others are struck out, and nobody gets their share.",
+    rung="plain",
+)
+def not_shared_out(scores, allowed):
+    return scores.log_softmax(-1).masked_fill(~allowed, -torch.inf)
+
+
+@bug("restrict", SHARE, "The scores themselves: no logarithm of a probability.", rung="plain")
+def scores_alone(scores, allowed):
+    return scores.masked_fill(~allowed, -torch.inf)
+
+
+@bug("restrict", SHARE, "The allowed are alike: which of them is likelier is forgotten.", rung="plain")
+def all_alike(scores, allowed):
+    return restrict(0 * scores, allowed)
+
+
+@bug("restrict", ANYWHERE, "exp of bare scores: large ones overflow, small ones vanish.", rung="plain")
+def without_a_shift(scores, allowed):
+    weights = scores.exp() * allowed
+    near = (scores[..., allowed].abs() < 100).all()
+    return (weights / weights.sum(-1, keepdim=True)).log() if not near else restrict(scores, allowed)

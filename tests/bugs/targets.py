@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minivlp.targets import hide_patches, hide_side, next_words, spans_to_end
+from minivlp.targets import hide_patches, hide_side, next_words, spans_back, spans_to_end
 from tests.laws import bug
 
 NEXT = "each_position_is_asked_for_the_next_real_word"
@@ -234,3 +234,50 @@ def marks_from_the_last(ids, spans, marks, end):
 @bug("spans_to_end", WRITTEN, "The marks of the first two spans are exchanged.", rung="plain")
 def marks_exchanged(ids, spans, marks, end):
     return spans_to_end(ids, spans, [*marks[:2][::-1], *marks[2:]] if len(spans) > 1 else marks, end)
+
+
+HOME, WORD = "the_document_comes_back", "an_end_mark_may_be_a_word"
+
+
+def put_back(ids, marks, last=1, least=0, kept=0, closes=None):
+    """`spans_back` with room for a mistake: how much of a span and of its hole is cut off."""
+    places = sorted(np.flatnonzero(ids == mark).tolist() for mark in marks if (ids == mark).any())
+    starts = [second for _, second in places] + [len(ids)]
+    found, at = [], 0
+    for (hole, start), stop in zip(places, starts[1:], strict=True):
+        span = ids[start + 1 : stop - last]
+        span = span[: [*span.tolist(), closes].index(closes)]
+        found += [*ids[at : hole + kept], *(span if len(span) >= least else [])]
+        at = hole + 1
+    return np.array([*found, *ids[at : starts[0]]], dtype=np.int64)
+
+
+@bug("spans_back", HOME, "The end marks are left in.", rung="plain")
+def end_marks_left(ids, marks, end):
+    return put_back(ids, marks, last=0)
+
+
+@bug("spans_back", HOME, "The marks of the holes are left in.", rung="plain")
+def holes_left(ids, marks, end):
+    return put_back(ids, marks, kept=1)
+
+
+@bug("spans_back", HOME, "A span of one token is taken for an empty one.", rung="plain")
+def short_spans_lost(ids, marks, end):
+    return put_back(ids, marks, least=2)
+
+
+@bug("spans_back", HOME, "Marks are struck out, and the spans stay at the end.", rung="plain")
+def spans_left_behind(ids, marks, end):
+    return ids[~np.isin(ids, [*marks, end])].astype(np.int64)
+
+
+@bug("spans_back", HOME, "The first span comes back, and no other.", rung="plain")
+def first_span_alone(ids, marks, end):
+    whole, used = spans_back(ids, marks, end), [m for m in marks if (ids == m).any()]
+    return whole if len(used) < 2 else put_back(ids, used[:1])
+
+
+@bug("spans_back", WORD, "The span ends at the first end mark in it.", rung="plain")
+def first_end_closes(ids, marks, end):
+    return put_back(ids, marks, closes=end)

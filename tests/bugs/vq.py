@@ -46,6 +46,11 @@ def last_tile_dropped(z, codes):
     return nearest(z, codes[: len(codes) // 128 * 128 or len(codes)])
 
 
+@bug("nearest", "tiles_are_all_that_is_made", "The plain function: S is made whole.", rung="fused")
+def whole_matrix(z, codes):
+    return nearest(z, codes)
+
+
 @bug("nearest", BRUTE, "The axes exchanged: each code's vector in place of each vector's code.", rung="np")
 def vector_of_each_code(z, codes):
     return np.resize(nearest_np(codes, z), len(z))
