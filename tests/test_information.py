@@ -14,6 +14,8 @@ from minivlp.information import entropies, infonce_bound, rate_distortion, rate_
 from tests.laws import close, law, obeys, refuses
 from tests.strategies import sizes
 
+TURNS = ("rate_distortion", "rate_distortion_np")  # all rungs, and the one that learners write
+
 
 def table(seed, *shape):
     """A joint distribution with some impossible entries."""
@@ -54,9 +56,7 @@ def optimal_loss(p, B, draws=400, seed=0):
     return total
 
 
-@law(
-    "rate_distortion", hint="W = softmax(log q − β d) along each row, then q = p W; the rate is I of p and W."
-)
+@law(*TURNS, hint="W = softmax(log q − β d) along each row, then q = p W; the rate is I of p and W.")
 @given(M=sizes(4), N=sizes(4), beta=st.sampled_from([0.3, 2.0, 8.0]), seed=st.integers(0, 99))
 def equals_the_slow_loop(f, M, N, beta, seed):
     rng = np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def equals_the_slow_loop(f, M, N, beta, seed):
         close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
-@law("rate_distortion", hint="In logarithms: exp(−β d) underflows at a high price, its softmax does not.")
+@law(*TURNS, hint="In logarithms: exp(−β d) underflows at a high price, its softmax does not.")
 @given(seed=st.integers(0, 99))
 def a_high_price_keeps_everything(f, seed):
     rng = np.random.default_rng(seed)
