@@ -208,7 +208,7 @@ def test_no_shipped_model_proves_more_than_there_is(sources, pairs):
     tiny, matcher = [small[i] for i in range(n)], Matcher(clip.model, clip.tokenizer)
     words = matcher.texts([s.caption for s in tiny])
     compared = {
-        "CLIP": float(clip.model.scale) * similarities(words, matcher.pictures(scene_pixels(tiny))),
+        "CLIP": float(clip.model.scale.detach()) * similarities(words, matcher.pictures(scene_pixels(tiny))),
         "CoCa": float(coca.model.scale.detach()) * writer.contrast(texts, scenes),
     }
     told = {

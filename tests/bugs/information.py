@@ -10,6 +10,7 @@ from tests.laws import bug
 
 SUMS, BOUND = "equals_the_sums", "is_the_logarithm_of_the_batch_less_the_loss"
 LOOP, PRICE = "equals_the_slow_loop", "a_high_price_keeps_everything"
+NOBODY = "a_stand_in_that_nobody_takes_changes_nothing"
 
 
 @bug("entropies", SUMS, "Bits for nats.", rung="plain")
@@ -124,3 +125,13 @@ def exp_underflows(distortion, p, beta, steps=100):
         q = p @ W
     T = p[:, None] * W
     return torch.xlogy(T, W / q).sum(), (T * distortion).sum(), q
+
+
+@wrong_turn(NOBODY, "The logarithm of a stand-in that nobody takes: 0 times infinity in the rate.")
+def log_of_nothing(distortion, p, beta, steps=100):
+    q = torch.full_like(distortion[0], 1 / distortion.shape[1])
+    for _ in range(steps):
+        log_W = (q.log() - beta * distortion).log_softmax(1)
+        q = p @ log_W.exp()
+    T = p[:, None] * log_W.exp()
+    return (T * (log_W - q.log())).sum(), (T * distortion).sum(), q
