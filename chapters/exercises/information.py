@@ -36,8 +36,8 @@ def rate_distortion_np(
     """A point of R(D) by Blahut and Arimoto: `(rate in nats, mean distortion, column marginal q (N,))`.
 
     distortion (M, N) between x_i and its possible stand-ins, p (M,) how likely the x_i are, beta > 0 the
-    price of a unit of distortion in nats, steps ≥ 1. The number of steps is fixed, and nothing looks whether they
-    were enough: where stand-ins are nearly alike, or beta is small, it takes more. Raises ValueError on bad
-    shapes, mixed dtypes, NaN, infinities, a p that is no distribution, beta ≤ 0 and steps < 1.
+    price of a unit of distortion in nats, steps ≥ 1. The number of steps is fixed, and nothing looks whether
+    they were enough: where stand-ins are nearly alike, or beta is small, it takes more. Raises ValueError on
+    bad shapes, mixed dtypes, NaN, infinities, a p that is no distribution, beta ≤ 0 and steps < 1.
     """
     raise Todo
