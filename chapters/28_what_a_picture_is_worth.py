@@ -619,8 +619,8 @@ plt.show()
 # <details><summary>Answer</summary>
 #
 # With the true one among 32 it is InfoNCE with $\log q(x \mid c)$ as its score: at most $\ln 32 = 3.47$. With
-# the true one left out, the sum misses its largest term and the bar rises far above $I$: a mean of
-# exponentials that is taken from a sample is too small where it counts. This is the plug-in trap again.
+# the true one left out, the sum misses its largest term, and the bar can pass $I$: a mean of exponentials
+# that is taken from a sample is too small where it counts. This is the plug-in trap again.
 # </details>
 #
 # ## More rivals, another order
