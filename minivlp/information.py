@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from minivlp.core import require
-from minivlp.core.precision import working, working_np
+from minivlp.core.precision import at_least_float32, working, working_np
 from minivlp.sinkhorn import logsumexp_np
 
 
@@ -44,22 +44,26 @@ def entropies(joint: np.ndarray) -> dict[str, float]:
     require.shapes(np.ndarray, joint=(joint, "M N"))
     require.floats(joint=joint)
     _distribution("joint", joint)
+    joint = joint.astype(np.float64)
     x, y, both = (_entropy(p) for p in (joint.sum(1), joint.sum(0), joint))
     given = {"x_given_y": both - y, "y_given_x": both - x, "mutual": x + y - both}
     return {"x": x, "y": y, "joint": both} | given
 
 
 def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0].astype(np.float64)
+    p = p[p > 0]
     return float(-(p * np.log(p)).sum())
 
 
 def _distribution(name: str, p: np.ndarray | Tensor) -> None:
-    """Refuse what is below 0 or does not sum to one."""
+    """Refuse what is below 0 or does not sum to one, up to the rounding of its own dtype."""
     if bool((p < 0).any()):
         require.fail(name, "must be at least 0", float(p.min()))
-    if not math.isclose(float(p.sum()), 1, abs_tol=1e-5):
-        require.fail(name, "must sum to 1", float(p.sum()))
+    tensor = isinstance(p, Tensor)
+    total = float((working(p.detach()) if tensor else working_np(p))[0].sum())
+    eps = float((torch if tensor else np).finfo(p.dtype).eps)
+    if not math.isclose(total, 1, abs_tol=max(1e-5, eps)):
+        require.fail(name, "must sum to 1", total)
 
 
 def infonce_bound(loss: float, B: int) -> float:
@@ -78,9 +82,10 @@ def rate_distortion_np(
 ) -> tuple[float, float, np.ndarray]:
     """A point of R(D) by Blahut and Arimoto: `(rate in nats, mean distortion, column marginal q (N,))`.
 
-    distortion (M, N) between each x and each of its possible stand-ins, p (M,) how likely each x is, beta > 0
-    the price of a unit of distortion in nats, steps ≥ 1. Raises ValueError on bad shapes, mixed dtypes, NaN,
-    infinities, a p that is no distribution, beta ≤ 0 and steps < 1.
+    distortion (M, N) between x_i and its possible stand-ins, p (M,) how likely the x_i are, beta > 0 the
+    price of a unit of distortion in nats, steps ≥ 1. The number of steps is fixed, and nothing looks whether
+    they were enough: where stand-ins are nearly alike, or beta is small, it takes more. Raises ValueError on
+    bad shapes, mixed dtypes, NaN, infinities, a p that is no distribution, beta ≤ 0 and steps < 1.
     """
     _check(np.ndarray, distortion, p, beta, steps)
     d, p = working_np(distortion, p)
@@ -91,7 +96,7 @@ def rate_distortion_np(
         q = p @ np.exp(log_W)
         log_q = np.log(np.maximum(q, np.finfo(q.dtype).tiny))  # a stand-in that nobody takes stays away
     T = p[:, None] * np.exp(log_W)
-    return float((T * (log_W - log_q)).sum()), float((T * d).sum()), q
+    return float((T * (log_W - log_q)).sum()), float((T * d).sum()), q.astype(distortion.dtype)
 
 
 def rate_distortion(
@@ -99,23 +104,26 @@ def rate_distortion(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in PyTorch: `(rate, mean distortion, q (N,))`; arguments and errors as there."""
     _check(Tensor, distortion, p, beta, steps)
-    d, p = working(distortion, p)
-    log_q = d.new_full((d.shape[1],), -math.log(d.shape[1]))
-    for _ in range(steps):
-        log_W = (log_q - beta * d).log_softmax(1)  # (M, N)
-        q = p @ log_W.exp()
-        log_q = q.clamp_min(torch.finfo(q.dtype).tiny).log()
-    T = p[:, None] * log_W.exp()
-    return (T * (log_W - log_q)).sum(), (T * d).sum(), q
+    with at_least_float32(distortion, p) as (d, p):
+        log_q = d.new_full((d.shape[1],), -math.log(d.shape[1]))
+        for _ in range(steps):
+            log_W = (log_q - beta * d).log_softmax(1)  # (M, N)
+            q = p @ log_W.exp()
+            log_q = q.clamp_min(torch.finfo(q.dtype).tiny).log()
+        T = p[:, None] * log_W.exp()
+        found = (T * (log_W - log_q)).sum(), (T * d).sum(), q
+    return tuple(z.to(distortion.dtype) for z in found)
 
 
 def _check(library, distortion, p, beta: float, steps: int) -> None:
-    require.shapes(library, distortion=(distortion, "M N"), p=(p, "M"))
+    sizes = require.shapes(library, distortion=(distortion, "M N"), p=(p, "M"))
+    if not sizes["N"]:
+        require.fail("distortion", "must have at least one column", tuple(distortion.shape))
     require.floats(distortion=distortion, p=p)
     _distribution("p", p)
     require.positive(beta=beta)
-    if steps < 1:
-        require.fail("steps", "must be at least 1", steps)
+    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
+        require.fail("steps", "must be a whole number ≥ 1", steps)
 
 
 RUNGS = {

@@ -203,6 +203,8 @@ def answer(call: Call, subject: Subject) -> Any:
 
 
 def parts(answer: Any) -> tuple:
+    if isinstance(answer, dict):
+        return tuple(answer[name] for name in sorted(answer))
     return answer if isinstance(answer, tuple) else (answer,)
 
 
@@ -210,5 +212,7 @@ def agree(one: Any, other: Any) -> bool:
     """Are two answers the same, numbers up to rounding?"""
     if isinstance(one, list) or one is None or other is None:
         return isinstance(other, list) and one == other
+    if isinstance(one, dict) and (not isinstance(other, dict) or one.keys() != other.keys()):
+        return False
     pairs = list(zip(parts(one), parts(other), strict=False))
     return all(np.shape(a) == np.shape(b) and np.allclose(a, b, 1e-6, 1e-9, True) for a, b in pairs)

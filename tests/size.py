@@ -18,7 +18,7 @@ CEILINGS = {
     "bench": 975, "claims": 1320, "commands": 225, "core": 300, "data": 1075, "evaluation": 995,
     "ideas": 2910, "kernels": 395, "models": 2235, "pictures": 465, "recipes": 2085, "training": 510,
 }  # fmt: skip
-PLUMBING = 6040
+PLUMBING = 6102
 
 
 def code_lines(source: str) -> int:

@@ -26,6 +26,7 @@ from minivlp import (
     filip,
     hinge,
     infonce,
+    information,
     ipot,
     itm,
     lora,
@@ -42,8 +43,8 @@ from minivlp import (
 )
 
 IDEAS = [
-    attention, bayes, boxes, chamfer, decoder, filip, hinge, infonce, ipot, itm, lora, masks, mlm, nce,
-    patch, pooling, regions, sigmoid, sinkhorn, transformer, vq,
+    attention, bayes, boxes, chamfer, decoder, filip, hinge, infonce, information, ipot, itm, lora, masks,
+    mlm, nce, patch, pooling, regions, sigmoid, sinkhorn, transformer, vq,
 ]  # fmt: skip
 RUNGS = {family: ladder for idea in IDEAS for family, ladder in idea.RUNGS.items() if "torch" in ladder}
 del RUNGS["nearest"]  # it has no gradient, and vq calls it
@@ -65,6 +66,24 @@ def in_one(function: Callable) -> Callable:
 
 
 RUNGS["vq"] = {rung: in_one(function) for rung, function in RUNGS["vq"].items()}
+
+
+def in_a_row(function: Callable) -> Callable:
+    """rate_distortion with its three values in one vector: rate, mean distortion, the column marginal."""
+
+    def of_arrays(distortion, p, **settings):
+        rate, mean, q = function(distortion, p, **settings)
+        return np.append(q, [rate, mean])
+
+    def of_tensors(distortion, p, **settings):
+        rate, mean, q = function(distortion, p, **settings)
+        return torch.cat([q, rate[None], mean[None]])
+
+    return of_tensors if function is information.rate_distortion else of_arrays
+
+
+np_turns, torch_turns = map(in_a_row, RUNGS["rate_distortion"].values())
+RUNGS["rate_distortion"] = {"np": np_turns, "torch": torch_turns}
 CELLS = [(family, rung) for family, ladder in RUNGS.items() for rung in ladder]
 
 
@@ -116,6 +135,9 @@ def case_of(family: str, n: int = 5, D: int = 6) -> Case:
         ),
         "itm_loss": Case((numbers(n, 2),), settings={"labels": labels % 2}),
         "posterior": Case((3 * numbers(n, m), numbers(m))),
+        "rate_distortion": Case(
+            (np.abs(numbers(4, m)), np.array([2, 3, 1, 2]) / 8), settings={"beta": 1.5, "steps": 5}
+        ),
         "nce": Case((numbers(n), numbers(n, m), numbers(n) - 1, numbers(n, m) - 1)),
         "infonce": Case((numbers(n, D), numbers(D, n).T), (1.5,)),
         "sigmoid_loss": Case((numbers(n, D), numbers(D, n).T), (1.5, -2.0)),
@@ -255,6 +277,9 @@ def large(family: str) -> Case:
         "rms_norm": Case((200 * numbers(5, 2000), numbers(2000))),
         "rotary": Case((200 * numbers(1, 1, 9, 64),), settings={"positions": np.arange(9) * 5000}),
         "posterior": Case((numbers(9, 4000), numbers(4000))),
+        "rate_distortion": Case(
+            (np.abs(numbers(4, 9000)), np.array([2, 3, 1, 2]) / 8), settings={"beta": 1.5, "steps": 2}
+        ),
         "vq": Case((60 * numbers(40, 300), 60 * numbers(50, 300)[:, ::-1])),
         "lora": Case(
             (200 * numbers(9, 300), numbers(7, 300), 9 * numbers(5, 300), numbers(7, 5) / 50), (2.0,)

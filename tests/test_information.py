@@ -14,6 +14,8 @@ from minivlp.information import entropies, infonce_bound, rate_distortion, rate_
 from tests.laws import close, law, obeys, refuses
 from tests.strategies import sizes
 
+TURNS = ("rate_distortion", "rate_distortion_np")  # all rungs, and the one that learners write
+
 
 def table(seed, *shape):
     """A joint distribution with some impossible entries."""
@@ -54,9 +56,7 @@ def optimal_loss(p, B, draws=400, seed=0):
     return total
 
 
-@law(
-    "rate_distortion", hint="W = softmax(log q − β d) along each row, then q = p W; the rate is I of p and W."
-)
+@law(*TURNS, hint="W = softmax(log q − β d) along each row, then q = p W; the rate is I of p and W.")
 @given(M=sizes(4), N=sizes(4), beta=st.sampled_from([0.3, 2.0, 8.0]), seed=st.integers(0, 99))
 def equals_the_slow_loop(f, M, N, beta, seed):
     rng = np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def equals_the_slow_loop(f, M, N, beta, seed):
         close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
-@law("rate_distortion", hint="In logarithms: exp(−β d) underflows at a high price, its softmax does not.")
+@law(*TURNS, hint="In logarithms: exp(−β d) underflows at a high price, its softmax does not.")
 @given(seed=st.integers(0, 99))
 def a_high_price_keeps_everything(f, seed):
     rng = np.random.default_rng(seed)
@@ -82,6 +82,18 @@ def a_high_price_keeps_everything(f, seed):
     close(rate, -(p * np.log(p)).sum(), rtol=1e-6)
     close(q, p, rtol=1e-5, atol=1e-7)
     close(mean, (p * d.diagonal()).sum(), rtol=1e-6)
+
+
+@law(*TURNS, hint="A stand-in that nobody takes has q = 0: keep its logarithm finite, for 0 · log 0 is 0.")
+@given(seed=st.integers(0, 99))
+def a_stand_in_that_nobody_takes_changes_nothing(f, seed):
+    rng = np.random.default_rng(seed)
+    d, p = rng.random((4, 3)), rng.dirichlet(np.full(4, 2.0))
+    rate, mean, q = f(np.concatenate([d, d[:, :1] + 2], 1), p, beta=900.0, steps=9)
+    wanted = f(d, p, beta=900.0, steps=9)
+    for got, one in zip((rate, mean, q[:3]), wanted, strict=True):
+        close(got, one, rtol=1e-9, atol=1e-11)
+    close(q[3], 0.0, atol=1e-300)
 
 
 test_laws = obeys(information)
@@ -98,9 +110,28 @@ test_refusals = refuses(
         ("rate_distortion", "other lengths", (d, np.full(3, 1 / 3)), {"beta": 1.0}, "p must have shape"),
         ("rate_distortion", "no distribution", (d, np.ones(2)), {"beta": 1.0}, "p must sum to 1"),
         ("rate_distortion", "no price", (d, p), {"beta": 0.0}, "beta must be"),
-        ("rate_distortion", "no step", (d, p), {"beta": 1.0, "steps": 0}, "steps must be at least 1"),
+        ("rate_distortion", "no step", (d, p), {"beta": 1.0, "steps": 0}, "steps must be a whole number ≥ 1"),
+        (
+            "rate_distortion",
+            "half a step",
+            (d, p),
+            {"beta": 1.0, "steps": 1.5},
+            "steps must be a whole number",
+        ),
+        ("rate_distortion", "no stand-in", (d[:, :0], p), {"beta": 1.0}, "distortion must have at least one"),
     ],
 )
+
+
+def test_tables_in_half_precision_are_added_up_in_float64():
+    """4,096 equal entries: in float16 their sums stop at a quarter."""
+    wide = np.full((64, 64), 2.0**-12, np.float16)
+    found = entropies(wide)
+    assert found["joint"] == pytest.approx(12 * math.log(2)) and found["mutual"] == pytest.approx(
+        0, abs=1e-12
+    )
+    uneven = np.repeat(np.array([[0.3], [0.7]], np.float16) / np.float16(2), 2, 1)
+    assert entropies(uneven)["y"] == pytest.approx(math.log(2), abs=1e-3)
 
 
 def h(p):

@@ -60,6 +60,8 @@ def changed(answer: Any, change: Callable) -> Any:
     """The answer with `change` made to every array and number in it."""
     if isinstance(answer, tuple | list):
         return type(answer)(changed(part, change) for part in answer)
+    if isinstance(answer, dict):
+        return {name: changed(part, change) for name, part in answer.items()}
     return change(answer) if isinstance(answer, np.ndarray | torch.Tensor | float) else None
 
 
@@ -121,7 +123,7 @@ def input_mutating(one: Exercise) -> Callable:
 
 
 # Their inputs are numbers, and a generator, which must change.
-NOTHING_TO_CHANGE = {"derangement", "visible", "hide_patches"}
+NOTHING_TO_CHANGE = {"derangement", "visible", "hide_patches", "infonce_bound"}
 
 
 @ALL
@@ -233,6 +235,7 @@ PROMISES: dict[str, dict[str, str]] = {
     "nearest_np": {"The nearest code of each vector": "nearest_without_norm vector_of_each_code"},
     "kmeans": {"Each step moves every code to the mean": "jumps_over half_way_once dead_codes_kept"},
     "mlm_loss_fused": {"each with its gradients": "plain made_twice panels_kept"},
+    "infonce_bound": {"At most log B": "the_loss"},
     "chamfer_fused": {"all that is kept is each token's best partner": "plain partners_in_the_whole"},
 }
 WORDS = r"\b(each|every|independently|differentiable|at most|never|exact|uniform|stays)\b"

@@ -126,7 +126,8 @@ class Attempt(Subject):
             if not _same(was, now):
                 raise Fault("your function changed one of its inputs")
         if all(map(finite, call.args)):
-            for a in call.answer if isinstance(call.answer, tuple) else (call.answer,):
+            answer = tuple(call.answer.values()) if isinstance(call.answer, dict) else call.answer
+            for a in answer if isinstance(answer, tuple) else (answer,):
                 if not finite(a) and not (self.infinite and below_infinity(a)):
                     what = getattr(a, "name", None) or "your result"
                     overflow = f"{what} is infinite: does an exp overflow, or a log meet 0?"

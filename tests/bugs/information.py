@@ -10,6 +10,7 @@ from tests.laws import bug
 
 SUMS, BOUND = "equals_the_sums", "is_the_logarithm_of_the_batch_less_the_loss"
 LOOP, PRICE = "equals_the_slow_loop", "a_high_price_keeps_everything"
+NOBODY = "a_stand_in_that_nobody_takes_changes_nothing"
 
 
 @bug("entropies", SUMS, "Bits for nats.", rung="plain")
@@ -65,6 +66,17 @@ def both_directions(loss, B):
     return math.log(B) - 2 * loss
 
 
+def wrong_turn(caught_by, story):
+    """Register for the rungs of rate_distortion and for what learners write."""
+
+    def register(function):
+        for family in ("rate_distortion", "rate_distortion_np"):
+            bug(family, caught_by, story)(function)
+        return function
+
+    return register
+
+
 def turns(distortion, p, beta, steps, rows=True, learn=True):
     q = torch.full_like(distortion[0], 1 / distortion.shape[1])
     for _ in range(steps):
@@ -74,37 +86,37 @@ def turns(distortion, p, beta, steps, rows=True, learn=True):
     return T, W, q, (T * distortion).sum()
 
 
-@bug("rate_distortion", LOOP, "The marginal stays uniform.")
+@wrong_turn(LOOP, "The marginal stays uniform.")
 def marginal_not_learned(distortion, p, beta, steps=100):
     T, W, q, mean = turns(distortion, p, beta, steps, learn=False)
     return (T * (W / q).log()).sum(), mean, q
 
 
-@bug("rate_distortion", LOOP, "Softmax along the columns.")
+@wrong_turn(LOOP, "Softmax along the columns.")
 def along_the_columns(distortion, p, beta, steps=100):
     T, W, q, mean = turns(distortion, p, beta, steps, rows=False)
     return (T * (W / q).log()).sum(), mean, q
 
 
-@bug("rate_distortion", LOOP, "The rate in bits.")
+@wrong_turn(LOOP, "The rate in bits.")
 def rate_in_bits(distortion, p, beta, steps=100):
     T, W, q, mean = turns(distortion, p, beta, steps)
     return (T * (W / q).log2()).sum(), mean, q
 
 
-@bug("rate_distortion", LOOP, "The Lagrangian in place of the rate.")
+@wrong_turn(LOOP, "The Lagrangian in place of the rate.")
 def lagrangian(distortion, p, beta, steps=100):
     T, W, q, mean = turns(distortion, p, beta, steps)
     return (T * (W / q).log()).sum() + beta * mean, mean, q
 
 
-@bug("rate_distortion", LOOP, "The mean distance over all pairs, not over those that are used.")
+@wrong_turn(LOOP, "The mean distance over all pairs, not over those that are used.")
 def mean_over_all(distortion, p, beta, steps=100):
     T, W, q, _ = turns(distortion, p, beta, steps)
     return (T * (W / q).log()).sum(), distortion.mean(), q
 
 
-@bug("rate_distortion", PRICE, "exp(−β d) itself: at a high price every row is 0 / 0.")
+@wrong_turn(PRICE, "exp(−β d) itself: at a high price every row is 0 / 0.")
 def exp_underflows(distortion, p, beta, steps=100):
     q = torch.full_like(distortion[0], 1 / distortion.shape[1])
     for _ in range(steps):
@@ -113,3 +125,13 @@ def exp_underflows(distortion, p, beta, steps=100):
         q = p @ W
     T = p[:, None] * W
     return torch.xlogy(T, W / q).sum(), (T * distortion).sum(), q
+
+
+@wrong_turn(NOBODY, "The logarithm of a stand-in that nobody takes: 0 times infinity in the rate.")
+def log_of_nothing(distortion, p, beta, steps=100):
+    q = torch.full_like(distortion[0], 1 / distortion.shape[1])
+    for _ in range(steps):
+        log_W = (q.log() - beta * distortion).log_softmax(1)
+        q = p @ log_W.exp()
+    T = p[:, None] * log_W.exp()
+    return (T * (log_W - q.log())).sum(), (T * distortion).sum(), q
