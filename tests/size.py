@@ -15,10 +15,10 @@ LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
 LONGEST = 320  # lines of code of a module
 # A room that grows beyond its ceiling is a decision: raise the number in the commit that needs it.
 CEILINGS = {
-    "bench": 975, "claims": 1320, "commands": 225, "core": 300, "data": 1075, "evaluation": 995,
-    "ideas": 2910, "kernels": 395, "models": 2235, "pictures": 465, "recipes": 2085, "training": 510,
+    "bench": 975, "claims": 1320, "commands": 225, "core": 300, "data": 1075, "evaluation": 1210,
+    "ideas": 2915, "kernels": 395, "models": 2310, "pictures": 465, "recipes": 2200, "training": 510,
 }  # fmt: skip
-PLUMBING = 6102
+PLUMBING = 6360
 
 
 def code_lines(source: str) -> int:

@@ -187,7 +187,9 @@ def section(heading: str) -> list[str]:
 
 def test_readme_is_short_and_adds_up_the_exercises():
     """Its exercises and minutes are those of exercises.toml, and its columns sum to them."""
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 220
+    assert (
+        len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 230
+    )  # a row a family and a part
     minutes = [one.minutes for one in exercises()]
     course = section("The course")
     assert f"{len(minutes)} exercises are planned at {sum(minutes):,} minutes" in " ".join(course)
