@@ -35,7 +35,7 @@ def a_constant_a_row_is_nothing(f, case, shift):
     close(f(case[0] + rows, *case[1:]), f(*case), rtol=1e-8)
 
 
-@law("posterior", hint="A row sums to one, so what raises one entry lowers the others; a prior was added to every row.")
+@law("posterior", hint="A row sums to one: raising one entry lowers the others. Priors enter every row.")
 @given(case=scores(), seed=st.integers(0, 99))
 def gradients_are_the_slopes(f, case, seed):
     upstream = np.random.default_rng(seed).standard_normal(case[0].shape)
