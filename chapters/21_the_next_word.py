@@ -2,8 +2,9 @@
 # # 21 · The next word
 #
 # **The question.** CLIP cannot tell “a dog left of a guitar” from “a guitar left of a dog” (chapter 12). ViLT
-# needed a curriculum of four stages to learn it (chapter 08). A model that writes captions learns it in
-# minutes, from the same drawings, without a curriculum. Why is it so easy to write what is so hard to match?
+# learned it from matching by a curriculum of four stages, and without one once it wrote captions first
+# (chapter 08). A model that only writes learns it in minutes. Why is it so easy to write what is so hard to
+# match?
 #
 # The model of this chapter is CoCa (Yu et al. 2022). It does both at once: it compares pictures with
 # captions, and it writes captions word by word. So the two can be asked the same question on the same

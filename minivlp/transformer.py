@@ -120,6 +120,7 @@ class Block(nn.Module):
             (Wq, Wkv), (bq, bkv) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
             x, q = x[:, :first], linear(z[:, :first], Wq, bq)
             k, v = linear(z, Wkv, bkv).chunk(2, -1)
+            mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., :first, :]
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         return x + self.proj(join_heads(attend(q, k, v, mask, causal)))
 

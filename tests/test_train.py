@@ -13,6 +13,7 @@ from minivlp.__main__ import PRESETS as PRESET_NAMES
 from minivlp.data import RELATIONS, Scenes, load_emojivl, scene_pixels
 from minivlp.data.names import scene_tokenizer
 from minivlp.data.questions import COUNTS, WORDS
+from minivlp.mlm import IGNORE
 from minivlp.recipes import RECIPES, recipe_class
 from minivlp.recipes.captions import CaptionsRecipe
 from minivlp.recipes.vilt import PRESETS, ViltRecipe, ViltSettings, pretraining_loss
@@ -126,6 +127,32 @@ def test_batches_depend_on_seed_and_step_alone():
     for a, b, c in zip(source(7), again(7), other(7), strict=True):
         assert equal(vars(a), vars(b)) and not torch.equal(a.pixels, c.pixels)
     assert [len(b.ids) for b in source(7)] == [5, 11] and source(7)[0].pixels.shape[2:] == (24, 24)
+
+
+def test_written_captions_have_the_next_word_for_a_label():
+    """In the first stage: whole captions, true of their pictures, which serve nothing else."""
+    source = SceneBatches(EMOJIVL, NOUNS, TOKENIZER, STAGES["cpu"], 100, 16, 0)
+    (b,), (later,) = source(3), source(60)
+    assert b.written and not later.written and (later.ids == TOKENIZER.mask_id).any()
+    assert not b.paired.any() and not b.align.any() and b.contrasted == 16
+    scenes = Scenes(EMOJIVL, NOUNS, canvas=48, seed=0)
+    for row in range(16):
+        words = b.ids[row][b.text_mask[row]].tolist()
+        assert TOKENIZER.decode(words) == scenes[3 * 16 + row].caption
+        assert b.labels[row].tolist() == words[1:] + [IGNORE] * (len(b.ids[row]) - len(words) + 1)
+
+
+def test_the_loss_of_written_captions_is_the_cross_entropy_of_their_next_words():
+    (b,) = SceneBatches(EMOJIVL, NOUNS, TOKENIZER, STAGES["cpu"], 100, 8, 0)(0)
+    model = new_model()
+    terms = LOSS(model, [b])
+    assert set(terms) == {"next", "apart"}
+    states = model.encode(b.ids, b.text_mask, b.pixels, writing=True)["text"]
+    log_p = model.mlm_logits(states).log_softmax(-1)
+    told = [
+        -log_p[row, i, b.ids[row, i + 1]] for row in range(8) for i in range(int(b.text_mask[row].sum()) - 1)
+    ]
+    torch.testing.assert_close(terms["next"], torch.stack(told).mean())
 
 
 def test_a_small_batch_has_an_example_of_every_part():

@@ -175,6 +175,27 @@ def test_the_first_words_alone_are_the_same(first):
     assert torch.allclose(some["pooled"], everything["pooled"], atol=1e-5)
 
 
+def test_writing_hides_later_words_from_words_and_words_from_patches():
+    """By changing one input at a time, through both layers; padding is seen by nobody, as always."""
+    model, (ids, text_mask, pixels, pixel_mask) = tiny(), batch()
+    with torch.no_grad():
+        before = model.encode(ids, text_mask, pixels, pixel_mask, writing=True)
+        for place in range(ids.shape[1]):
+            other = ids.clone()
+            other[:, place] = (ids[:, place] + 1) % 60
+            after = model.encode(other, text_mask, pixels, pixel_mask, writing=True)
+            moved = (after["text"] - before["text"]).abs().amax(-1) > 1e-6  # (B, L)
+            later = torch.arange(ids.shape[1]) >= place
+            assert torch.equal(moved[text_mask], (later & text_mask[:, place, None])[text_mask])
+            assert torch.equal(after["image"][before["image_mask"]], before["image"][before["image_mask"]])
+        patched = pixels.clone()
+        patched[:, :, 0, 0] += 1
+        after = model.encode(ids, text_mask, patched, pixel_mask, writing=True)
+        assert ((after["text"] - before["text"]).abs().amax(-1) > 1e-6)[text_mask].all()
+        short = model.encode(ids, text_mask, pixels, pixel_mask, first=4, writing=True)["text"]
+    assert torch.allclose(short[:2], before["text"][:2, :4], atol=1e-5)
+
+
 def test_a_batch_is_looked_at_once(monkeypatch):
     """No check stands in a block: their number is the same for one layer and for three."""
     checks = []

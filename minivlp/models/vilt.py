@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from minivlp.core import require
+from minivlp.masks import visible
 from minivlp.models.parts import (
     MaskedWords,
     MlmHead,
@@ -41,6 +42,9 @@ from minivlp.patch import PatchEmbed, check_pixels, patches_a_side
 from minivlp.transformer import Encoder, key_mask, normal_init
 
 __all__ = ["Vilt", "ViltConfig", "load_vilt", "resize_positions", "save_vilt", "small_init", "vilt_pixels"]
+
+
+WRITING = ((1, 1), (0, 1))  # words see words, causally, and patches; patches see patches
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class Vilt(MaskedWords, nn.Module):
         pixel_mask: Tensor | None = None,
         image_type: int = 1,
         first: int | None = None,
+        writing: bool = False,
     ) -> dict[str, Tensor]:
         """Words and pixels in, states out.
 
@@ -116,6 +121,7 @@ class Vilt(MaskedWords, nn.Module):
         rectangle from the upper left corner (None = all real); image_type 1, or 2 for NLVR2's second picture.
         first (1 to L) asks for the states of the first words alone, 1 where only "pooled" is read and L where
         no patch is: the last block skips all other tokens, "text" is (B, first, D), and "image" is left out.
+        writing makes a captioner of the same weights: no word sees a later one, and no patch a word.
 
         Returns "text" (B, L, D), "image" (B, N+1, D) with the image [CLS] first and the patches row-major
         over the padded grid, "image_mask" (B, N+1) and "pooled" (B, D). A patch counts as real when its upper
@@ -129,8 +135,11 @@ class Vilt(MaskedWords, nn.Module):
         L = text.shape[1]
         if first is not None and not 1 <= first <= L:
             require.fail("first", f"must lie in [1, {L}]", first)
-        mask = torch.cat([text_mask, image_mask], 1)  # (B, L+N+1)
-        z = self.encoder(torch.cat([text, image], 1), key_mask(mask), first=first)  # (B, L+N+1, D)
+        mask = key_mask(torch.cat([text_mask, image_mask], 1))  # (B, 1, 1, L+N+1), or None
+        if writing:
+            table = torch.from_numpy(visible((L, image.shape[1]), WRITING, causal=(0,))).to(ids.device)
+            mask = table if mask is None else table & mask
+        z = self.encoder(torch.cat([text, image], 1), mask, first=first)  # (B, L+N+1, D)
         states = {"text": z[:, :L], "image": z[:, L:]} if first is None else {"text": z}
         return states | {"image_mask": image_mask, "pooled": self.pooler(z[:, 0]).tanh()}
 

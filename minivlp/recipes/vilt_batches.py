@@ -1,18 +1,16 @@
 """What one step of ViLT sees: which scenes are drawn, and what is asked of each.
 
 An example is one forward pass of one text with one picture, and serves one objective: masked words (a true
-pair with words hidden) or matching (whole words, a true or a wrong pair; true and random pairs also serve the
-alignment). The batches of a step depend on (seed, step) alone, so a run that stops can go on as if it had
-not.
+pair with words hidden), matching (whole words, a true or a wrong pair; true and random pairs also serve the
+alignment), or the next word (a true pair; no word sees a later one). The batches of a step depend on (seed,
+step) alone, so a run that stops can go on as if it had not.
 
-The scenes follow a curriculum. Words attach to patches and to places long before they attach to pairs of
-patches, so easy scenes come first: single objects on a small canvas (few patches, many scenes a second; ViLT
-reads any size), then one object and where it lies ("a dog left of the middle"), then the same with another
-object in the picture, so that the word has to find its own, and only then pairs ("a dog left of a guitar").
-Without the third stage the model learns the axis of a relation and not its order. Earlier kinds keep a share
-of every batch, because what is not seen is forgotten. Single objects, whose canvas needs a forward pass of
-its own, leave when pairs come. In all stages nouns also have to find their pictures (noun_contrast.py), which
-takes half a forward pass: in the last and longest stage only half of the examples do so.
+First the captions of pairs are written, word after word, and only then filled in and matched. Writing asks at
+every word what the picture shows there, and after "a dog left of" it asks for what is right of the dog. A
+match is one bit for a whole caption, and a model that begins with it learns the order of two nouns last, if
+at all: then it takes a curriculum of easier scenes (chapters/main_job.md). Some pictures of two objects have
+a caption that speaks of one alone, "a dog left of the middle". In all stages nouns also have to find their
+pictures (noun_contrast.py), which takes half a forward pass: in the longer stage half of the examples do so.
 """
 
 import math
@@ -37,6 +35,7 @@ from minivlp.data.probes import (
 from minivlp.itm import derangement
 from minivlp.mlm import IGNORE
 from minivlp.recipes.base import Batch
+from minivlp.targets import next_words
 from minivlp.text import WordPiece
 
 TRUE_PAIR, RANDOM_PAIR, OTHER = 1.0, -1.0, 0.0  # what the alignment does with a pair: pull, push, leave alone
@@ -65,6 +64,10 @@ class Part:
     wrong: Wrong = Wrong(places=0.5)
 
 
+class Written(Part):
+    """A part whose captions are to be written, word after word."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """Parts that make up every batch until the given share of the run is over."""
@@ -81,9 +84,7 @@ def stage_at(stages: Sequence[Stage], share: float) -> Stage:
 
 SINGLE = Part("one", 1.0, canvas=24, sizes=(0.5, 0.77), matching=0.5)
 CPU_STAGES = (
-    Stage(0.11, (replace(SINGLE, matching=0.6),), contrast=1.0),
-    Stage(0.21, (replace(SINGLE, share=0.2), Part("place", 0.8, relations=0.4)), contrast=1.0),
-    Stage(0.4, (replace(SINGLE, share=0.1), Part("place", 0.1), Part("pick", 0.8)), contrast=1.0),
+    Stage(0.3, (Written("pair", 1.0, matching=0.0),), contrast=1.0),
     Stage(1.0, (Part("pick", 0.15), Part("pair", 0.85, wrong=Wrong(0.3, 0.1, 0.3))), contrast=0.5),
 )
 # The same scenes at twice the size.
@@ -96,11 +97,11 @@ STAGES = {"cpu": CPU_STAGES, "gpu": GPU_STAGES}
 
 @dataclass(frozen=True)
 class ViltBatch(Batch):
-    """Examples whose pictures have one size."""
+    """Examples whose pictures have one size, and whose words are all to be written or all to be filled in."""
 
     ids: Tensor  # (B, L) words, some of them [MASK]
     text_mask: Tensor  # (B, L) bool, True = a word
-    labels: Tensor  # (B, L) the words under the masks, −100 where nothing is to be predicted
+    labels: Tensor  # (B, L) the words under the masks, or the next ones; −100 where nothing is predicted
     match: Tensor  # (B,) 1 = a true pair, 0 = a wrong one, −1 = does not serve matching
     align: Tensor  # (B,) +1 = pull together, −1 = push apart, 0 = leave alone
     pixels: Tensor  # (B, 3, H, W) in [−1, 1]
@@ -108,10 +109,11 @@ class ViltBatch(Batch):
     contrast_ids: Tensor | None = None  # (B, L') what is true of each picture, one noun shown
     contrast_mask: Tensor | None = None  # (B, L') its real words
     noun: Tensor | None = None  # (B, L') that noun, in the examples whose noun has to find its picture
+    written: bool = False
 
     @property
     def hidden(self) -> Tensor:
-        """(B, L) bool, the words to be predicted."""
+        """(B, L) bool, where a word is predicted."""
         return self.labels != IGNORE
 
     @property
@@ -165,13 +167,14 @@ class SceneBatches:
     def __call__(self, step: int) -> list[ViltBatch]:
         rng = np.random.default_rng((self.seed, step))
         stage = stage_at(self.stages, step / self.steps)
-        by_size: dict[int, list[Drawn]] = {}  # pictures of one size share a forward pass
+        passes: dict[tuple, list[Drawn]] = {}  # pictures of one size share a forward pass
         for part in stage.parts:
-            by_size.setdefault(part.canvas, []).append(self._drawn(part, step, rng))
-        batches = [self._joined(parts) for parts in by_size.values()]
+            key = (part.canvas, isinstance(part, Written))
+            passes.setdefault(key, []).append(self._drawn(part, step, rng))
+        batches = [self._joined(parts, written) for (_, written), parts in passes.items()]
         if not stage.contrast:
             return batches
-        shown = [list(chain(*(part.shown for part in parts))) for parts in by_size.values()]
+        shown = [list(chain(*(part.shown for part in parts))) for parts in passes.values()]
         both = zip(batches, shown, strict=True)
         return [replace(batch, **self._contrast(scenes, stage.contrast, rng)) for batch, scenes in both]
 
@@ -194,7 +197,9 @@ class SceneBatches:
         other = derangement(matching, rng) if matching > 1 else np.arange(matching)
         for i, scene in enumerate(scenes):
             text, hidden = scene.caption, ()
-            if i >= matching:
+            if isinstance(part, Written):
+                pass
+            elif i >= matching:
                 text, hidden = self._masked(part, scene, rng)
             else:
                 match[i], align[i] = 1, TRUE_PAIR
@@ -219,13 +224,16 @@ class SceneBatches:
             return misrelated(scene, rng)
         return misnamed(scene, self._scenes[part], rng) if draw < noun else None
 
-    def _joined(self, parts: Sequence[Drawn]) -> ViltBatch:
+    def _joined(self, parts: Sequence[Drawn], written: bool = False) -> ViltBatch:
         texts, answers, shown = (
             list(chain(*(getattr(p, name) for p in parts))) for name in ("texts", "answers", "shown")
         )
         match, align = (np.concatenate([getattr(p, name) for p in parts]) for name in ("match", "align"))
         served = torch.from_numpy(match), torch.from_numpy(align)
-        return ViltBatch(*text_rows(self.tokenizer, texts, answers), *served, scene_pixels(shown))
+        rows = text_rows(self.tokenizer, texts, answers)
+        if written:
+            rows = (*rows[:2], next_words(*rows[:2]))
+        return ViltBatch(*rows, *served, scene_pixels(shown), written=written)
 
     def _contrast(self, scenes: Sequence[Scene], share: float, rng: np.random.Generator) -> dict[str, Tensor]:
         """What is true of these pictures: captions that show one noun, and where it stands.
