@@ -314,7 +314,7 @@ for which, row in enumerate(axes):
     share = read_by_masks([text], [scene])[0].mean(1).reshape(-1, side, side)  # (blocks, …)
     x1, y1, x2, y2 = scene.boxes[which] / patch - 0.5
     in_box = share.reshape(len(share), -1) @ patches_inside(scene, patch)[which]  # (blocks,)
-    assert (in_box[2:] > 0.5).all()
+    assert in_box[3] > 0.5
     for number, (ax, heat) in enumerate(zip(row[1:], share, strict=True), 1):
         image = ax.imshow(heat, vmin=0, vmax=0.5, cmap="magma")
         ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="white", linestyle=":"))
@@ -324,10 +324,10 @@ fig.colorbar(image, ax=axes, shrink=0.8, label="share of the patch")
 plt.show()
 
 # %% [markdown]
-# What to see: only the caption has changed, and in blocks 3 and 4 the bright patches have moved into the box
-# of the other thing (dotted). Block 1 cannot tell the two: but for its position, [MASK] has the same row in
-# every caption, and "above a bear" is written in other words, which it reads in the same moment. One scene
-# proves little, so here is the mean over a hundred:
+# What to see: only the caption has changed, and in block 4 the bright patches have moved into the box of the
+# other thing (dotted). In the second row blocks 2 and 3 look beside it. Block 1 cannot tell the two: but for
+# its position, [MASK] has the same row in every caption, and "above a bear" is written in other words, which
+# it reads in the same moment. One scene proves little, so here is the mean over a hundred:
 
 # %%
 texts = [hide_slots(s, [0], tokenizer)[0] for s in items]
@@ -338,14 +338,14 @@ for number, shares in enumerate(zip(own, others, strict=True), 1):
     print(f"block {number}, by heads: hidden thing's box", shares[0], "the other's", shares[1])
 even = inside.mean()  # what even weights would give a box
 assert np.abs(own[0] - others[0]).max() < 0.05  # block 1 does not know which
-assert own[1].mean() > 2 * others[1].mean() and (own[2:] > 4 * even).all() and (others[2:] < even).all()
+assert own[1].mean() > 2 * others[1].mean() and (own[3] > 4 * even).all()
+assert [(own[n] > 4 * even).sum() for n in (1, 2)] == [2, 2]  # heads of three
 
 # %% [markdown]
 # What to see: even weights would give each box what the first line says. A block that knows which thing is
-# hidden gives its box more than that, and more than the other's. Block 1 gives both boxes the same. In block
-# 2 two heads of three prefer the hidden thing's box, and in blocks 3 and 4 every head gives it most of what
-# [MASK] takes from the picture. The training of this model had a term that is told in chapters 05 and 08, and
-# chapter 05 measures that it delays the answer to block 3.
+# hidden gives its box more than that, and more than the other's. Block 1 gives both boxes the same. In blocks
+# 2 and 3 two heads of three give the hidden thing's box most of what [MASK] takes from the picture, and the
+# third does not. In block 4 every head does.
 #
 # The weights say what a block mixes, not what the model concludes: a weight may carry a value that nothing
 # reads. A mask tells more, since it intervenes. Forbid [MASK] to look at some of the patches, in all blocks,
@@ -393,17 +393,18 @@ for name, count in (
 ):
     print(f"closed: {name:<28} {count} of {len(answers)} found")
 assert nothing > 85 and abs(nothing - other) <= 5 and rim + 10 < centres < nothing - 20
-assert 20 < rim < 50 and abs(by_all_words - rim) <= 10 and by_all < 10
+assert 5 < rim < 25 and abs(by_all_words - rim) <= 5 and by_all < rim
 
 # %% [markdown]
 # What to see: closing the other's box costs nothing, and closing the hidden thing's own box costs most of the
 # answers. How many are left depends on what counts as the box. Objects are cut by the grid, and a patch whose
 # centre lies outside may hold the rim of the object. With the rim open, some twenty answers more are found.
 # They look straight at the object, and a test that closes only the centres would take them for a detour.
-# About a third of the answers is left even when [MASK] may read no patch of the object. These are detours,
-# and the last two lines tell which. Closing the patches for all words changes little, so the answers do not
-# come through other words. Closing them for all tokens leaves next to nothing, so they come through the other
-# patches and the picture's own [CLS], which read the object and are read by [MASK].
+# About a tenth of the answers is left even when [MASK] may read no patch of the object. These are detours or
+# guesses, and the last two lines tell which. Closing the patches for all words changes next to nothing, so
+# the answers do not come through other words. Closing them for all tokens leaves little more than a guess
+# among 31 nouns would find. So most of the rest comes through the other patches and the picture's own [CLS],
+# which read the object and are read by [MASK].
 #
 # ## What it costs
 #

@@ -277,20 +277,21 @@ for number, block in enumerate(model.encoder.blocks):
     assert same
     print(f"{number + 1:>5}{asked:>25.0%}{patches_asked:>27.0%}{same!s:>21}")
 asked, patches_asked = np.transpose(shares)
-assert (asked[:2] < 0.7 * even_picture).all() and (asked[2:] > even_picture).all()
-assert (patches_asked < even_words / 2).all()
+assert (asked[[0, 1, 3]] < 0.9 * even_picture).all() and abs(asked[2] - even_picture) < 0.1
+assert (patches_asked[:3] < even_words / 2).all() and patches_asked[3] > 2 * even_words
 
 # %% [markdown]
 # What to see: the six lines from `z = stream[number]` on are the whole block. The two columns count who reads
-# whom. Words read less of the picture than even weights would give in blocks 1 and 2, and more in blocks 3
-# and 4. Patches read far less of the words than even weights would give, in every block. So in this model
-# nearly everything goes one way, from the picture to the words.
+# whom. Words read less of the picture than even weights would give in blocks 1, 2 and 4, and about as much in
+# block 3. Patches read next to nothing of the words in the first three blocks. In the last one they read half
+# of theirs from words; but no head reads a patch after it, except the alignment of chapter 15. So what the
+# heads of the words answer has gone one way, from the picture to the words.
 #
 # ## Who decided that?
 #
 # One is tempted to say that training found this by itself, as nothing in the architecture says who reads whom
-# and when. But the training of this model says something. Besides ViLT's three losses it had a fourth term,
-# which sends words and patches through the first half of the blocks *without seeing each other*, and lets a
+# and when. But the training of this model says something. In the first part of its run it wrote captions, and
+# then no patch may see a word (chapter 08). And besides ViLT's three losses it had a fourth term, which sends words and patches through the first half of the blocks *without seeing each other*, and lets a
 # noun find its picture by what comes out (chapter 08; `minivlp/recipes/noun_contrast.py`). In a model of four
 # blocks the first half ends after block 2, where the answer is not yet in the row, and block 3 is where it
 # arrives. To know whether the term is the reason, one has to train without it. Here are four small models of
