@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from minivlp import decoder
+from minivlp.claims import writing as writing_module
 from minivlp.claims.claim import samples
 from minivlp.claims.codes import Plain, Restarted, coded
 from minivlp.claims.settings import FULL
-from minivlp.claims.small import retrieval, trained
+from minivlp.claims.small import TEST_SEED, retrieval, trained
 from minivlp.claims.verdict import difference
 from minivlp.claims.writing import TERMS, Unnormed, captioning, largest, scores, writing
 from minivlp.data import Scenes, load_emojivl, scene_pixels
-from minivlp.data.probes import meaning, retrieval_sets
+from minivlp.data.probes import meaning, retrieval_sets, swapped
 from minivlp.evaluation.reading import fitting_rows
 from minivlp.recipes.chameleon import ChameleonRecipe
 from minivlp.vq import nearest
@@ -59,13 +60,35 @@ def test_measures_of_one_claim_pair(tmp_path):
     assert len(pairs[0].items) == TINY.writing.items
 
 
+@pytest.mark.parametrize("told, place", [("written", 0), ("drawn", 1)])
+def test_order_is_told_by_the_part_that_comes_second(told, place, tmp_path, monkeypatch):
+    """A model that knows captions by their pictures alone, or pictures by their captions alone."""
+
+    def nats(model, tokenizer, captions, pixels, image_first):
+        true = captions[0] in {scene.caption for scene in scenes}
+        found = np.ones((len(captions), 2))
+        found[:, place] -= true and image_first == (told == "written")
+        return found
+
+    emojivl = load_emojivl()
+    scenes = Scenes(emojivl, emojivl.nouns(FULL.writing.train.nouns), canvas=32, seed=TEST_SEED)
+    scenes = [scenes[i] for i in range(TINY.writing.items)]
+    scenes = [scene for scene in scenes if swapped(scene) != scenes[0].caption]
+    monkeypatch.setattr(writing_module, "nats", nats)
+    found = writing(TINY.writing, 100, tmp_path / "t")
+    assert {name: np.mean(sample.items) for name, sample in found.items()} == {
+        "written": told == "written",
+        "drawn": told == "drawn",
+    }
+
+
 @pytest.mark.parametrize("kind", [ChameleonRecipe, Unnormed])
 def test_the_largest_score_is_that_of_attention(kind, source, monkeypatch):
     """The scores that the blocks themselves give to attention, where its mask lets a token look."""
     recipe = kind(replace(TINY.scores.train, seed=100))
     model, scenes = recipe.model.eval(), [source[i] for i in range(8)]
-    for block in model.blocks:  # of unlike sizes in each head
-        block.qkv.weight.data.mul_(torch.linspace(1, 3, len(block.qkv.weight))[:, None])
+    for block in model.blocks:  # at first queries are keys, and the largest score is a token's own
+        torch.nn.init.normal_(block.qkv.weight)
     texts = [scene.caption for scene in scenes]
     ids, mask = map(torch.from_numpy, fitting_rows(recipe.tokenizer, texts, 16))
     image, seen, attend = model.tokenise(scene_pixels(scenes)), [], decoder.attend
