@@ -58,6 +58,7 @@ def _difference(
 
 
 EVERYONE = (*ARCHETYPES, CONTROL)
+_PAIRS = "Pairs of objects in new pictures"
 _EIGHT = "Eight objects, pictures of two, the same rows and steps for all, parameters within a tenth"
 
 CLAIMS = {
@@ -218,6 +219,26 @@ CLAIMS = {
         points=_layers,
         draw="lines",
         axis="Chamfer similarity",
+    ),
+    "captioner": _difference(
+        "A captioner knows order where a contrast does not.",
+        "Tschannen et al. 2023; Lin et al. 2023 (VisualGPTScore)",
+        f"{_PAIRS}, CoCa with both losses; a caption against the same with its nouns exchanged",
+        "accuracy by p(caption given picture) minus that by the cosine",
+        (("coca-both", "order"), ("coca-both", "order contrast"), ("coca-captions", "order"),
+         ("coca-contrast", "order contrast")), 0.3, 0.5,
+    ),
+    "coca_retrieval": _difference(
+        "Captioning helps a contrast to find pictures.", "Yu et al. 2022 (CoCa), section 4.4",
+        f"{_PAIRS}, CoCa in as many steps; R@1 by the cosine in a set of 16",
+        "R@1 with both losses minus that with the contrast alone",
+        (("coca-both", "retrieval"), ("coca-contrast", "retrieval")), 0.02, 1 / 16,
+    ),
+    "coca_captions": _difference(
+        "A contrast helps captioning.", "Yu et al. 2022 (CoCa), section 4.4",
+        f"{_PAIRS}, CoCa in as many steps; the captions that it writes",
+        "share of true ones with both losses minus that with captions alone",
+        (("coca-both", "true"), ("coca-captions", "true")), 0.02, 1 / 24,
     ),
     "restart": _difference(
         "Restarting dead codes keeps a VQ-VAE from collapsing.",

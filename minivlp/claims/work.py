@@ -36,7 +36,7 @@ from minivlp.claims.naming import LOSSES, naming_experiment
 from minivlp.claims.pairs import VARIANTS, paired
 from minivlp.claims.settings import Settings, Small
 from minivlp.claims.verdict import Sample
-from minivlp.claims.writing import NORMS, scores
+from minivlp.claims.writing import NORMS, TERMS, captioning, scores
 from minivlp.core.require import fail
 from minivlp.training.run import read_json, write_json
 
@@ -59,6 +59,7 @@ EXPERIMENTS = {
     **{name: Experiment("world", partial(paired, variant=name)) for name in VARIANTS},
     **{name: Experiment("naming", partial(naming_experiment, loss=name)) for name in LOSSES},
     **{f"xvlm-{name}": Experiment("regions", partial(grounding, variant=name)) for name in (WITH, WITHOUT)},
+    **{f"coca-{name}": Experiment("captions", partial(captioning, losses=name)) for name in TERMS},
     **{f"vq-{name}": Experiment("codes", partial(coded, kind=kind)) for name, kind in KINDS.items()},
     **{f"qk-{name}": Experiment("scores", partial(scores, kind=kind)) for name, kind in NORMS.items()},
 }
