@@ -50,7 +50,7 @@ def _difference(
 ) -> Claim:  # fmt: skip
     """The claim that the first of these measures is more than `margin` above the second; all are shown."""
     first, second, *_ = (always(*measure) for measure in measures)
-    points = {", ".join(measure): measure for measure in measures}
+    points = {", ".join(measure).removeprefix("coca-"): measure for measure in measures}
     return Claim(
         says, source, tested, number, first, margin, lambda settings: points, second,
         floor=None if guess is None else _constant(guess), chance=guess, axis=axis,
