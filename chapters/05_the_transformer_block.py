@@ -291,12 +291,12 @@ assert (patches_asked[:3] < even_words / 2).all() and patches_asked[3] > 2 * eve
 #
 # One is tempted to say that training found this by itself, as nothing in the architecture says who reads whom
 # and when. But the training of this model says something. In the first part of its run it wrote captions, and
-# then no patch may see a word (chapter 08). And besides ViLT's three losses it had a fourth term, which sends words and patches through the first half of the blocks *without seeing each other*, and lets a
-# noun find its picture by what comes out (chapter 08; `minivlp/recipes/noun_contrast.py`). In a model of four
-# blocks the first half ends after block 2, where the answer is not yet in the row, and block 3 is where it
-# arrives. To know whether the term is the reason, one has to train without it. Here are four small models of
-# four blocks, for some seconds each: six nouns, one object a picture, and two seeds, with the term and
-# without it.
+# then no patch may see a word (chapter 08). Besides, it had a term which sends words and patches through the
+# first half of the blocks *without seeing each other*, and lets a noun find its picture by what comes out
+# (chapter 08; `minivlp/recipes/noun_contrast.py`). In a model of four blocks the first half ends after block
+# 2, where the answer is not yet in the row, and block 3 is where it arrives. To know whether the term is the
+# reason, one has to train without it. Here are four small models of four blocks, for some seconds each: six
+# nouns, one object a picture, and two seeds, with the term and without it.
 
 # %%
 from minivlp.data import CPU_NOUNS
@@ -307,7 +307,7 @@ from minivlp.training.run import ReadOnlyRun
 
 
 class Small(ViltRecipe):
-    """ViLT's losses on single objects; the fourth term for a share `contrast` of the examples."""
+    """ViLT's losses on single objects; the nouns' term for a share `contrast` of the examples."""
 
     contrast = 0.0
 

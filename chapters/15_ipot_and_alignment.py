@@ -392,17 +392,18 @@ for name, captions in kinds.items():
     measured[name] = far, seen
     print(f"{name}: mean distance {far:.2f}, mean contrast {seen:.3f}")
 gap = measured["another scene's"][0] - measured["its own caption"][0]
-assert 0.05 < gap < measured["its own caption"][1]
+assert gap > measured["its own caption"][1] > 0.05
 
 # %% [markdown]
 # What to see: compare the contrast with the gap, by which the distance of another scene's caption exceeds
 # that of its own. The loss rewards the gap. (Exchanged nouns are neither pulled nor pushed.) The plan depends
 # on the contrast alone. A model that knows whether a pair matches can widen the gap by moving all its tokens
-# together, like the free tokens on the right. Then the contrast is small, and the words may point anywhere.
-# Here the contrast is the larger of the two. The fourth term of chapter 08 may be the reason: there words and
-# patches do not see each other, and a word that has not seen the picture cannot know whether it matches
-# (`chapters/main_job.md` has runs with and without the term). After 50 steps the temperature $\beta/t$ is
-# 0.01, and costs closer than that are hardly told apart.
+# together, like the free tokens on the right. Where the contrast is small then, the words may point anywhere.
+# Here the gap is the larger of the two, so the tokens do move together; but the contrast is far from small.
+# After 50 steps the temperature $\beta/t$ is 0.01, costs closer than that are hardly told apart, and the
+# contrast is more than ten times as large. The term of chapter 08 by which nouns look for their pictures may
+# be the reason: there words and patches do not see each other, and a word that has not seen the picture
+# cannot know whether it matches (`chapters/main_job.md` has runs with and without the term).
 #
 # ## The fused rung
 #

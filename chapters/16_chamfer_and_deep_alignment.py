@@ -72,7 +72,7 @@ ids, mask, words = tokens_of([item.caption for item in items])
 own = layers(trained.model, ids, mask, pixels)
 S = sinkhorn.cosine(own[3][0][2, words[2]], own[3][1][2]).numpy()  # after block 3: (words, patches)
 names = [trained.tokenizer.tokens[i] for i in ids[2, words[2]]]
-assert np.bincount(S.argmax(1)).max() == 3
+assert np.bincount(S.argmax(1)).max() == 1
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.4), constrained_layout=True, width_ratios=[1, 3.4])
 left.imshow(items[2].image)
@@ -89,8 +89,8 @@ plt.show()
 
 # %% [markdown]
 # What to see: a red ring in every row, the word's best patch, and a white dot in every column, the patch's
-# best word. The answer is the mean cosine at both. Several words may choose one and the same patch, and here
-# three do.
+# best word. The answer is the mean cosine at both. Several words may choose one and the same patch; here each
+# has its own.
 #
 # ## Three by three, with numbers
 #
@@ -394,7 +394,7 @@ for kind in ("true", "other", "swapped"):
 for kind in ("other", "swapped"):
     gaps = [mean_and_reach(s) for s in found["true"] - found[kind]]
     assert all(reach < mean < 0.2 for mean, reach in gaps[2:])  # lower, and by little
-assert all(level["crossed"][2:] < level["other"][2:] - 0.05)
+assert all(level["crossed"][2:] < level["other"][2:] - 0.03)
 gaps = {
     kind: [mean_and_reach(s) for s in untrained["true"] - untrained[kind]] for kind in ("crossed", "other")
 }
@@ -414,7 +414,7 @@ assert gaps["crossed"][4][0] > gaps["crossed"][1][0]
 #   patches of true pairs together and pushes those of random pairs apart, at the states after the norm. A
 #   gap there shows that this term was learned. It is no discovery.
 # * **Having met counts more than being true.** Both halves of *crossed* come from true pairs, and from block
-#   2 on it is far lower than *other*, whose captions are false. So the height depends less on the truth of
+#   2 on it is lower than *other*, whose captions are false. So the height depends less on the truth of
 #   the caption than on whether words and patches have passed the blocks together. This too was trained: with
 #   words and patches apart, a noun had to find its picture by its states after block 2 (chapter 08), and
 #   hence to carry what tells its picture from others.

@@ -127,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     claims = command("claims", "Test the papers' claims again in miniature.", "claims --quick", device=False)
     claims("--quick", action="store_true", help="minutes; more claims cannot be told")
     claims("--only", metavar="NAME", nargs="+", help="some of the claims (default: all)")
+    claims("--keep", action="store_true", help="keep what the report there says of other claims")
     claims("--out", **folder, default="runs/claims", help="default: runs/claims")
     return top
 

@@ -22,7 +22,8 @@ from minivlp.claims.chunks import chunks
 from minivlp.claims.claim import Claim
 from minivlp.claims.exam import counterparts, winoground
 from minivlp.claims.layers import by_layer, layers
-from minivlp.claims.settings import FULL, QUICK, ClockSize, Settings
+from minivlp.claims.report import merged
+from minivlp.claims.settings import FULL, QUICK, ClockSize, Settings, Small
 from minivlp.claims.table import CLAIMS, chosen
 from minivlp.claims.training import train
 from minivlp.claims.verdict import (
@@ -36,7 +37,7 @@ from minivlp.claims.verdict import (
     student,
     verdict,
 )
-from minivlp.claims.work import EXPERIMENTS, do_all, done, made_with, results
+from minivlp.claims.work import EXPERIMENTS, do_all, done, made_with, results, seeds
 from minivlp.claims.world import MASKINGS, ArchetypeRecipe, without_shared_facts, world
 from minivlp.data.probes import swapped
 from minivlp.mlm import IGNORE
@@ -47,8 +48,16 @@ from tests.tiny import told
 
 FEW = {"steps": 3, "batch": 8, "hidden": 16, "warmup": 1, "save_every": 3, "report_every": 3}
 NARROW = FEW | {"dim": 16, "heads": 2}
+
+
+def tiny_part(size: Small) -> Small:
+    """A few steps of it, asked about a few pictures."""
+    return replace(size, train=replace(size.train, steps=3, batch=8, warmup=1), items=32, sets=1)
+
+
 TINY = Settings(
     seeds=2,
+    many=2,
     world=replace(QUICK.world, train=replace(QUICK.world.train, **NARROW), items=32, sets=1, candidates=4),
     naming=replace(
         QUICK.naming,
@@ -60,6 +69,7 @@ TINY = Settings(
     regions=replace(QUICK.regions, train=replace(QUICK.regions.train, **NARROW, embed=16), items=16),
     clock=ClockSize(dim=24, heads=2, patch=8, image_size=16, batch=2, seconds=0),
     chunks=replace(QUICK.chunks, batch=24, dim=8, blocks=(1, 7, 24), draws=2),
+    **{name: tiny_part(getattr(QUICK, name)) for name in ("captions", "codes", "scores", "writing")},
 )
 numbers = st.floats(-5, 5)
 
@@ -468,7 +478,7 @@ def invented(settings: Settings) -> dict:
         name: [
             {m: Sample((rng.random(40) < mean + 0.02 * seed).tolist(), [i // 4 for i in range(40)])
              for m, mean in measures.items()}
-            for seed in range(settings.seeds)
+            for seed in seeds(name, settings)
         ]
         for name, measures in wanted.items()
     }  # fmt: skip
@@ -480,9 +490,8 @@ def test_the_report_has_a_row_and_a_picture_a_claim(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "spent", lambda *args: 754.0)
     command.write_claims(list(CLAIMS), FULL, tmp_path, 1, "python -m minivlp claims", Screen())
     lines = (tmp_path / "claims.md").read_text().splitlines()
-    assert (
-        f"Written by `python -m minivlp claims`: {FULL.seeds} seeds, 13 minutes of one core's time." in lines
-    )
+    many = f"{FULL.seeds} or {FULL.many} seeds"
+    assert f"Written by `python -m minivlp claims`: {many}, 13 minutes of one core's time." in lines
     first = lines.index("|---|---|---|---|---|") + 1
     rows = [line.split("|") for line in lines[first : first + len(CLAIMS)]]
     rows = {row[1].strip(): row[5].strip() for row in rows}
@@ -497,12 +506,49 @@ def test_the_report_has_a_row_and_a_picture_a_claim(tmp_path, monkeypatch):
         assert abs(width - 902) <= 1 and 150 < height < 600 and path.stat().st_size < 100_000
 
 
+def test_a_report_keeps_what_it_says_of_other_claims(tmp_path, monkeypatch):
+    """Their rows, the control and their sections stay as they are; what is written again is replaced."""
+    monkeypatch.setattr(command, "do_all", lambda *args: iter(()))
+    monkeypatch.setattr(command, "spent", lambda *args: 60.0)
+
+    def write(names: list[str], said: str, scale: float, keep: bool) -> str:
+        def found(needed, settings, folder):
+            return {
+                name: [{m: Sample([scale * x for x in s.items], s.clusters) for m, s in seed.items()}
+                       for seed in rows]
+                for name, rows in invented(settings).items() if name in needed
+            }  # fmt: skip
+
+        monkeypatch.setattr(command, "results", found)
+        command.write_claims(names, FULL, tmp_path, 1, said, Screen(), keep)
+        return (tmp_path / "claims.md").read_text()
+
+    old, new = ["patches", "chunks"], ["chunks", "restart"]
+    first = write(old, "first", 1.0, True)
+    both = write(new, "second", 2.0, True)
+    assert write(new, "second", 2.0, True) == both
+    alone = write(new, "second", 2.0, False)
+    assert "claim_patches" not in alone and merged(first, alone) == both
+    lines, chunked = both.splitlines(), CLAIMS["chunks"].says
+    commands = [line for line in lines if line.startswith("Written by")]
+    assert [line.split(":")[0] for line in commands] == ["Written by `first`", "Written by `second`"]
+    titles = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert titles == [CLAIMS[name].says for name in ("patches", "chunks", "restart")]
+    kept = [line for line in first.splitlines() if chunked not in line and not line.startswith("Written")]
+    section = first.index(f"## {chunked}")
+    assert set(first[:section].splitlines()) - {""} & set(kept) <= set(lines)
+    assert [line for line in lines if line.startswith(f"| {chunked}")] == [
+        line for line in alone.splitlines() if line.startswith(f"| {chunked}")
+    ]
+    assert sum(line.startswith("The control:") for line in lines) == 1
+
+
 def test_every_claim_names_what_its_experiments_measure():
     for claim in CLAIMS.values():
         assert set(claim.experiments(FULL)) <= set(EXPERIMENTS)
         assert claim.points(FULL) and claim.says.endswith(".") and claim.source and claim.tested
     assert {e for claim in CLAIMS.values() for e in claim.experiments(FULL)} == set(EXPERIMENTS)
-    assert FULL.seeds >= 3 and QUICK.seeds >= 2
+    assert FULL.seeds >= 3 and FULL.many >= 5 and min(QUICK.seeds, QUICK.many) >= 2
 
 
 @pytest.mark.parametrize(
@@ -565,7 +611,7 @@ def test_the_report_is_of_these_claims_and_the_readme_counts_its_verdicts():
     assert all((chapters / path).is_file() for path in re.findall(r"\]\((pictures/[^)]+)\)", text))
     counts = [sum(v == one for v in verdicts.values()) for one in (HOLDS, FAILS, OPEN)]
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert (
-        f"{counts[0]} claims hold here, {counts[1]} does not hold here, {counts[2]} cannot be told" in readme
-    )
-    assert re.search(r"\d+ minutes of one core's time", text)[0] in readme
+    not_here = f"{counts[1]} {'does' if counts[1] == 1 else 'do'} not hold here"
+    assert f"{counts[0]} claims hold here, {not_here}, {counts[2]} cannot be told" in readme
+    spent = re.findall(r"(\d+) minutes of one core's time", text)
+    assert f"{spent[0]} minutes of one core's time and {' and '.join(spent[1:])} more" in readme

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minivlp.claims.pictures import draw
-from minivlp.claims.report import report
+from minivlp.claims.report import merged, report
 from minivlp.claims.settings import FULL, QUICK, Settings
 from minivlp.claims.table import CLAIMS, chosen
 from minivlp.claims.work import do_all, results, spent
@@ -24,15 +24,19 @@ def run_claims(args: argparse.Namespace, screen: Screen) -> None:
     load_emojivl()  # refuses a damaged file before anything takes time
     args.go_on = args.command_line  # what is done is not done again
     settings = QUICK if args.quick else FULL
-    write_claims(names, settings, folder, torch.get_num_threads(), args.command_line, screen)
+    write_claims(names, settings, folder, torch.get_num_threads(), args.command_line, screen, args.keep)
 
 
 def write_claims(
-    names: Sequence[str], settings: Settings, folder: Path, workers: int, command: str, screen: Screen
-) -> None:
-    """Do the experiments of the named claims, then write claims.md and a picture a claim into the folder."""
+    names: Sequence[str], settings: Settings, folder: Path, workers: int, command: str, screen: Screen,
+    keep: bool = False,
+) -> None:  # fmt: skip
+    """Do the experiments of the named claims, then write claims.md and a picture a claim into the folder.
+
+    keep: a report that is there keeps what it says of other claims.
+    """
     needed = list(dict.fromkeys(e for name in names for e in CLAIMS[name].experiments(settings)))
-    screen.say(f"{len(names)} claims, {len(needed)} experiments, {settings.seeds} seeds, in {folder}")
+    screen.say(f"{len(names)} claims, {len(needed)} experiments, in {folder}")
     with screen.bar("experiments") as tick:
         for line in do_all(needed, settings, folder, workers):
             tick(line.over, line.jobs)
@@ -44,5 +48,8 @@ def write_claims(
         path.parent.mkdir(exist_ok=True)
         draw(path, CLAIMS[name], found, settings)
         screen.say(f"{CLAIMS[name].says} {CLAIMS[name].verdict(found, settings)}")
-    write_text(folder / "claims.md", text)
-    screen.say(f"wrote {folder / 'claims.md'} and a picture a claim")
+    path = folder / "claims.md"
+    if keep and path.is_file():
+        text = merged(path.read_text(encoding="utf-8"), text)
+    write_text(path, text)
+    screen.say(f"wrote {path} and a picture a claim")

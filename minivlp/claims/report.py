@@ -21,7 +21,8 @@ def _lines(
 ) -> Iterator[str]:
     yield "# The claims, tested again in miniature"
     yield ""
-    yield f"Written by `{command}`: {settings.seeds} seeds, {seconds / 60:.0f} minutes of one core's time."
+    seeds = " or ".join(map(str, sorted({len(found) for found in results.values()})))
+    yield f"Written by `{command}`: {seeds} seeds, {seconds / 60:.0f} minutes of one core's time."
     yield ""
     yield "A verdict follows from the 95 % interval over seeds and test items and from the margin that the"
     yield "claim states: it *holds here* when the whole interval lies on the claimed side of the margin,"
@@ -49,9 +50,9 @@ def _lines(
 
 def _numbers(claim: Claim, results: Results, settings: Settings) -> Iterator[str]:
     """Everything that was measured for a claim; one column a seed."""
-    seeds = " | ".join(f"seed {seed}" for seed in range(settings.seeds))
-    yield f"| {claim.axis} | mean, 95 % interval | {seeds} |"
-    yield "|---|---|" + "---|" * settings.seeds
+    n = len(samples(results, claim.first(settings)))
+    yield f"| {claim.axis} | mean, 95 % interval | {' | '.join(f'seed {seed}' for seed in range(n))} |"
+    yield "|---|---|" + "---|" * n
     for label, which in claim.points(settings).items():
         each = samples(results, which)
         means = " | ".join(f"{np.mean(seed.items):.3g}" for seed in each)
@@ -59,6 +60,31 @@ def _numbers(claim: Claim, results: Results, settings: Settings) -> Iterator[str
     if claim.chance is not None:
         yield ""
         yield f"Guessing: {claim.chance:.3g}."
+
+
+def merged(old: str, new: str) -> str:
+    """The report `new`, and what `old` says of claims that are not in `new`, in the order of the table."""
+    before, now = _parts(old), _parts(new)
+    written = [line for line in before[0] if line.split(":")[0] != now[0][0].split(":")[0]] + now[0]
+    rows, sections = before[1] | now[1], before[3] | now[3]
+    said = [claim.says for claim in CLAIMS.values() if claim.says in rows]
+    head, _, rest = new.partition(now[0][0])
+    intro = rest[: rest.index("|---|---|---|---|---|")] + "|---|---|---|---|---|"
+    table = "\n".join([intro, *(rows[name] for name in said)])
+    control = now[2] or before[2]
+    return (
+        "\n\n".join([head + "\n".join(written) + table, *control, *(sections[name] for name in said)]) + "\n"
+    )
+
+
+def _parts(text: str) -> tuple[list[str], dict[str, str], list[str], dict[str, str]]:
+    """The lines that tell of commands, the rows, the control if there is one, the sections, by claim."""
+    head, *sections = text.strip("\n").split("\n\n## ")
+    head, _, table = head.partition("|---|---|---|---|---|\n")
+    table, *control = table.split("\n\n")
+    written = [line for line in head.splitlines() if line.startswith("Written by ")]
+    rows = {row.split(" | ")[0].removeprefix("| "): row for row in table.splitlines()}
+    return written, rows, control, {one.splitlines()[0]: f"## {one}" for one in sections}
 
 
 def _right(results: Results, measure: str) -> str:

@@ -6,6 +6,10 @@ with, so a number changed here costs the experiments that it belongs to and no o
 
 from dataclasses import dataclass, replace
 
+from minivlp.data import TRAINING_ARTISTS
+from minivlp.recipes.base import Settings as Sizes
+from minivlp.recipes.chameleon import ChameleonSettings
+from minivlp.recipes.coca import CocaSettings
 from minivlp.recipes.dual import DualSettings
 from minivlp.recipes.vilt import ViltSettings
 from minivlp.recipes.vilt_batches import Part, Stage, Wrong
@@ -98,20 +102,46 @@ class ChunksSize:
 
 
 @dataclass(frozen=True)
+class Small:
+    """A training of less than a minute; `items` test pictures, and retrieval in `sets` of `candidates`."""
+
+    train: Sizes
+    artists: tuple[str, ...] = TRAINING_ARTISTS
+    items: int = 512
+    sets: int = 8
+    candidates: int = 16
+
+
+WORLD = {"nouns": NOUNS[:4], "canvas": 32, "save_every": 10_000, "report_every": 10_000}
+CAPTIONS = CocaSettings(**WORLD, image_layers=1, layers=1, steps=700)
+CODES = ChameleonSettings(**WORLD, dim=32, steps=300, batch=32)
+SCORES = ChameleonSettings(**WORLD, dim=64, layers=2, heads=2, hidden=128, codes=64, clustered=200, steps=200,
+                           batch=32, lr=1e-2, matrix_lr=0.05, cooldown=0.0)  # fmt: skip
+WRITING = ChameleonSettings(**WORLD, dim=64, layers=2, heads=2, hidden=128, codes=64, steps=2000, batch=32,
+                            image_first=0.25)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a run of all claims is made of; `seeds` at least 2, or there is no interval."""
 
     seeds: int = 3
+    many: int = 5  # seeds of the experiments whose training takes less than a minute
     world: WorldSize = WorldSize()
     naming: NamingSize = NamingSize()
     regions: RegionsSize = RegionsSize()
     clock: ClockSize = ClockSize()
     chunks: ChunksSize = ChunksSize()
+    captions: Small = Small(CAPTIONS)
+    codes: Small = Small(CODES)
+    scores: Small = Small(SCORES, items=256)
+    writing: Small = Small(WRITING)
 
 
 FULL = Settings()
 QUICK = Settings(
     seeds=2,
+    many=2,
     world=replace(FULL.world, train=replace(FULL.world.train, steps=600), items=256, sets=4),
     naming=replace(FULL.naming, train=replace(FULL.naming.train, steps=250)),
     regions=replace(FULL.regions, train=replace(FULL.regions.train, steps=300), items=256),

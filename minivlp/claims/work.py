@@ -30,11 +30,13 @@ import torch
 
 from minivlp.claims.chunks import chunks
 from minivlp.claims.clock import clock
+from minivlp.claims.codes import KINDS, coded
 from minivlp.claims.grounding import WITH, WITHOUT, grounding
 from minivlp.claims.naming import LOSSES, naming_experiment
 from minivlp.claims.pairs import VARIANTS, paired
-from minivlp.claims.settings import Settings
+from minivlp.claims.settings import Settings, Small
 from minivlp.claims.verdict import Sample
+from minivlp.claims.writing import NORMS, TERMS, captioning, scores
 from minivlp.core.require import fail
 from minivlp.training.run import read_json, write_json
 
@@ -57,6 +59,9 @@ EXPERIMENTS = {
     **{name: Experiment("world", partial(paired, variant=name)) for name in VARIANTS},
     **{name: Experiment("naming", partial(naming_experiment, loss=name)) for name in LOSSES},
     **{f"xvlm-{name}": Experiment("regions", partial(grounding, variant=name)) for name in (WITH, WITHOUT)},
+    **{f"coca-{name}": Experiment("captions", partial(captioning, losses=name)) for name in TERMS},
+    **{f"vq-{name}": Experiment("codes", partial(coded, kind=kind)) for name, kind in KINDS.items()},
+    **{f"qk-{name}": Experiment("scores", partial(scores, kind=kind)) for name, kind in NORMS.items()},
 }
 Job = tuple[str, int]  # the name of an experiment, and a seed
 
@@ -76,6 +81,12 @@ class Done:
         left = self.since / self.over * (self.jobs - self.over)
         what = f"{self.job[0]}, seed {self.job[1]}"
         return f"[{self.over:2d}/{self.jobs}] {what:22} {self.seconds:6.1f} s   {left / 60:5.1f} min left"
+
+
+def seeds(name: str, settings: Settings) -> range:
+    """The seeds of an experiment."""
+    small = isinstance(getattr(settings, EXPERIMENTS[name].part), Small)
+    return range(settings.many if small else settings.seeds)
 
 
 def do(job: Job, settings: Settings, folder: Path) -> float:
@@ -109,7 +120,7 @@ def results(names: Iterable[str], settings: Settings, folder: Path) -> dict[str,
     """The samples of each experiment, by seed. Raises ValueError for a job that is not done."""
     found: dict[str, list[Samples]] = {}
     for name in names:
-        for seed in range(settings.seeds):
+        for seed in seeds(name, settings):
             if not done((name, seed), settings, folder):
                 fail("results", "must be complete", f"none of {name}, seed {seed}")
             samples = read_json(_path(folder, (name, seed)))["samples"]
@@ -119,7 +130,7 @@ def results(names: Iterable[str], settings: Settings, folder: Path) -> dict[str,
 
 def spent(names: Iterable[str], settings: Settings, folder: Path) -> float:
     """The seconds that these experiments took, all seeds together."""
-    jobs = [(name, seed) for seed in range(settings.seeds) for name in names]
+    jobs = [(name, seed) for name in names for seed in seeds(name, settings)]
     return sum(read_json(_path(folder, job))["seconds"] for job in jobs)
 
 
@@ -128,7 +139,8 @@ def do_all(names: Iterable[str], settings: Settings, folder: Path, workers: int 
 
     workers: processes at once; with 1 all is done in this one. Raises ChildProcessError when one dies.
     """
-    jobs = [(name, seed) for seed in range(settings.seeds) for name in dict.fromkeys(names)]
+    jobs = [(name, seed) for name in dict.fromkeys(names) for seed in seeds(name, settings)]
+    jobs.sort(key=lambda job: job[1])  # every experiment's first seed before any second one
     jobs = [job for job in jobs if not done(job, settings, folder)]
     (folder / "results").mkdir(parents=True, exist_ok=True)
     alone = [job for job in jobs if workers == 1 or EXPERIMENTS[job[0]].alone]
