@@ -18,7 +18,7 @@ CEILINGS = {
     "bench": 975, "claims": 1575, "commands": 225, "core": 300, "data": 1075, "evaluation": 1210,
     "ideas": 2915, "kernels": 395, "models": 2310, "pictures": 465, "recipes": 2200, "training": 510,
 }  # fmt: skip
-PLUMBING = 6360
+PLUMBING = 6370
 
 
 def code_lines(source: str) -> int:

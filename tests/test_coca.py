@@ -203,6 +203,8 @@ def test_published_refusals():
         load_coca(state)
     with pytest.raises(ValueError, match="unexpected more"):
         from_published(state | {"more": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"logit_scale must hold one number, got \(2,\)"):
+        from_published(state | {"logit_scale": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"missing visual\.proj"):
         from_published({k: v for k, v in state.items() if k != "visual.proj"})
     with pytest.raises(ValueError, match="queries must be at least 1"):

@@ -144,6 +144,16 @@ def test_other_files_are_refused_by_name():
         load_flava(state)
 
 
+def test_a_scale_with_an_axis_is_a_scale_and_two_are_none():
+    state = dict(face().state_dict())
+    wanted = load_flava(state, heads=4).scale
+    state["flava.logit_scale"] = state["flava.logit_scale"].reshape(1)
+    assert torch.equal(load_flava(state, heads=4).scale, wanted)
+    state["flava.logit_scale"] = state["flava.logit_scale"].repeat(2)
+    with pytest.raises(ValueError, match=r"flava.logit_scale must hold one number, got \(2,\)"):
+        load_flava(state, heads=4)
+
+
 def test_a_config_of_other_weights_is_refused(tmp_path):
     theirs = face()
     for change, message in (

@@ -302,7 +302,7 @@ HIDING = (
 )
 # Most compare vectors by InfoNCE, two hide patches, two write.
 SHARED = {
-    "vilt": (), "clip": ("infonce", "data.drawings"), "xvlm": ("infonce",),
+    "vilt": ("targets",), "clip": ("infonce", "data.drawings"), "xvlm": ("infonce",),
     "coca": ("infonce", "targets", "decoder"),
     "chameleon": ("targets", "decoder", "vq"), "flava": (*HIDING, "vq"), "maskvlm": HIDING,
     "denoiser": ("data.drawings",),

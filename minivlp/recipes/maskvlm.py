@@ -4,8 +4,9 @@
 
 Matching has three pairs a row: the true one, its text with a hard wrong picture and its picture with a hard
 wrong text, drawn by the similarities of the contrastive term (itm.py). The share of hidden patches is drawn
-anew for every picture, from a third to all, of every second all; every fourth picture is filled in without a
-caption. So one model says what it knows with a caption and without, at every share (evaluation/hidden.py).
+anew for every picture, from a third to all, of every second all, and in the first 40 % of the run of every
+one all. Every fourth picture is filled in without a caption. So one model says what it knows with a caption
+and without, at every share (evaluation/hidden.py).
 
 Sources: Kwon et al. 2023 (MaskVLM), sections 3.2 and 3.3 and, for both sides at once, their ablation.
 Left out: a fixed share of 60 %; weights of 1, with which the small error of colours is hardly felt; masks on
@@ -54,6 +55,7 @@ class MaskVlmSettings(Settings):
     block: int = 2  # patches a side of what is hidden at once
     mask: float = 0.3  # probability of hiding a word
     pixel_weight: float = 4.0  # of the error of a colour, whose range is 2
+    covered: float = 0.4  # first share of the run, in which all patches are hidden
     turns: bool = True  # is the other side whole? False: both sides are hidden at once, as in FLAVA
 
 
@@ -92,7 +94,8 @@ class MaskVlmBatches:
         told, _, told_mask = t.batch(read)
         if not s.turns:  # what is hidden of the text is hidden from the picture too
             told[~alone] = masked[~alone, : told.shape[1]]
-        shares = rng.uniform(1 / 3, 5 / 3, s.batch).clip(max=1)
+        least = 1 if step < s.covered * s.steps else 1 / 3
+        shares = rng.uniform(least, 5 / 3, s.batch).clip(max=1)
         hidden = hide_rows(shares, s.canvas // s.patch, rng, s.block)
         same = np.unique([meaning(scene) for scene in scenes], axis=0, return_inverse=True)[1].ravel()
         arrays = map(torch.from_numpy, (ids, text_mask, masked, labels, told, told_mask))

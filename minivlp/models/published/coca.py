@@ -80,7 +80,6 @@ def from_published(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     rows = names.both(rows)
     tensors = names.read(rows, state, (RULE, RULE))
     tensors |= {ours: tensors[ours].T for ours in TRANSPOSED}
-    tensors["contrast.log_scale"] = tensors["contrast.log_scale"].reshape(())
     return tensors, dict(rows)
 
 

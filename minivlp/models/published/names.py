@@ -48,13 +48,16 @@ def whole(model: str) -> tuple[str, str]:
     return f"must hold {model} and nothing else", f"must hold {model} and every tensor of it"
 
 
+SCALE = "contrast.log_scale"  # a scalar, which some files write with an axis of 1
+
+
 def read(
     rows: Rows, state: Mapping[str, Tensor], rules: tuple[str, str], leading: Mapping[str, int] | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a state dict in our names and shapes, one for each row.
 
     leading: our name → how many axes of 1 theirs has in front. Raises ValueError, in the words of `rules`,
-    when a tensor is unexpected or missing.
+    when a tensor is unexpected or missing, and when the scale is no single number.
     """
     wanted = {part for _, theirs in rows for part in parts(theirs)}
     refuse("unexpected", sorted(set(state) - wanted), rules[0])
@@ -63,6 +66,10 @@ def read(
     for ours, theirs in rows:
         pieces, axes = [state[part] for part in parts(theirs)], (leading or {}).get(ours, 0)
         tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if ours == SCALE:
+            if tensor.numel() != 1:
+                require.fail(theirs, "must hold one number", tuple(tensor.shape))
+            tensor = tensor.reshape(())
         if tensor.shape[:axes] != (1,) * axes:
             require.fail(theirs, f"must have {axes} leading axes of size 1", tuple(tensor.shape))
         found[ours] = tensor[(0,) * axes]
