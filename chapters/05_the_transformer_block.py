@@ -301,9 +301,11 @@ assert (patches_asked[:3] < even_words / 2).all() and patches_asked[3] > 2 * eve
 # %%
 from minivlp.data import CPU_NOUNS
 from minivlp.recipes.vilt import ViltRecipe, ViltSettings
-from minivlp.recipes.vilt_batches import SINGLE, SceneBatches, Stage
+from minivlp.recipes.vilt_batches import Part, SceneBatches, Stage
 from minivlp.training import loop
 from minivlp.training.run import ReadOnlyRun
+
+SINGLE = Part("one", 1.0, canvas=24, sizes=(0.5, 0.77))  # one object a picture
 
 
 class Small(ViltRecipe):

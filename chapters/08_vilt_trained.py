@@ -40,7 +40,7 @@ from minivlp.evaluation.vilt import MEASURES, NAMES
 from minivlp.itm import itm_loss_np
 from minivlp.recipes.base import WEIGHTS, load_trained
 from minivlp.recipes.vilt import ViltRecipe, ViltSettings, pretraining_loss
-from minivlp.recipes.vilt_batches import CPU_STAGES, SINGLE, SceneBatches, Stage, Written
+from minivlp.recipes.vilt_batches import CPU_STAGES, Part, SceneBatches, Stage, Written
 from minivlp.training import loop
 from minivlp.training.run import ReadOnlyRun
 from tests.course import exercises
@@ -130,6 +130,7 @@ assert np.abs(G).max(1).argmax() == 2 == np.abs(dZ).max(1).argmin()
 # wrong one, −1 for a row with a hidden word; alignment pulls (`align` +1), pushes (−1) or does nothing (0).
 
 # %%
+SINGLE = Part("one", 1.0, canvas=24, sizes=(0.5, 0.77))  # one object a picture
 settings = ViltSettings(
     nouns=CPU_NOUNS[:8], canvas=24, layers=2, steps=150, batch=24, matrix_lr=0.04, warmup=10, report_every=15
 )

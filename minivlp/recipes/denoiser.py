@@ -4,7 +4,7 @@
 
 Little noise can be told from a picture without its caption, so levels and weights favour much noise. A third
 of the rows are single drawings, "a dog". Of the scenes most are pairs, and some show one object and say where
-it lies, as in ViLT's curriculum. A tenth of the rows have no caption, for guidance.
+it lies. A tenth of the rows have no caption, for guidance.
 
 Sources: Ho, Jain and Abbeel 2020 (DDPM), algorithm 1; Salimans and Ho 2022 for the weight; Ho and Salimans
 2022 for captions left out; Kingma et al. 2021, appendix I, for levels spread evenly over a batch.

@@ -82,7 +82,6 @@ def stage_at(stages: Sequence[Stage], share: float) -> Stage:
     return next(stage for stage in stages if share < stage.until)
 
 
-SINGLE = Part("one", 1.0, canvas=24, sizes=(0.5, 0.77), matching=0.5)
 CPU_STAGES = (
     Stage(0.3, (Written("pair", 1.0, matching=0.0),), contrast=1.0),
     Stage(1.0, (Part("pick", 0.15), Part("pair", 0.85, wrong=Wrong(0.3, 0.1, 0.3))), contrast=0.5),
