@@ -42,10 +42,12 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("chapter", nargs="*", help="numbers or names (default: all)")
     build.add_argument("--measure", action="store_true", help="also run the cells tagged `measured` again")
     train = command(
-        "train", "Train a model with your functions in place of the library's.", "train --use ipot,mlm_loss"
+        "train",
+        "Train the ViLT that you built, or any model with some of your functions.",
+        "train --steps 150",
     )
-    train.add_argument("--use", required=True, metavar="NAMES", help="functions to use, with commas")
-    train.add_argument("--steps", type=int, default=60, help="a short run (default: 60)")
+    train.add_argument("--use", metavar="NAMES", help="train the library's model with these of yours")
+    train.add_argument("--steps", type=int, help="a short run (default: the main job; with --use 60)")
     train.add_argument("--threads", type=int, help="CPU threads")
     return top
 
@@ -63,9 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
 
             build(args.chapter, args.measure)
         elif args.job == "train":
+            if args.steps is not None and args.steps < 1:
+                raise ValueError(f"--steps must be at least 1, got {args.steps}")
+            if args.use is None:
+                from chapters import learner
+
+                return learner.train(args.steps, args.threads)
             from chapters.train import train
 
-            return train(args.use.split(","), args.steps, args.threads)
+            return train(args.use.split(","), args.steps or 60, args.threads)
         else:
             getattr(desk, f"{args.job}_")(args)
         sys.stdout.flush()

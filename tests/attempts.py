@@ -123,7 +123,7 @@ def _example(one: Exercise, call: Call | None) -> str:
 
 
 def _brief(value: Any) -> str:
-    value = value.numpy() if isinstance(value, torch.Tensor) else value
+    value = value.detach().numpy() if isinstance(value, torch.Tensor) else value
     if isinstance(value, np.ndarray):
         if value.size > 12:
             return f"an array of shape {value.shape}"
@@ -135,6 +135,8 @@ def _brief(value: Any) -> str:
         return "rng"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping) and any(isinstance(entry, torch.Tensor) for entry in value.values()):
+        return f"{len(value)} tensors"
     if isinstance(value, Mapping):  # a vocabulary: its special tokens are always there
         rest = {key: entry for key, entry in value.items() if not re.fullmatch(r"\[[A-Z]+\]", str(key))}
         return _cut("{" + "…, " * (len(rest) < len(value)) + repr(rest)[1:], 100)
