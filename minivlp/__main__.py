@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     train("--model", default="vilt", choices=MODELS)
     train("--language", choices=["en", "zh"], help="of the names, for dual encoders (default: en)")
     parts = ("boxes", "regions", "contrast", "captions", "unpaired", "turns")
-    what = "xvlm: boxes, regions; coca: contrast, captions; flava: unpaired; maskvlm: turns"
+    what = "vilt: contrast; xvlm: boxes, regions; coca: contrast, captions; flava: unpaired; maskvlm: turns"
     train("--without", choices=parts, help=f"what a model is to do without ({what})")
     train("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
     train("--task", choices=TASKS, help="fine-tune a trained run on this task")

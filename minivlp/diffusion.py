@@ -57,7 +57,7 @@ def noisy_np(x: np.ndarray, noise: np.ndarray, level: np.ndarray, grad: np.ndarr
     # d cos = −sin and d sin = cos, times π/2 for the angle of a level.
     dlevel = G * (np.cos(angle) * noise - np.sin(angle) * x) * (math.pi / 2)
     out = np.cos(angle) * x + np.sin(angle) * noise
-    return out, (G * np.cos(angle), G * np.sin(angle), dlevel.reshape(len(x), -1).sum(1))
+    return out, (G * np.cos(angle), G * np.sin(angle), dlevel.sum(axis=tuple(range(1, x.ndim))))
 
 
 def noisy(x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
@@ -70,6 +70,8 @@ def noisy(x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
 
 def _check(library, x, noise, level) -> None:
     require.shapes(library, level=(level, "B"))
+    for name, array in (("x", x), ("noise", noise)):
+        require.of_library(library, name, array)
     if not x.ndim or len(x) != len(level):
         require.fail("x", f"must have one picture a level, B={len(level)}", tuple(x.shape))
     if x.shape != noise.shape:
@@ -101,12 +103,12 @@ def errors(model: Denoiser, x: Tensor, c: Tensor, levels: Tensor, noise: Tensor)
         require.fail("noise", f"must have shape (T, B, …) = {(T, *x.shape)}", tuple(noise.shape))
     if not T:
         require.fail("levels", "must hold at least one", "none")
-    total = x.new_zeros(B, C)
+    total, numbers = x.new_zeros(B, C), math.prod(x.shape[1:])
     for level, n in zip(levels, noise, strict=True):
         x_t = noisy(x, n, level.expand(B).to(x.dtype))
         rows = x_t.repeat_interleave(C, 0)  # (B · C, …): the classes of a picture side by side
-        found = model(rows, level.expand(B * C).to(x.dtype), c.repeat(B)).view(B, C, -1)
-        total += (found - n.reshape(B, 1, -1)).square().sum(-1)
+        found = model(rows, level.expand(B * C).to(x.dtype), c.repeat(B)).view(B, C, numbers)
+        total += (found - n.reshape(B, 1, numbers)).square().sum(-1)
     return total / T
 
 

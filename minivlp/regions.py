@@ -50,7 +50,7 @@ def patches_touched(boxes: np.ndarray, patch: int, height: int, width: int) -> n
     columns, rows = (np.arange(end // patch) for end in ends)
     across = (first[:, :1] <= columns) & (columns < beyond[:, :1])  # (R, columns)
     down = (first[:, 1:] <= rows) & (rows < beyond[:, 1:])  # (R, rows)
-    return (down[:, :, None] & across[:, None, :]).reshape(len(boxes), -1)
+    return (down[:, :, None] & across[:, None, :]).reshape(len(boxes), len(rows) * len(columns))
 
 
 def _check(library, patches, inside) -> None:

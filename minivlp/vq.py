@@ -181,9 +181,15 @@ def perplexity(ids: Tensor, K: int) -> float:
 
 
 def restart_dead(codes: Tensor, ids: Tensor, z: Tensor, rng: np.random.Generator) -> Tensor:
-    """The codes (K, D), where those that no entry of ids (M,) names are rows of z (M, D) drawn at random."""
+    """The codes (K, D), where those that no entry of ids (N,) names are rows of z (M, D) drawn at random.
+
+    Raises ValueError on bad shapes, and where a code is dead and there is no row to draw.
+    """
+    M = require.shapes(Tensor, codes=(codes, "K D"), ids=(ids, "N"), z=(z, "M D"))["M"]
     require.generator(rng)
     dead = torch.bincount(ids, minlength=len(codes)) == 0  # (K,)
+    if not M and dead.any():
+        require.fail("z", "must hold a row for a dead code", tuple(z.shape))
     drawn = torch.from_numpy(rng.integers(len(z), size=int(dead.sum()))).to(z.device)
     codes = codes.detach().clone()
     codes[dead] = z.detach()[drawn].to(codes)

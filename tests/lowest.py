@@ -2,7 +2,7 @@
 
 Makes a virtual environment in FOLDER, or takes the one that is there, and runs pytest in it: on Python 3.11,
 as the lowest NumPy has no wheel for later ones. Peers are not installed, and what compares with them is
-skipped. It takes some ten minutes beside the download, so CI leaves it out: run it before a bound is lowered.
+skipped. The oldest torch brings 7 GB. CI runs it where that fits.
 """
 
 import re

@@ -16,7 +16,7 @@ LONGEST = 320  # lines of code of a module
 # A room that grows beyond its ceiling is a decision: raise the number in the commit that needs it.
 CEILINGS = {
     "bench": 975, "claims": 1575, "commands": 225, "core": 300, "data": 1075, "evaluation": 1210,
-    "ideas": 3110, "kernels": 395, "models": 2310, "pictures": 465, "recipes": 2200, "training": 510,
+    "ideas": 3090, "kernels": 395, "models": 2320, "pictures": 465, "recipes": 2215, "training": 510,
 }  # fmt: skip
 PLUMBING = 6370
 

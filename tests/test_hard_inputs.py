@@ -24,6 +24,7 @@ from minivlp import (
     build_vilt,
     chamfer,
     decoder,
+    diffusion,
     filip,
     hinge,
     infonce,
@@ -39,13 +40,14 @@ from minivlp import (
     regions,
     sigmoid,
     sinkhorn,
+    targets,
     transformer,
     vq,
 )
 
 IDEAS = [
-    attention, bayes, boxes, build_vilt, chamfer, decoder, filip, hinge, infonce, information, ipot, itm,
-    lora, masks, mlm, nce, patch, pooling, regions, sigmoid, sinkhorn, transformer, vq,
+    attention, bayes, boxes, build_vilt, chamfer, decoder, diffusion, filip, hinge, infonce, information,
+    ipot, itm, lora, masks, mlm, nce, patch, pooling, regions, sigmoid, sinkhorn, transformer, vq,
 ]  # fmt: skip
 RUNGS = {family: ladder for idea in IDEAS for family, ladder in idea.RUNGS.items() if "torch" in ladder}
 del RUNGS["nearest"]  # it has no gradient, and vq calls it
@@ -143,6 +145,7 @@ def case_of(family: str, n: int = 5, D: int = 6) -> Case:
         "rate_distortion": Case(
             (np.abs(numbers(4, m)), np.array([2, 3, 1, 2]) / 8), settings={"beta": 1.5, "steps": 5}
         ),
+        "noisy": Case((numbers(n, D), numbers(n, D + 1)[:, 1:], labels / (n + 1))),
         "nce": Case((numbers(n), numbers(n, m), numbers(n) - 1, numbers(n, m) - 1)),
         "infonce": Case((numbers(n, D), numbers(D, n).T), (1.5,)),
         "sigmoid_loss": Case((numbers(n, D), numbers(D, n).T), (1.5, -2.0)),
@@ -302,6 +305,7 @@ def large(family: str) -> Case:
             settings={"targets": np.arange(9)},
         ),
         "itm_loss": Case((20 * numbers(5000, 2),), settings={"labels": np.arange(5000) % 2}),
+        "noisy": Case((200 * numbers(3, 5000), numbers(3, 5001)[:, 1:], np.array([0.25, 0.5, 0.75]))),
         "nce": Case((numbers(2), numbers(2, 9000) - 2, numbers(2), numbers(2, 9000))),
         "infonce": Case(rows, (1e-4,)),
         "sigmoid_loss": Case(rows, (1e-4, -2.0)),
@@ -554,6 +558,23 @@ def test_an_empty_batch(family):
     arrays = tuple(x if i in keep else x[:0] for i, x in enumerate(case.arrays))
     rowwise = {n: x[:0] if isinstance(x, np.ndarray) else x for n, x in case.settings.items()}
     check(family, case._replace(arrays=arrays, settings=rowwise), torch.float64, may_refuse=True)
+
+
+def test_functions_without_a_gradient_take_no_examples():
+    """Nothing in, nothing out, of the right shape; or one sentence."""
+    none, few = torch.zeros(0, 3), torch.zeros(2, 3)
+    no_ids = torch.zeros(0, dtype=torch.long)
+    levels, noise = torch.tensor([0.5]), torch.zeros(1, 0, 3)
+    assert vq.nearest(none, few).shape == vq.nearest_fused(none, few).shape == (0,)
+    assert diffusion.errors(lambda x, t, c: x, none, torch.arange(5), levels, noise).shape == (0, 5)
+    assert diffusion.back(none, none, levels[:0], levels[:0], none).shape == (0, 3)
+    assert regions.patches_touched(np.zeros((0, 4)), 2, 4, 6).shape == (0, 6)
+    assert regions.region_mask(torch.zeros(0, 6, dtype=torch.bool)).shape[0] == 0
+    assert patch.to_patches(np.zeros((0, 3, 4, 4)), 2).shape == (0, 4, 12)
+    assert bayes.pmi(none).shape == bayes.debias(none, torch.zeros(3), 0.5).shape == (0, 3)
+    assert targets.next_words(no_ids.reshape(0, 4), torch.zeros(0, 4, dtype=torch.bool)).shape == (0, 4)
+    with pytest.raises(ValueError, match=r"z must hold a row for a dead code, got \(0, 3\)"):
+        vq.restart_dead(few, no_ids, none, np.random.default_rng(0))
 
 
 def spread(z: torch.Tensor) -> torch.Tensor:

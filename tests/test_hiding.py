@@ -333,7 +333,11 @@ def test_the_demo_fills_in_pictures(name, command, tmp_path, capsys):
         ("flava", "boxes", "--without must be unpaired for this model, got boxes"),
         ("maskvlm", "unpaired", "--without must be turns for this model, got unpaired"),
         ("xvlm", "turns", "--without must be boxes or regions for this model, got turns"),
-        ("clip", "turns", "--without must come with --model xvlm, coca, flava or maskvlm, got clip"),
+        (
+            "clip",
+            "turns",
+            "--without must come with --model vilt, xvlm, coca, flava or maskvlm, and no --task, got clip",
+        ),
     ],
 )
 def test_an_ablation_of_another_model_is_refused(model, without, message, command, tmp_path, capsys):

@@ -190,7 +190,7 @@ def test_what_a_recipe_must_have_is_asked_for_by_name(missing, tmp_path, monkeyp
 
 
 def test_flags_of_other_recipes_are_refused(glance, capsys):
-    for flag, needs in ((("--language", "zh"), "a dual encoder"), (("--without", "boxes"), "--model xvlm")):
+    for flag, needs in ((("--language", "zh"), "a dual encoder"), (("--without", "boxes"), "--model vilt")):
         assert glance("train", "--model", "glance", *flag) == 2
         assert re.fullmatch(
             rf"minivlp: {flag[0]} must come with {needs}.*, got glance\n", capsys.readouterr().err

@@ -155,6 +155,18 @@ def test_the_loss_of_written_captions_is_the_cross_entropy_of_their_next_words()
     torch.testing.assert_close(terms["next"], torch.stack(told).mean())
 
 
+def test_without_contrast_the_batches_are_the_same_and_a_term_is_missing():
+    flags = {"batch": 8, "steps": 10}
+    whole, part = (ViltRecipe.of(ViltRecipe.begin(flags | more)) for more in ({}, {"without": "contrast"}))
+    for step in (0, 9):
+        for b, c in zip(whole.batch(step), part.batch(step), strict=True):
+            assert torch.equal(b.pixels, c.pixels) and torch.equal(b.ids, c.ids)
+            assert b.noun is not None and c.noun is None
+        assert set(whole.loss(whole.model, whole.batch(step))) - {"apart"} == set(
+            part.loss(part.model, part.batch(step))
+        )
+
+
 def test_a_small_batch_has_an_example_of_every_part():
     assert [len(b.ids) for b in batches(replace(CONFIG, batch=2))(11)] == [1, 1]
 

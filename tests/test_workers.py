@@ -1,6 +1,7 @@
 """Several processes train the model that one process trains, and a job that loses one can go on."""
 
 import datetime
+import json
 import multiprocessing
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 
 from minivlp.recipes.base import Recipe
 from minivlp.training import loop
@@ -162,6 +164,19 @@ def test_a_job_that_loses_a_process_says_so_and_goes_on(tmp_path):
     assert whole.returncode == 0, whole.stderr
     a, b = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("run", "whole"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+def test_two_captions_train_on_two_processes(tmp_path):
+    """One each, whatever is hidden in it: no step may wait for a term that one of them lacks."""
+    for name, colour in (("dog", "red"), ("cat", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{name}.png")
+    lines = [json.dumps({"image": f"{name}.png", "caption": f"a {name}"}) for name in ("dog", "cat") * 2]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    flags = ("--captions", tmp_path, "--batch", 2, "--steps", 12, "--items", 4, "--threads", 1)
+    done = torchrun(*flags, "--name", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == 12
 
 
 @pytest.mark.slow

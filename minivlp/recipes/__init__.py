@@ -38,7 +38,10 @@ FLAGS = {
     "images": (("captions",), "--captions"),
     "on_error": (("captions",), "--captions"),
     "language": (DUAL, "a dual encoder, as in --model clip"),
-    "without": (("xvlm", "coca", "flava", "maskvlm"), "--model xvlm, coca, flava or maskvlm"),
+    "without": (
+        ("vilt", "xvlm", "coca", "flava", "maskvlm"),
+        "--model vilt, xvlm, coca, flava or maskvlm, and no --task",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ Left out: ViLT's own sizes (models/vilt.py's defaults), for which no laptop is e
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class ViltSettings(Settings):
     steps: int = 2800
     wpa_weight: float = 0.1
     mask: float = 0.15  # probability of hiding a word of one's own captions
+    contrast: bool = True  # does a noun have to find its picture?
 
 
 PRESETS = {
@@ -69,11 +70,14 @@ class ViltRecipe(Recipe):
     Settings, Config, Model = ViltSettings, ViltConfig, Vilt
     presets = PRESETS
     terms = ("next", "mlm", "itm", "wpa", "apart")
+    ablations = {"contrast": {"contrast": False}}
     several_processes = True
 
     @cached_property
     def batches(self) -> Callable[[int], list[ViltBatch]]:
         s, stages = self.settings, STAGES[self.about.get("preset", "cpu")]
+        if not s.contrast:
+            stages = tuple(replace(stage, contrast=0.0) for stage in stages)
         return SceneBatches(self.emojivl, self.nouns, self.tokenizer, stages, s.steps, s.batch, s.seed)
 
     def sizes_of_batches(self) -> set[int]:
