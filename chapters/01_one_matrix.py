@@ -199,6 +199,14 @@ print(f"dX is within 1e-12 of autograd:    {np.abs(dX - x.grad.numpy()).max() < 
 assert np.abs(dX - slopes).max() < 1e-8 and np.abs(dX - x.grad.numpy()).max() < 1e-12
 
 # %% [markdown]
+# Drawn as a graph, the whole chapter so far is one picture. It will serve every loss of the course:
+#
+# ![X, Y, the scale and the bias make the matrix S, which makes the loss. Backwards the loss gives G to S, and
+# S gives G times the other factor to each of its four parents.](pictures/backward.svg)
+#
+# *What to see: grey arrows compute the loss, dashed red arrows bring the gradient back. A loss has to give G
+# alone, and the four gradients on the left follow.*
+#
 # ## One matrix, many objectives
 #
 # Nothing above depended on the row-wise cross-entropy except the line $G = (P - I)/B$. Other objectives

@@ -62,6 +62,12 @@ print(f"{scene.caption}: {images[0].size} numbers = {patches.shape[1]} patches o
 #
 # ## The cut
 #
+# ![A picture of three by three patches is cut row by row. Each patch becomes a row of numbers, and one weight
+# turns each of them into a row of width D.](pictures/patches.svg)
+#
+# *What to see: first the order, then the map. The numbers 0 to 8 keep their order, and all patches share W.*
+#
+#
 # Let a picture have $C$ channels and a height and width that are multiples of the **patch size** $p$. With
 # $h$ rows and $w$ columns of patches there are $N = hw$ patches. Patch $n$ lies in row $r$ and column $c$ of
 # that grid, $n = rw + c$, and it holds $K = Cp^2$ numbers, which we write into a vector $u_n$: first all of

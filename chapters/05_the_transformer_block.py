@@ -7,7 +7,7 @@
 # What has to stand around it, so that four blocks, or twelve, turn the row of [MASK] step by step into a row
 # that says "panda", and so that a gradient from the top still reaches the bottom?
 #
-# You need: chapters 01 to 04. Plan for three hours with the two exercises.
+# You need: chapters 01 to 04. Plan for three and a half hours with the four exercises.
 
 # %%
 import os
@@ -128,6 +128,12 @@ assert torch.allclose(pooled, states["pooled"], atol=1e-4)
 #
 # that begins with $I$: one copy of the gradient goes straight down, whatever the parts do. Without the
 # addition only the product of all, $J_1^\top J_2^\top \cdots$, is left.
+#
+# ![A stream runs straight from the bottom to the top. Two branches leave it, pass a norm and then attention
+# or the MLP, and are added to the stream.](pictures/block.svg)
+#
+# *What to see: nothing stands on the straight line but two sums. What a branch makes is added, and the
+# gradient comes down the line undamped.*
 #
 # ## LayerNorm, three by three
 #
@@ -288,6 +294,14 @@ assert (patches_asked[:3] < even_words / 2).all() and patches_asked[3] > 2 * eve
 # of theirs from words; but no head reads a patch after it, except the alignment of chapter 15. So what the
 # heads of the words answer has gone one way, from the picture to the words.
 #
+# **Exercise 3** · `block` · difficulty 2 of 3 · 20 minutes. **Exercise 4** · `encoder` · difficulty 1 of 3 ·
+# 10 minutes. Open `chapters/exercises/build_vilt.py` again. Your block calls your `multi_head` of chapter 04,
+# or the library's as long as yours is not written.
+
+# %%
+check("block", "encoder")
+
+# %% [markdown]
 # ## Who decided that?
 #
 # One is tempted to say that training found this by itself, as nothing in the architecture says who reads whom

@@ -125,6 +125,11 @@ assert columns[1][relation] < 1e-9 and abs(columns[2][relation] - np.log(2)) < 1
 # relations cost $\log 2$, not $\log 4$, because of the *of*. So the course's own training hides the phrase
 # under one [MASK] (`hide_relation`), and only then all four are open.
 #
+# ![Above, one of the two pieces of a word is hidden, and its other piece gives it away. Below, both are
+# hidden.](pictures/whole_word.svg)
+#
+# *What to see: black may not be seen. Above, the vocabulary alone knows which piece follows "lady".*
+#
 # ## Which tokens to hide
 #
 # `mask_tokens` works on a batch of captions. Each word is chosen with probability $p = 0.15$, and all its

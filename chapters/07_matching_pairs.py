@@ -167,6 +167,12 @@ assert [counts[name][1] for name in ("derangement", "shift", "one_cycle")] == [9
 check("derangement")
 
 # %% [markdown]
+# ![Four captions by four pictures. The right pairs lie on the diagonal, and in each row one wrong pair is
+# marked as hard.](pictures/wrong_pairs.svg)
+#
+# *What to see: a derangement takes any cell beside the diagonal, one in each row and column. A hard negative
+# is the cell of a row that the model likes best among the wrong ones.*
+#
 # ## Hard pairs
 #
 # A random picture is mostly refuted by a single object. To learn more, a model needs wrong pictures that are

@@ -1,4 +1,4 @@
-"""The course's command line: `python -m chapters list | next | hint | solution | reset | build | train`.
+"""The course's command line: `python -m chapters list | next | hint | solution | reset | build | train …`.
 
 Exit code 0, or 2 with one sentence.
 """
@@ -17,7 +17,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m chapters", description="Exercises and notebooks of the course."
     )
-    commands = top.add_subparsers(dest="job", metavar="list | next | hint | solution | reset | build | train")
+    commands = top.add_subparsers(
+        dest="job", metavar="list | next | hint | solution | reset | build | diagrams | train"
+    )
 
     def command(name: str, what: str, example: str) -> argparse.ArgumentParser:
         epilog = f"example: python -m chapters {example}"
@@ -41,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     build = command("build", "Run chapters and write their notebooks, with outputs.", "build 01")
     build.add_argument("chapter", nargs="*", help="numbers or names (default: all)")
     build.add_argument("--measure", action="store_true", help="also run the cells tagged `measured` again")
+    command("diagrams", "Draw the diagrams again.", "diagrams")
     train = command(
         "train",
         "Train the ViLT that you built, or any model with some of your functions.",
@@ -64,6 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
             from chapters.build import build
 
             build(args.chapter, args.measure)
+        elif args.job == "diagrams":
+            from chapters.diagrams import write
+
+            print(f"wrote {len(write())} drawings in chapters/pictures")
         elif args.job == "train":
             if args.steps is not None and args.steps < 1:
                 raise ValueError(f"--steps must be at least 1, got {args.steps}")
