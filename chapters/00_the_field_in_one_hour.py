@@ -145,12 +145,17 @@ for ax, pixels in zip(axes[1], drawn, strict=True):
 plt.setp(axes, xticks=[], yticks=[])
 plt.show()
 print("true captions:", [item.caption for item in shown])
-assert sum(a == b.caption for a, b in zip(written, shown, strict=True)) >= 2
+two, last = written[:2], "a panda left of a wrench"
+assert (
+    two == [item.caption for item in shown[:2]] and written[2] == last
+)  # "a wrench right of a panda", turned
 
 # %% [markdown]
 # What to see: above, three pictures of pairs that training never showed together, and what the model wrote.
-# Below, three drawings for one sentence; no two are alike. The writer is **CoCa** (Yu et al. 2022, chapter
-# 21), the draughtsman **Chameleon** (2024, chapter 23).
+# All three sentences are true; the third says in the other order what the caption says. Below, three drawings
+# for one sentence. They are coarse, for the model puts 36 pieces of a picture beside one another, and no two
+# are alike. The writer is **CoCa** (Yu et al. 2022, chapter 21), the draughtsman **Chameleon** (2024, chapter
+# 23).
 #
 # ## What it is for
 #
@@ -166,12 +171,12 @@ assert sum(a == b.caption for a, b in zip(written, shown, strict=True)) >= 2
 # | generation | a sentence → a picture | FID, people's judgements | COCO |
 #
 # **Pretraining** means: one model first learns from many pictures with texts, with objectives that need no
-# labels, and only then is it adapted to such tasks. What it learns from are pairs. COCO has 123,000
-# photographs with five sentences each that people were paid to write. ViLT learnt from four such collections
-# with 4 million pictures in all. CLIP learnt from 400 million pictures with the text that stood beside them
-# on the web. The pictures of this course are drawings by several artists, with sentences composed from their
-# names (`data_tiny/README.md`). In these one knows exactly what is true of a picture, so one can measure what
-# a model has understood.
+# labels, and only then is it adapted to such tasks (**fine-tuning**). What it learns from are pairs. COCO has
+# 123,000 photographs with five sentences each that people were paid to write. ViLT learnt from four such
+# collections with 4 million pictures in all. CLIP learnt from 400 million pictures with the text that stood
+# beside them on the web. The pictures of this course are drawings by several artists, with sentences composed
+# from their names (`data_tiny/README.md`). In these one knows exactly what is true of a picture, so one can
+# measure what a model has understood.
 #
 # Two of the measures, on five made-up scores. Rows are sentences, columns pictures, the own picture of
 # sentence $i$ is picture $i$:
@@ -286,21 +291,22 @@ else:
 #
 # ## Questions
 #
-# <details><summary>1. A shop has ten million pictures and wants answers within a tenth of a second. Dual
-# encoder or single stream?</summary>Dual encoder. The vectors of the pictures are computed once, and a query
-# costs one product. A single stream has to read the query together with every picture. In practice a dual
-# encoder finds a hundred candidates and a single stream orders them.</details>
+# <details><summary>1. <i>Explain.</i> A shop has ten million pictures and wants answers within a tenth of a
+# second. Dual encoder or single stream?</summary>Dual encoder. The vectors of the pictures are computed once,
+# and a query costs one product. A single stream has to read the query together with every picture. In
+# practice a dual encoder finds a hundred candidates and a single stream orders them.</details>
 #
-# <details><summary>2. Why can a dual encoder hardly tell "a dog left of a cat" from "a cat left of a
-# dog"?</summary>Picture and sentence meet in one dot product. Nothing in its training needs the order,
-# because in a batch of random pairs the objects alone find the partner. Chapter 07 measures it.</details>
+# <details><summary>2. <i>Explain.</i> Why can a dual encoder hardly tell "a dog left of a cat" from "a cat
+# left of a dog"?</summary>Picture and sentence meet in one dot product. Nothing in its training needs the
+# order, because in a batch of random pairs the objects alone find the partner. Chapter 07 measures
+# it.</details>
 #
-# <details><summary>3. A model reads R@1 = 0.30. Is that good?</summary>One cannot say before one knows among
-# how many pictures. Among 64, guessing gives 0.016; among 5, guessing gives 0.2. A number without its chance
-# level says nothing.</details>
+# <details><summary>3. <i>Explain.</i> A model reads R@1 = 0.30. Is that good?</summary>One cannot say before
+# one knows among how many pictures. Among 64, guessing gives 0.016; among 5, guessing gives 0.2. A number
+# without its chance level says nothing.</details>
 #
-# <details><summary>4. Predict: a model that never sees the picture is asked for a hidden noun among 32. How
-# often is it right?</summary>About 1 time in 32 if all nouns are equally frequent and the rest of the
+# <details><summary>4. <i>Predict.</i> A model that never sees the picture is asked for a hidden noun among
+# 32. How often is it right?</summary>About 1 time in 32 if all nouns are equally frequent and the rest of the
 # sentence does not help. Chapter 08 trains such a blind model, and calls what it reaches the price of
 # guessing.</details>
 #

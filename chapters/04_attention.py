@@ -603,22 +603,24 @@ check("attention")
 #
 # ## Questions
 #
-# <details><summary>1. Why is the softmax taken over the keys of one query, and not over the queries of one
-# key?</summary>Each query is to receive a mean of values, and the weights of a mean add up to 1. With the
-# softmax over queries a token that nobody matches well would still have to be given away entirely, and a
-# query that matches nothing would receive next to nothing.</details>
+# <details><summary>1. <i>Explain.</i> Why is the softmax taken over the keys of one query, and not over the
+# queries of one key?</summary>Each query is to receive a mean of values, and the weights of a mean add up to
+# 1. With the softmax over queries a token that nobody matches well would still have to be given away
+# entirely, and a query that matches nothing would receive next to nothing.</details>
 #
-# <details><summary>2. What changes in the output if every key gets the same vector added to it?</summary>
-# Nothing. Each score of query i grows by the same number, q_i · c / √d, and the softmax of a row does not see
-# a common shift. So the bias of the keys has no effect, and its gradient is zero.</details>
+# <details><summary>2. <i>Predict, then run.</i> What changes in the output if every key gets the same vector
+# added to it? Set bK to any four numbers in the cell of the two heads.</summary> Nothing. Each score of query
+# i grows by the same number, q_i · c / √d, and the softmax of a row does not see a common shift. So the bias
+# of the keys has no effect, and its gradient is zero.</details>
 #
-# <details><summary>3. How many weights has multi-head attention of width D with H heads?</summary>4 D² + 4 D.
-# The number of heads does not matter: heads cut the same maps into more pieces.</details>
+# <details><summary>3. <i>Derive.</i> How many weights has multi-head attention of width D with H
+# heads?</summary>4 D² + 4 D. The number of heads does not matter: heads cut the same maps into more
+# pieces.</details>
 #
-# <details><summary>4. Which of the four maps could be merged with another without changing what the layer can
-# compute?</summary>In one head only the product W_Qᵀ W_K enters the scores and only W_O W_V the output. They
-# stay apart because d is smaller than D: the product of two thin matrices has rank d and fewer
-# numbers.</details>
+# <details><summary>4. <i>Explain.</i> Which of the four maps could be merged with another without changing
+# what the layer can compute?</summary>In one head only the product W_Qᵀ W_K enters the scores and only W_O
+# W_V the output. They stay apart because d is smaller than D: the product of two thin matrices has rank d and
+# fewer numbers.</details>
 #
 # ## Sources
 #

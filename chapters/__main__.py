@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("chapter", nargs="*", help="numbers or names (default: all)")
     build.add_argument("--measure", action="store_true", help="also run the cells tagged `measured` again")
     command("diagrams", "Draw the diagrams again.", "diagrams")
+    moving = command("animate", "Train the main job and draw it learning.", "animate")
+    moving.add_argument("--threads", type=int, help="CPU threads")
     train = command(
         "train",
         "Train the ViLT that you built, or any model with some of your functions.",
@@ -71,6 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
             from chapters.diagrams import write
 
             print(f"wrote {len(write())} drawings in chapters/pictures")
+        elif args.job == "animate":
+            from chapters.animate import animate
+
+            return animate(args.threads)
         elif args.job == "train":
             if args.steps is not None and args.steps < 1:
                 raise ValueError(f"--steps must be at least 1, got {args.steps}")

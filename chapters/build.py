@@ -25,7 +25,7 @@ from minivlp.core.files import whole_file
 
 CHAPTERS = Path(__file__).parent
 LARGEST = 400_000  # bytes
-DPI, COLOURS = 88, 96
+DPI, COLOURS, LIGHT = 120, 256, 40_000  # a figure of more bytes than LIGHT has a palette
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
@@ -127,14 +127,16 @@ def _run_cell(source: str, title: str, names: dict[str, Any]) -> Any:
 
 
 def _figures(plt: Any) -> Iterator[str]:
-    """Each open figure as a PNG with a palette, which is a third as large, in base64; then closed."""
+    """Each open figure as a PNG in base64, then closed: large ones with a palette, a third of the bytes."""
     for number in plt.get_fignums():
         drawn, file = io.BytesIO(), io.BytesIO()
         plt.figure(number).savefig(drawn, format="png", dpi=DPI)
         plt.close(number)
-        Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
-            file, "png", optimize=True
-        )
+        image = Image.open(drawn).convert("RGB")
+        image.save(file, "png", optimize=True)
+        if len(file.getvalue()) > LIGHT:
+            file = io.BytesIO()
+            image.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "png", optimize=True)
         yield base64.b64encode(file.getvalue()).decode()
 
 
