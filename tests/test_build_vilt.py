@@ -214,7 +214,10 @@ def equals_the_recipes_terms(f, seed, kinds, written, weight):
     found = f(b, w, 2, 2, weight)
     assert set(found) == set(wanted), f"your terms are {sorted(found)}, expected {sorted(wanted)}"
     for name, term in wanted.items():
-        close(found[name].detach().numpy(), term.detach().numpy(), rtol=1e-7)
+        try:
+            close(found[name].detach().numpy(), term.detach().numpy(), rtol=1e-7)
+        except AssertionError as error:
+            raise AssertionError(f"the term {name}: {error}") from None
 
 
 @law("rate", hint="Ask for the first step, the last step of the warm-up, and the last step of the run.")
@@ -325,7 +328,10 @@ def equals_the_librarys_updates(f, seed, steps, size):
             now["matrix"].copy_(new)
     assert set(found) == set(w), "the trained weights have the names of those that were given"
     for name in w:
-        close(found[name].detach().numpy(), now[name].detach().numpy(), rtol=1e-7, atol=1e-9)
+        try:
+            close(found[name].detach().numpy(), now[name].detach().numpy(), rtol=1e-7, atol=1e-9)
+        except AssertionError as error:
+            raise AssertionError(f"the weight {name} after {steps} steps: {error}") from None
 
 
 test_laws = obeys(build_vilt)

@@ -46,7 +46,12 @@ def test_the_notebook_is_in_step_with_its_source(source):
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in codes] == list(range(1, len(codes) + 1)), told
     assert source.with_suffix(".ipynb").stat().st_size <= build.LARGEST
-    assert not any(output.output_type == "error" for cell in codes for output in cell.outputs)
+    outputs = [output for cell in codes for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    figures = [
+        output.metadata["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})
+    ]
+    assert all(len(alternative) > 30 for alternative in figures), "say what to see under each figure"
 
 
 @EACH
