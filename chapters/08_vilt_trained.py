@@ -303,8 +303,8 @@ assert shares[29] == 1 == shares[1600] and shares[-1] < 0.001
 print(inspect.getsource(train).split('are not changed.\n    """\n')[1])
 
 # %% [markdown]
-# What to see: thirty steps up, 1,650 steps level, 1,120 steps down. In the printed loop the lines up to `share`
-# ask what the step should be; those below make it, one weight after the other.
+# What to see: thirty steps up, 1,650 steps level, 1,120 steps down. In the printed loop the lines up to
+# `share` ask what the step should be; those below make it, one weight after the other.
 #
 # **Exercise 7** · `rate` · difficulty 1 of 3 · 10 minutes. **Exercise 8** · `adamw` · difficulty 2 of 3 · 25
 # minutes. **Exercise 9** · `muon` · difficulty 2 of 3 · 25 minutes. **Exercise 10** · `train` · difficulty

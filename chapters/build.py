@@ -74,8 +74,8 @@ def build_one(source: Path, measure: bool = False) -> None:
 def describe(notebook: NotebookNode) -> None:
     """Give each figure an alternative text: what the Markdown that follows tells to see, else its neighbour.
 
-    A paragraph that begins with "What to see" comes first, then any paragraph behind the figure, then the last
-    one before it.
+    A paragraph that begins with "What to see" comes first, then any other behind the figure, then the last one
+    before it.
     """
     before: list[str] = []
     for number, cell in enumerate(notebook.cells):
