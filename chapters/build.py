@@ -74,7 +74,7 @@ def build_one(source: Path, measure: bool = False) -> None:
 def describe(notebook: NotebookNode) -> None:
     """Give each figure an alternative text: what the Markdown that follows tells to see, else its neighbour.
 
-    A paragraph that begins with "What to see" comes first, then any other behind the figure, then the last one
+    A paragraph that begins with "What to see" comes first, then any other behind the figure, then the last
     before it.
     """
     before: list[str] = []

@@ -4,9 +4,12 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
+from chapters import animate
 from chapters.build import sources
 from chapters.diagrams import DRAWINGS, FOLDER, KINDS, write
+from minivlp.recipes.vilt import PRESETS, ViltRecipe
 from tests.course import ROOT
 
 EACH = pytest.mark.parametrize("name", DRAWINGS)
@@ -52,3 +55,15 @@ def test_a_drawing_is_shown_with_an_alternative_text_and_what_to_see(name):
     assert found, f"{name}.svg is shown nowhere"
     for alternative, after in found:
         assert len(alternative) > 30 and "What to see" in after
+
+
+def test_the_animation_is_small_and_its_frames_can_be_drawn_again(tmp_path):
+    """Some twenty looks at one run; a model that has learnt nothing gives a frame of the same size."""
+    with Image.open(animate.PATH) as moving:
+        assert moving.n_frames >= 20 and animate.PATH.stat().st_size <= animate.LARGEST
+        size = moving.size
+    recipe = ViltRecipe(PRESETS["cpu"], {"preset": "cpu"})
+    image = animate.frame(recipe.model.eval(), recipe, 0)
+    assert image.size == size
+    with Image.open(animate.write([image, image.rotate(180)], tmp_path / "two.gif")) as moving:
+        assert moving.n_frames == 2
