@@ -212,11 +212,13 @@ def _train(recipe: ViltRecipe, run: Run, screen: Screen) -> tuple[Trained, list[
     def look(done: int, w: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
         for name, term in terms.items():
             means.setdefault(name, []).append(float(term.detach()))
-        if done % often and done != s.steps:
+        looked = done % often == 0 or done == s.steps  # as often as the library's loop does
+        if not looked and done % s.report_every:
             return
         model.given = w
         record = {"step": done, "rows": done * s.batch, "seconds": perf_counter() - started}
-        record |= {name: float(np.mean(values)) for name, values in means.items()} | recipe.check(model)
+        record |= {name: float(np.mean(values)) for name, values in means.items()}
+        record |= recipe.check(model) if looked else {}
         means.clear()
         records.append(record)
         run.log(record)

@@ -57,6 +57,7 @@ def test_a_drawing_is_shown_with_an_alternative_text_and_what_to_see(name):
         assert len(alternative) > 30 and "What to see" in after
 
 
+@pytest.mark.slow
 def test_the_animation_is_small_and_its_frames_can_be_drawn_again(tmp_path):
     """Some twenty looks at one run; a model that has learnt nothing gives a frame of the same size."""
     with Image.open(animate.PATH) as moving:
