@@ -263,7 +263,7 @@ assert (rank < 1).mean() == 0.6 and abs(iou((0, 0, 2, 2), (1, 0, 3, 2)) - 1 / 3)
 #
 # The small models are built as the published ones are, so published weights load into the same classes. With
 # the files of `vilt-b32-mlm` and a photograph beside this notebook, the next cell runs ViLT-B/32, a model of
-# 111 million numbers. Without them it only says so. (Nothing is downloaded.)
+# more than 100 million numbers. Without them it only says so. (Nothing is downloaded.)
 
 # %%
 folder, photograph = Path("vilt-b32-mlm"), Path("cats.jpg")
