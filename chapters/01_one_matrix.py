@@ -199,6 +199,14 @@ print(f"dX is within 1e-12 of autograd:    {np.abs(dX - x.grad.numpy()).max() < 
 assert np.abs(dX - slopes).max() < 1e-8 and np.abs(dX - x.grad.numpy()).max() < 1e-12
 
 # %% [markdown]
+# Drawn as a graph, the whole chapter so far is one picture. It will serve every loss of the course:
+#
+# ![X, Y, the scale and the bias make the matrix S, which makes the loss. Backwards the loss gives G to S, and
+# S gives G times the other factor to each of its four parents.](pictures/backward.svg)
+#
+# *What to see: grey arrows compute the loss, dashed red arrows bring the gradient back. A loss has to give G
+# alone, and the four gradients on the left follow.*
+#
 # ## One matrix, many objectives
 #
 # Nothing above depended on the row-wise cross-entropy except the line $G = (P - I)/B$. Other objectives
@@ -399,6 +407,31 @@ for name, loss in (("torch", infonce.infonce), ("fused", infonce.infonce_fused))
     print(f"{name}: loss {value.item():.5f}, {1000 * min(times):.0f} ms, the best of three")
 
 # %% [markdown]
+# ## Questions and small tasks
+#
+# Answers are folded. Think first, with pencil and paper where it says *derive*.
+#
+# <details><summary>1. <i>Explain.</i> Why is G enough to know all four gradients?</summary>The loss depends
+# on X, Y, the scale and the bias only through S. By the chain rule each receives G times how S depends on it,
+# and S is a product: the other factor.</details>
+#
+# <details><summary>2. <i>Derive.</i> The loss is the mean of squared scores off the diagonal, L = Σ_{i≠j}
+# S_ij² / B². What is G, and what is dbias?</summary>G_ij = 2 S_ij / B² off the diagonal and 0 on it; dbias =
+# Σ G. Nothing else changes: dX = s G Y as always.</details>
+#
+# <details><summary>3. <i>Derive.</i> Scores pass a temperature per row: S_ij = s_i x_i · y_j. What is
+# ds?</summary>Each s_i is used in its row alone: ds_i = Σ_j G_ij x_i · y_j, the row sums of G ∘ X
+# Yᵀ.</details>
+#
+# <details><summary>4. <i>Predict, then run.</i> All captions of a batch are equal. What is the row-wise
+# cross-entropy of B pairs, whatever the model? Set all rows of Y to one vector in the cell of 3 × 3 and
+# look.</summary>log B. All scores of a row are equal, so the softmax gives 1/B everywhere.</details>
+#
+# <details><summary>5. <i>Repair.</i> Somebody writes G = P − I and forgets the division by B. Training with
+# AdamW hardly notices. Why, and who notices?</summary>AdamW divides the step by the usual size of the
+# gradient, so a constant factor cancels. Plain gradient descent, clipping, and a sum with a second loss all
+# notice. So does the law that compares with slopes.</details>
+#
 # ## What we left out
 #
 # * Where $X$ and $Y$ come from: patches (02), words (03), attention (04) and blocks of it (05).

@@ -62,6 +62,12 @@ print(f"{scene.caption}: {images[0].size} numbers = {patches.shape[1]} patches o
 #
 # ## The cut
 #
+# ![A picture of three by three patches is cut row by row. Each patch becomes a row of numbers, and one weight
+# turns each of them into a row of width D.](pictures/patches.svg)
+#
+# *What to see: first the order, then the map. The numbers 0 to 8 keep their order, and all patches share W.*
+#
+#
 # Let a picture have $C$ channels and a height and width that are multiples of the **patch size** $p$. With
 # $h$ rows and $w$ columns of patches there are $N = hw$ patches. Patch $n$ lies in row $r$ and column $c$ of
 # that grid, $n = rw + c$, and it holds $K = Cp^2$ numbers, which we write into a vector $u_n$: first all of
@@ -407,6 +413,31 @@ plt.show()
 # What to see: ViLT is far to the left, not at the top: about level with the first region models, below the
 # later ones. What a linear layer cannot know about pictures, its transformer has to learn; ViLT's began with
 # the weights of a ViT that classified pictures.
+#
+# ## Questions and small tasks
+#
+# Answers are folded. Think first, with pencil and paper where it says *derive*.
+#
+# <details><summary>1. <i>Explain.</i> Why does a patch embedding with stride p lose nothing although p²
+# pixels become one row?</summary>The row has D numbers, and D may be as large as C p². Order inside a patch
+# is kept by the weights.</details>
+#
+# <details><summary>2. <i>Derive.</i> Patches overlap: size p, stride p/2. How many rows has a picture of H ×
+# W pixels, and what becomes of the gradient of a pixel?</summary>(2H/p − 1)(2W/p − 1) rows. An inner pixel
+# lies in four patches, so its gradient is the sum of four; a corner pixel lies in one.</details>
+#
+# <details><summary>3. <i>Derive.</i> The rows are averaged into one vector m = (1/N) Σ_n z_n. What does each
+# row receive?</summary>dz_n = dm / N: the same for all rows. A mean cannot say which patch was to
+# blame.</details>
+#
+# <details><summary>4. <i>Predict, then run.</i> What does a model see of two pictures whose patches are the
+# same in another order, if positions are left out? Shuffle the rows in the cell above and compare means of
+# all rows.</summary>The same set of rows, so every mean of them is equal. Only positions tell the two
+# apart.</details>
+#
+# <details><summary>5. <i>Break and repair.</i> Positions of an image trained at 48 pixels are used at 96
+# pixels by repeating each of them four times. What goes wrong?</summary>Four neighbours get the same position
+# and cannot be told apart by place. Resizing the grid with interpolation gives each its own.</details>
 #
 # ## What we left out
 #

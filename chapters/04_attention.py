@@ -6,7 +6,7 @@
 # other rows of the sequence: in a few patches of the picture (chapter 02). How does one row learn what stands
 # in another, when in the next picture the answer stands somewhere else?
 #
-# You need: chapters 01 to 03. Plan for three hours with the two exercises.
+# You need: chapters 01 to 03. Plan for four hours with the four exercises.
 
 # %%
 import os
@@ -20,11 +20,14 @@ if root is None:
     raise RuntimeError("minivlp is not here: clone it beside this notebook (Colab) or start in a clone")
 sys.path.insert(0, str(root))
 
+import inspect
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 from minivlp.attention import attention, attention_fused, attention_np
+from minivlp.build_vilt import multi_head_np
 from minivlp.data import Scenes, load_emojivl, scene_pixels
 from minivlp.data.probes import hide_slots, swapped
 from minivlp.evaluation.point import patches_inside
@@ -75,6 +78,12 @@ print(f"tokens of the text: {tokens}\nand then the {(trained.canvas // patch) **
 #
 # $$S = s\, Q K^\top, \qquad P_{ij} = \frac{e^{S_{ij}}}{\sum_k e^{S_{ik}}}, \qquad O = P V,
 #   \qquad s = \frac{1}{\sqrt d}.$$
+#
+# ![Q times K transposed gives S, a row softmax gives P, and P times V gives O. A forbidden key is minus
+# infinity in S and zero in P.](pictures/qkv.svg)
+#
+# *What to see: the shapes. S and P have a row for each query and a column for each key; O has a row for each
+# query again.*
 #
 # $S$ is the matrix of chapter 01 with $X = Q$, $Y = K$ and bias 0, and $P$ is its row softmax. New is the
 # last step: the probabilities are not compared with a right answer, they are the weights of a mean. Row $i$
@@ -235,14 +244,146 @@ assert np.allclose(dQ, slopes, atol=1e-7) and dQ[0, 0] < 0 < wrong[0, 0] and np.
 check("attention_np")
 
 # %% [markdown]
+# ## Four maps
+#
+# Where do queries, keys and values come from? All three are made from the same tokens. Let the rows of $Z$
+# ($L \times D$) be the tokens of one sequence, words and patches together, and let $W_Q$, $W_K$, $W_V$ and
+# $W_O$ be four learned matrices, $D \times D$ each, with biases $b_Q$, $b_K$, $b_V$ and $b_O$. A bias is
+# added to every row. Then
+#
+# $$Q = Z W_Q^\top + b_Q, \qquad K = Z W_K^\top + b_K, \qquad V = Z W_V^\top + b_V, \qquad
+#   \mathrm{out} = O\, W_O^\top + b_O,$$
+#
+# where $O$ is what attention makes of $Q$, $K$ and $V$. The first three maps say what a token looks for, what
+# it can be found by and what it hands over. The fourth map says how what it received is written back into the
+# $D$ numbers of a token. In code $W_Q$, $W_K$ and $W_V$ stand below one another in one matrix of $3D$ rows,
+# so that one product makes all three.
+#
 # ## Heads
 #
 # One softmax gives one mean, and the mean of two patches does not say which of them was left of the other. So
-# a token asks several questions at once. Queries, keys and values have $D$ numbers, which are cut into $H$
-# **heads** of $d = D/H$; each head does its own attention, and the results are joined again. The arrays
-# become (B, H, L, d), and a mask over keys (B, L) becomes `mask[:, None, None]`. A trap: (B, L, D) is viewed
-# as (B, L, H, d), and then two axes change places. Viewed as (B, H, L, d) at once, tokens are mixed up.
+# a token asks several questions at once. The $D$ columns of $Q$, $K$ and $V$ are cut into $H$ **heads** of
+# $d = D/H$ columns each. Head $h$ attends by itself, with its own scores and its own softmax, and gives $O_h$
+# ($L \times d$). The heads are put side by side again before the fourth map:
 #
+# $$S_h = \tfrac{1}{\sqrt d}\, Q_h K_h^\top, \qquad O_h = \mathrm{softmax}(S_h)\, V_h, \qquad
+#   O = [\,O_1 \;\cdots\; O_H\,], \qquad \mathrm{MSA}(Z) = O\, W_O^\top + b_O .$$
+#
+# ![Z becomes Q, K and V by three maps; each head takes its columns, makes S, P and O of them; the heads are
+# joined and pass the fourth map.](pictures/heads.svg)
+#
+# *What to see: the shapes. A head is a group of columns of Q, K and V. Only S and P are L × L, and there is
+# one of each for every head.*
+#
+# Note the divisor: each head divides by the root of *its* width $d$, not of $D$. Here are three tokens of
+# width $D = 4$, and two heads of width $d = 2$. The maps hold small whole numbers, so that every entry can be
+# checked on paper.
+
+# %%
+Z = np.array([[1.0, 0.0, 2.0, 0.0], [0.0, 1.0, 0.0, 2.0], [1.0, 1.0, 0.0, 0.0]])  # (L, D)
+WQ = np.array([[2.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])  # (D, D)
+WK = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+WV = np.array([[1.0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]])
+WO = np.array([[1.0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, -1, 0, 1]])
+bQ, bK, bV, bO = np.eye(4)[[0, 0, 0, 3]] * [[0], [0], [0], [1]]
+L, D, H = 3, 4, 2
+d = D // H
+
+Q, K, V = Z @ WQ.T + bQ, Z @ WK.T + bK, Z @ WV.T + bV  # (L, D) each
+P, O = np.zeros((H, L, L)), np.zeros((L, D))
+for h in range(H):
+    columns = slice(h * d, (h + 1) * d)
+    P[h] = softmax(Q[:, columns] @ K[:, columns].T / np.sqrt(d))  # (L, L)
+    O[:, columns] = P[h] @ V[:, columns]  # (L, d)
+out = O @ WO.T + bO  # (L, D)
+print(
+    "Q =\n", Q, "\n\nK =\n", K, "\n\nP of head 0 =\n", P[0], "\n\nP of head 1 =\n", P[1], "\n\nout =\n", out
+)
+assert P[0, 0].argmax() == 0 and P[1, 0].argmax() == 1  # token 0 looks at itself, and at token 1
+
+# %% [markdown]
+# What to see: the two heads give token 0 two different answers. Head 0 compares the first two numbers of the
+# tokens and finds token 0 itself (and token 2, which is as close). Head 1 has its keys exchanged by $W_K$, so
+# token 0 finds token 1. One head would have had to choose.
+#
+# In code there is no loop over heads. The columns (…, D) are viewed as (…, H, d), and the axes of tokens and
+# heads change places, so that the arrays become (B, H, L, d) and one `@` serves all heads. A mask over keys
+# (B, L) becomes `mask[:, None, None]`. A trap: viewed as (B, H, L, d) at once, the same numbers mix tokens.
+
+# %%
+split = Q.reshape(L, H, d).swapaxes(0, 1)  # (L, D) → (L, H, d) → (H, L, d)
+mixed = Q.reshape(H, L, d)
+print("head 0 of Q, as it should be:\n", split[0], "\n\nviewed at once:\n", mixed[0])
+assert np.array_equal(split[0], Q[:, :d]) and not np.array_equal(mixed[0], Q[:, :d])
+assert np.array_equal(split.swapaxes(0, 1).reshape(L, D), Q)  # joining is splitting, backwards
+
+# %% [markdown]
+# ## The gradient by three paths
+#
+# Let $G$ ($L \times D$) be the gradient at the output of the fourth map. That map is one linear layer for all
+# tokens, so by chapter 01's rule each factor receives $G$ times the other:
+#
+# $$dO = G\, W_O, \qquad dW_O = G^\top O, \qquad db_O = \textstyle\sum_i G_i .$$
+#
+# The columns of $dO$ are cut into heads as those of $O$ were joined, and each head gives back $dQ_h$, $dK_h$
+# and $dV_h$ by the formulas above. Joined, they are $dQ$, $dK$, $dV$ ($L \times D$ each). Now $Z$ was used
+# three times, and it collects from all three:
+#
+# $$dZ = dQ\, W_Q + dK\, W_K + dV\, W_V, \qquad dW_Q = dQ^\top Z, \qquad dW_K = dK^\top Z, \qquad
+#   dW_V = dV^\top Z .$$
+#
+# ![The gradient runs from the output back through the fourth map, splits at the heads, comes back to Z
+# through queries, keys and values, and is added up there.](pictures/three_paths.svg)
+#
+# *What to see: three arrows arrive at Z. Through the values comes what a token handed over, through keys and
+# queries how it was found and what it looked for.*
+
+# %%
+G = np.array([[1.0, 0, 0, 0], [0, 1, 0, -1], [0, 0, 2, 0]])  # any upstream gradient will do
+dO, dQ, dK, dV = G @ WO, np.zeros((L, D)), np.zeros((L, D)), np.zeros((L, D))
+for h in range(H):
+    columns = slice(h * d, (h + 1) * d)
+    dP = dO[:, columns] @ V[:, columns].T
+    dS = P[h] * (dP - (dO[:, columns] * O[:, columns]).sum(-1, keepdims=True))
+    dQ[:, columns] = dS @ K[:, columns] / np.sqrt(d)
+    dK[:, columns] = dS.T @ Q[:, columns] / np.sqrt(d)
+    dV[:, columns] = P[h].T @ dO[:, columns]
+paths = {"queries": dQ @ WQ, "keys": dK @ WK, "values": dV @ WV}
+dZ = sum(paths.values())
+
+W, b = np.concatenate([WQ, WK, WV]), np.concatenate([bQ, bK, bV])  # (3 D, D), (3 D,)
+theirs = multi_head_np(Z[None], W, b, WO, np.array(bO), H, grad=G[None])
+slopes = central_differences(
+    lambda Z: multi_head_np(Z[None], W, b, WO, np.array(bO), H)[0][0], (Z,), 0, grad=G
+)
+for name, path in paths.items():
+    print(f"through the {name:<8} row 0 of Z receives {path[0]}")
+print("together                          ", dZ[0])
+assert (
+    np.allclose(theirs[0][0], out) and np.allclose(theirs[1][0][0], dZ) and np.allclose(dZ, slopes, atol=1e-7)
+)
+assert np.allclose(theirs[1][1], np.concatenate([dQ, dK, dV], 1).T @ Z)
+assert np.abs(paths["values"] - dZ).max() > 0.1  # the known mistake `values_alone`
+
+# %% [markdown]
+# What to see: no path is zero, and the sum of the three is what the library and the slopes say. A model that
+# lets only the values through still trains, and learns nothing about where to look. The law
+# `gradients_are_the_slopes` catches it, and its known mistake is called `values_alone`. This is the NumPy
+# rung of the library, `multi_head_np`, from the split on:
+
+# %%
+print(inspect.getsource(multi_head_np).split("B, L, D = z.shape\n")[1])
+
+# %% [markdown]
+# **Exercise 2** · `multi_head_np` · difficulty 3 of 3 · 45 minutes. **Exercise 3** · `multi_head` ·
+# difficulty 2 of 3 · 20 minutes, the same in PyTorch. Open `chapters/exercises/build_vilt.py`. In this file
+# you write a whole ViLT, piece by piece, up to chapter 08, which trains it. What you have not written yet is
+# the library's when a later piece asks for it.
+
+# %%
+check("multi_head_np", "multi_head")
+
+# %% [markdown]
 # ## Attention knows no order
 #
 # Let $\Pi$ be a permutation matrix, so that $\Pi Z$ has the rows of $Z$ in another order. Shuffle queries,
@@ -408,7 +549,7 @@ assert 5 < rim < 25 and abs(by_all_words - rim) <= 5 and by_all < rim
 #
 # ## What it costs
 #
-# Queries, keys, values and a last map that joins the heads are four products with a $D \times D$ matrix,
+# The four maps are four products with a $D \times D$ matrix,
 # $4 L D^2$ multiplications for $L$ tokens. $S$ and $O$ cost $L^2 D$ each, together more than the maps once
 # $L > 2D$. And $S$ has $H L^2$ numbers for each pair of the batch:
 
@@ -446,7 +587,7 @@ assert all(took[name, 1024] > 8 * took[name, 128] for name in ("np", "torch"))
 # What to see: each doubling of $L$ costs the plain rungs about four times as much in the long run, and more
 # where $S$ leaves the cache. The fused rung does more arithmetic; what it saves for sure is memory.
 #
-# **Exercise 2** · `attention` · difficulty 2 of 3 · 20 minutes. Open `chapters/exercises/attention.py` again.
+# **Exercise 4** · `attention` · difficulty 2 of 3 · 20 minutes. Open `chapters/exercises/attention.py` again.
 # With it you can train the real model: `python -m chapters train --use attention`.
 
 # %%
@@ -455,10 +596,31 @@ check("attention")
 # %% [markdown]
 # ## What we left out
 #
-# * Where queries, keys and values come from, and what stands around attention: the block of chapter 05.
+# * What stands around attention: the block of chapter 05.
 # * The running softmax that makes tiles possible, and `attention_fused`: chapter 17.
 # * Queries of one sequence and keys of another, **cross-attention**: the same function; chapter 19 uses it.
 # * Dropout on the weights, biases added to the scores, heads that share keys: no model here has them.
+#
+# ## Questions
+#
+# <details><summary>1. <i>Explain.</i> Why is the softmax taken over the keys of one query, and not over the
+# queries of one key?</summary>Each query is to receive a mean of values, and the weights of a mean add up to
+# 1. With the softmax over queries a token that nobody matches well would still have to be given away
+# entirely, and a query that matches nothing would receive next to nothing.</details>
+#
+# <details><summary>2. <i>Predict, then run.</i> What changes in the output if every key gets the same vector
+# added to it? Set bK to any four numbers in the cell of the two heads.</summary> Nothing. Each score of query
+# i grows by the same number, q_i · c / √d, and the softmax of a row does not see a common shift. So the bias
+# of the keys has no effect, and its gradient is zero.</details>
+#
+# <details><summary>3. <i>Derive.</i> How many weights has multi-head attention of width D with H
+# heads?</summary>4 D² + 4 D. The number of heads does not matter: heads cut the same maps into more
+# pieces.</details>
+#
+# <details><summary>4. <i>Explain.</i> Which of the four maps could be merged with another without changing
+# what the layer can compute?</summary>In one head only the product W_Qᵀ W_K enters the scores and only W_O
+# W_V the output. They stay apart because d is smaller than D: the product of two thin matrices has rank d and
+# fewer numbers.</details>
 #
 # ## Sources
 #

@@ -7,7 +7,7 @@
 # What has to stand around it, so that four blocks, or twelve, turn the row of [MASK] step by step into a row
 # that says "panda", and so that a gradient from the top still reaches the bottom?
 #
-# You need: chapters 01 to 04. Plan for three hours with the two exercises.
+# You need: chapters 01 to 04. Plan for three and a half hours with the four exercises.
 
 # %%
 import os
@@ -128,6 +128,12 @@ assert torch.allclose(pooled, states["pooled"], atol=1e-4)
 #
 # that begins with $I$: one copy of the gradient goes straight down, whatever the parts do. Without the
 # addition only the product of all, $J_1^\top J_2^\top \cdots$, is left.
+#
+# ![A stream runs straight from the bottom to the top. Two branches leave it, pass a norm and then attention
+# or the MLP, and are added to the stream.](pictures/block.svg)
+#
+# *What to see: nothing stands on the straight line but two sums. What a branch makes is added, and the
+# gradient comes down the line undamped.*
 #
 # ## LayerNorm, three by three
 #
@@ -288,6 +294,14 @@ assert (patches_asked[:3] < even_words / 2).all() and patches_asked[3] > 2 * eve
 # of theirs from words; but no head reads a patch after it, except the alignment of chapter 15. So what the
 # heads of the words answer has gone one way, from the picture to the words.
 #
+# **Exercise 3** · `block` · difficulty 2 of 3 · 20 minutes. **Exercise 4** · `encoder` · difficulty 1 of 3 ·
+# 10 minutes. Open `chapters/exercises/build_vilt.py` again. Your block calls your `multi_head` of chapter 04,
+# or the library's as long as yours is not written.
+
+# %%
+check("block", "encoder")
+
+# %% [markdown]
 # ## Who decided that?
 #
 # One is tempted to say that training found this by itself, as nothing in the architecture says who reads whom
@@ -537,6 +551,34 @@ for T in (48, 192, 768):
 # What to see: PyTorch's norm is the fastest. A norm has little to compute and much to carry to and from
 # memory, and ours carries more: one array for each of its steps. (Ours also looks for NaN.) The MLP's half
 # grows like the number of tokens, attention's faster once its square is felt.
+#
+# ## Questions and small tasks
+#
+# Answers are folded. Think first, with pencil and paper where it says *derive*.
+#
+# <details><summary>1. <i>Explain.</i> Why does LayerNorm's gradient have nothing along the row itself, but
+# for ε?</summary>Stretching a row does not change its normed form, so no loss behind the norm can depend on
+# it.</details>
+#
+# <details><summary>2. <i>Derive.</i> RMSNorm divides by r = √(mean(x²) + ε) and does not subtract the mean: y
+# = w ∘ x / r. What is dx?</summary>With x̂ = x / r and g = w ∘ dy: dx = (g − x̂ mean(g ∘ x̂)) / r. It is
+# LayerNorm's gradient without the term of the mean. (`minivlp/decoder.py` has it.)</details>
+#
+# <details><summary>3. <i>Derive.</i> GELU's tanh form is ½x(1 + tanh u), u = √(2/π)(x + 0.044715 x³). What is
+# its slope?</summary>½(1 + t) + ½x(1 − t²)√(2/π)(1 + 3 · 0.044715 x²), with t = tanh u.</details>
+#
+# <details><summary>4. <i>Derive.</i> A block is scaled: z ← z + α f(z) with one learned number α. What is dα,
+# and what happens at α = 0?</summary>dα = ⟨dz, f(z)⟩. At α = 0 the block is the identity and f's weights get
+# no gradient, but α does: it opens first.</details>
+#
+# <details><summary>5. <i>Predict, then run.</i> Multiply the stream by 10 before a pre-norm block. How much
+# do its two branches change, and how much does the block's output direction? Try it with `block` of the
+# trained model.</summary>The branches see a normed row, so they change next to nothing. The sum does: the
+# stream is ten times as large, so what the block adds counts a tenth.</details>
+#
+# <details><summary>6. <i>Ablate.</i> Take away the second half of every block. What can such a model still
+# compute, and what not?</summary>Means of rows that passed a norm and linear maps, with weights from
+# softmaxes. A sequence of one token passes norms and linear maps alone: no GELU bends it.</details>
 #
 # ## What we left out
 #

@@ -125,6 +125,11 @@ assert columns[1][relation] < 1e-9 and abs(columns[2][relation] - np.log(2)) < 1
 # relations cost $\log 2$, not $\log 4$, because of the *of*. So the course's own training hides the phrase
 # under one [MASK] (`hide_relation`), and only then all four are open.
 #
+# ![Above, one of the two pieces of a word is hidden, and its other piece gives it away. Below, both are
+# hidden.](pictures/whole_word.svg)
+#
+# *What to see: black may not be seen. Above, the vocabulary alone knows which piece follows "lady".*
+#
 # ## Which tokens to hide
 #
 # `mask_tokens` works on a batch of captions. Each word is chosen with probability $p = 0.15$, and all its
@@ -408,6 +413,34 @@ assert held[0][0] > 2 * held[1][0] and held[0][1] > 4 * held[1][1] > 8 * held[2]
 # %% [markdown]
 # What to see: the large step is from the first line to the second, and the third keeps least. At ViLT's size
 # a panel has 30 MB where all hidden rows have 2,861 MB, as the table above shows.
+#
+# ## Questions and small tasks
+#
+# Answers are folded. Think first, with pencil and paper where it says *derive*.
+#
+# <details><summary>1. <i>Explain.</i> Why is the loss taken at hidden places alone?</summary>A visible word
+# is its own answer: copying it teaches nothing, and the easy terms would drown the hard ones.</details>
+#
+# <details><summary>2. <i>Derive.</i> Label smoothing gives the right word 1 − a and spreads a over all V
+# words. What is G?</summary>G = (P − T) / K with T = (1 − a) one-hot + a / V: the target changes, the formula
+# does not.</details>
+#
+# <details><summary>3. <i>Derive.</i> The decoder is tied: logits = h Eᵀ, and E is also the word table that
+# made the inputs, x_n = E[id_n]. What is dE?</summary>Two uses, two terms: Gᵀ h from the decoder, and for
+# each place its input's gradient added to the row of its word.</details>
+#
+# <details><summary>4. <i>Derive.</i> The rows of a batch are looked up, x = E[ids]. Why is dE[ids] += dx
+# wrong in NumPy, and what is right?</summary>If a word comes twice, the buffered sum keeps one of its
+# gradients. np.add.at(dE, ids, dx) adds all of them.</details>
+#
+# <details><summary>5. <i>Predict, then run.</i> With p = 1, every word hidden, what is the best loss of a
+# model that sees no picture? Compare it with the entropy of one word in the table above.</summary>The mean
+# entropy of the words at each place, without any context: more than with p = 0.15, because nothing is left to
+# read.</details>
+#
+# <details><summary>6. <i>Ablate.</i> Hide only nouns. Which words does such a model never learn to answer,
+# and which does it still have to read?</summary>It never answers articles and relations. It still reads them,
+# since they say which noun is asked for.</details>
 #
 # ## What we left out
 #

@@ -167,6 +167,12 @@ assert [counts[name][1] for name in ("derangement", "shift", "one_cycle")] == [9
 check("derangement")
 
 # %% [markdown]
+# ![Four captions by four pictures. The right pairs lie on the diagonal, and in each row one wrong pair is
+# marked as hard.](pictures/wrong_pairs.svg)
+#
+# *What to see: a derangement takes any cell beside the diagonal, one in each row and column. A hard negative
+# is the cell of a row that the model likes best among the wrong ones.*
+#
 # ## Hard pairs
 #
 # A random picture is mostly refuted by a single object. To learn more, a model needs wrong pictures that are
@@ -403,6 +409,33 @@ assert np.isclose(hinge_np(np.eye(4)[who], np.eye(4)[who])[0], 4 * 0.2)
 check("hinge_np", "hinge")
 
 # %% [markdown]
+# ## Questions and small tasks
+#
+# Answers are folded. Think first, with pencil and paper where it says *derive*.
+#
+# <details><summary>1. <i>Explain.</i> Why must wrong pairs keep both pictures and captions of the
+# batch?</summary>Otherwise a caption that is only ever in wrong pairs gives the answer away, and the picture
+# need not be read.</details>
+#
+# <details><summary>2. <i>Derive.</i> Focal loss multiplies the cross-entropy of a pair by (1 − p)², with p
+# the probability of the right answer. What is the slope in the logit difference d, for p = σ(d)?</summary>L =
+# −(1 − p)² log p, dp/dd = p(1 − p), so dL/dd = 2p(1 − p)² log p − (1 − p)³. For p near 1 it vanishes faster
+# than p − 1 does.</details>
+#
+# <details><summary>3. <i>Derive.</i> The two logits are replaced by one, with a sigmoid. What is G, and is it
+# the same model?</summary>G = (σ(z) − y) / B. With z = z₁ − z₀ it is the same function; two logits have one
+# number more than they need.</details>
+#
+# <details><summary>4. <i>Predict, then run.</i> Half of the batch is wrong pairs by `roll` of the captions by
+# one. What may a model learn that it should not? Sort the batch by caption first and look at the
+# pairs.</summary>If neighbours are alike, as in a sorted batch, the wrong pairs are hard in a way that
+# depends on the order of the data. A derangement does not depend on it.</details>
+#
+# <details><summary>5. <i>Repair.</i> Training stops with NaN after hard negatives are switched on: a row's
+# weights are all zero, because the other captions are all equal to its own. What is the
+# repair?</summary>Leave the row out of matching, or refuse the batch with a sentence, as the library's
+# `hard_negatives` does.</details>
+#
 # ## What we left out
 #
 # * The model around the two logits, its training, and pairs that it never saw, measured: chapter 08.

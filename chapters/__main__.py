@@ -1,4 +1,4 @@
-"""The course's command line: `python -m chapters list | next | hint | solution | reset | build | train`.
+"""The course's command line: `python -m chapters list | next | hint | solution | reset | build | train …`.
 
 Exit code 0, or 2 with one sentence.
 """
@@ -17,7 +17,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m chapters", description="Exercises and notebooks of the course."
     )
-    commands = top.add_subparsers(dest="job", metavar="list | next | hint | solution | reset | build | train")
+    commands = top.add_subparsers(
+        dest="job", metavar="list | next | hint | solution | reset | build | diagrams | train"
+    )
 
     def command(name: str, what: str, example: str) -> argparse.ArgumentParser:
         epilog = f"example: python -m chapters {example}"
@@ -41,11 +43,16 @@ def parser() -> argparse.ArgumentParser:
     build = command("build", "Run chapters and write their notebooks, with outputs.", "build 01")
     build.add_argument("chapter", nargs="*", help="numbers or names (default: all)")
     build.add_argument("--measure", action="store_true", help="also run the cells tagged `measured` again")
+    command("diagrams", "Draw the diagrams again.", "diagrams")
+    moving = command("animate", "Train the main job and draw it learning.", "animate")
+    moving.add_argument("--threads", type=int, help="CPU threads")
     train = command(
-        "train", "Train a model with your functions in place of the library's.", "train --use ipot,mlm_loss"
+        "train",
+        "Train the ViLT that you built, or any model with some of your functions.",
+        "train --steps 150",
     )
-    train.add_argument("--use", required=True, metavar="NAMES", help="functions to use, with commas")
-    train.add_argument("--steps", type=int, default=60, help="a short run (default: 60)")
+    train.add_argument("--use", metavar="NAMES", help="train the library's model with these of yours")
+    train.add_argument("--steps", type=int, help="a short run (default: the main job; with --use 60)")
     train.add_argument("--threads", type=int, help="CPU threads")
     return top
 
@@ -62,10 +69,24 @@ def main(arguments: list[str] | None = None) -> int:
             from chapters.build import build
 
             build(args.chapter, args.measure)
+        elif args.job == "diagrams":
+            from chapters.diagrams import write
+
+            print(f"wrote {len(write())} drawings in chapters/pictures")
+        elif args.job == "animate":
+            from chapters.animate import animate
+
+            return animate(args.threads)
         elif args.job == "train":
+            if args.steps is not None and args.steps < 1:
+                raise ValueError(f"--steps must be at least 1, got {args.steps}")
+            if args.use is None:
+                from chapters import learner
+
+                return learner.train(args.steps, args.threads)
             from chapters.train import train
 
-            return train(args.use.split(","), args.steps, args.threads)
+            return train(args.use.split(","), args.steps or 60, args.threads)
         else:
             getattr(desk, f"{args.job}_")(args)
         sys.stdout.flush()

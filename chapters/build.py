@@ -25,7 +25,8 @@ from minivlp.core.files import whole_file
 
 CHAPTERS = Path(__file__).parent
 LARGEST = 400_000  # bytes
-DPI, COLOURS = 88, 96
+ALTERNATIVE = 150  # letters of a figure's alternative text, before its last sentence
+DPI, COLOURS, LIGHT = 120, 256, 40_000  # a figure of more bytes than LIGHT has a palette
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
@@ -61,12 +62,44 @@ def build_one(source: Path, measure: bool = False) -> None:
     for cell in notebook.cells:
         if not measure and "measured" in cell.metadata.get("tags", []):
             cell.outputs = before.get(cell.source, cell.get("outputs", []))
+    describe(notebook)
     nbformat.validate(notebook)
     text = nbformat.writes(notebook) + "\n"
     if len(text.encode()) > LARGEST:
         raise ValueError(f"{target.name} has {len(text.encode()):,} bytes, at most {LARGEST:,} are allowed")
     with whole_file(target) as file:
         file.write(text.encode())
+
+
+def describe(notebook: NotebookNode) -> None:
+    """Give each figure an alternative text: what the Markdown that follows tells to see, else its neighbour.
+
+    A paragraph that begins with "What to see" comes first, then any other behind the figure, then the last
+    before it.
+    """
+    before: list[str] = []
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            before = paragraphs(cell) or before
+        later = (c for c in notebook.cells[number + 1 :] if c.cell_type == "markdown")
+        behind = next(map(paragraphs, later), [])
+        seen = [text for text in behind if text.startswith("What to see")]
+        text = [*seen, *behind, *before[::-1], ""][0].removeprefix("What to see: ")
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.metadata = nbformat.from_dict({"image/png": {"alt": shorter(text)}})
+
+
+def paragraphs(cell: NotebookNode) -> list[str]:
+    """The paragraphs of a Markdown cell, each in one line, without headings, tasks, tables and formulas."""
+    texts = [" ".join(text.split()) for text in cell.source.split("\n\n")]
+    return [text for text in texts if not text.startswith(("#", "<", "|", "$", "!", "*", ">"))]
+
+
+def shorter(text: str) -> str:
+    """Whole sentences of a text, some ALTERNATIVE letters of it."""
+    end = text.find(". ", ALTERNATIVE)
+    return text if end < 0 else text[: end + 1]
 
 
 def read(source: Path) -> NotebookNode:
@@ -127,14 +160,16 @@ def _run_cell(source: str, title: str, names: dict[str, Any]) -> Any:
 
 
 def _figures(plt: Any) -> Iterator[str]:
-    """Each open figure as a PNG with a palette, which is a third as large, in base64; then closed."""
+    """Each open figure as a PNG in base64, then closed: large ones with a palette, a third of the bytes."""
     for number in plt.get_fignums():
         drawn, file = io.BytesIO(), io.BytesIO()
         plt.figure(number).savefig(drawn, format="png", dpi=DPI)
         plt.close(number)
-        Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
-            file, "png", optimize=True
-        )
+        image = Image.open(drawn).convert("RGB")
+        image.save(file, "png", optimize=True)
+        if len(file.getvalue()) > LIGHT:
+            file = io.BytesIO()
+            image.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "png", optimize=True)
         yield base64.b64encode(file.getvalue()).decode()
 
 

@@ -1,7 +1,7 @@
 """Train the real model with the learner's functions in place of the library's.
 
 A function is put wherever a module of the library has the library's own, whichever rung that is. It must obey
-its laws first, and the training must call it: after the first step that is looked at, not believed.
+its laws first, and the training must call it: that is looked at during the first half of the run.
 """
 
 import shutil
@@ -63,13 +63,21 @@ def _run(model: str, ours: list[Exercise], steps: int, threads: int | None) -> i
     recipe_class(model)  # imports all that the training calls, so that functions in it can be replaced
     calls: Counter[str] = Counter()
 
+    taken = 0
+
     def look(*_: Any) -> None:
-        step.remove()
-        if idle := [one.name for one in ours if not calls[one.name]]:
-            raise ValueError(f"the training of {model} never called {', '.join(idle)} in its first step")
+        """Some terms come later than others: the main job begins with the next word alone."""
+        nonlocal taken
+        taken += 1
+        idle = [one.name for one in ours if not calls[one.name]]
+        if not idle:
+            step.remove()
+        elif taken >= steps:  # two optimisers: half of the run
+            step.remove()
+            raise ValueError(f"the training of {model} never called {', '.join(idle)} in half of its steps")
 
     step = register_optimizer_step_post_hook(look)
-    undo = [put for one in ours for put in _replace(one, calls)]
+    undo = [put for one in ours for put in replace(one, _counted(one, calls))]
     flags = ["train", "--model", model, "--steps", str(steps), "--items", str(ITEMS), "--name", name]
     try:
         code = minivlp_cli.main([*flags, *(["--threads", str(threads)] if threads else [])])
@@ -84,13 +92,8 @@ def _run(model: str, ours: list[Exercise], steps: int, threads: int | None) -> i
     return code
 
 
-def _replace(one: Exercise, calls: Counter) -> list[tuple[Any, str, Callable]]:
-    """Put the learner's function in place of every rung but NumPy's; returns what was there."""
-    ladder = vars(sys.modules[f"minivlp.{one.concept}"])["RUNGS"].get(one.family, {})
-    library = [function for rung, function in ladder.items() if rung != "np"]
-    library += [vars(sys.modules[f"minivlp.{one.concept}"])[one.name]]
-    cores = vars(sys.modules[f"minivlp.{one.concept}"]).get("CORES", {})
-    library += [cores[one.family]] if one.family in cores else []  # what the models call
+def _counted(one: Exercise, calls: Counter) -> Callable:
+    """The learner's function, whose calls are counted."""
     attempt = load(one)
     usable = by_hand(attempt) if one.rung == "np" else attempt
 
@@ -99,9 +102,19 @@ def _replace(one: Exercise, calls: Counter) -> list[tuple[Any, str, Callable]]:
         calls[one.name] += 1
         return usable(*args, **settings)
 
-    places = [place for function in dict.fromkeys(library) for place in _named(function)]
+    return counted
+
+
+def replace(one: Exercise, function: Callable) -> list[tuple[Any, str, Callable]]:
+    """Put a function in place of every rung of this exercise but NumPy's; returns what was there."""
+    ladder = vars(sys.modules[f"minivlp.{one.concept}"])["RUNGS"].get(one.family, {})
+    library = [rung_of for rung, rung_of in ladder.items() if rung != "np"]
+    library += [vars(sys.modules[f"minivlp.{one.concept}"])[one.name]]
+    cores = vars(sys.modules[f"minivlp.{one.concept}"]).get("CORES", {})
+    library += [cores[one.family]] if one.family in cores else []  # what the models call
+    places = [place for theirs in dict.fromkeys(library) for place in _named(theirs)]
     for module, attribute, _ in places:
-        setattr(module, attribute, counted)
+        setattr(module, attribute, function)
     # A plain function that may call the replaced one, as wpa calls ipot, stands in for its fused rung.
     for family, others in vars(sys.modules[f"minivlp.{one.concept}"])["RUNGS"].items():
         if family != one.family and "fused" in others:

@@ -8,6 +8,7 @@ Pictures and words become rows, and rows look at rows.
     masks        who sees whom: one small table says what kind of model a transformer is
     pooling      learned queries read a picture of any size
     transformer  LayerNorm, the block, the encoder, and blocks that look across at other tokens
+    build_vilt   ViLT whole, in functions: its blocks, its losses, its optimisers and its loop on one page
     decoder      RMSNorm, rotary positions, QK-norm; and writing, one token after the other
 
 What is hidden, what is matched, what learns.

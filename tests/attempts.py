@@ -8,7 +8,7 @@ import inspect
 import linecache
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ def _example(one: Exercise, call: Call | None) -> str:
 
 
 def _brief(value: Any) -> str:
-    value = value.numpy() if isinstance(value, torch.Tensor) else value
+    value = value.detach().numpy() if isinstance(value, torch.Tensor) else value
     if isinstance(value, np.ndarray):
         if value.size > 12:
             return f"an array of shape {value.shape}"
@@ -135,6 +135,10 @@ def _brief(value: Any) -> str:
         return "rng"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping) and any(isinstance(entry, torch.Tensor) for entry in value.values()):
+        return f"{len(value)} tensors"
+    if is_dataclass(value) or inspect.isfunction(value):  # a batch; a loss that is given
+        return "a " + getattr(value, "__name__", type(value).__name__).strip("<>")
     if isinstance(value, Mapping):  # a vocabulary: its special tokens are always there
         rest = {key: entry for key, entry in value.items() if not re.fullmatch(r"\[[A-Z]+\]", str(key))}
         return _cut("{" + "…, " * (len(rest) < len(value)) + repr(rest)[1:], 100)

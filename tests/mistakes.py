@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from tests.course import Exercise, Todo
 from tests.laws import BUGS, LAWS, Bug, Law, Subject, load_bugs
@@ -203,9 +204,11 @@ def answer(call: Call, subject: Subject) -> Any:
 
 
 def parts(answer: Any) -> tuple:
+    """The arrays of an answer."""
     if isinstance(answer, dict):
-        return tuple(answer[name] for name in sorted(answer))
-    return answer if isinstance(answer, tuple) else (answer,)
+        answer = tuple(answer[name] for name in sorted(answer))
+    several = answer if isinstance(answer, tuple) else (answer,)
+    return tuple(part.detach().numpy() if isinstance(part, torch.Tensor) else part for part in several)
 
 
 def agree(one: Any, other: Any) -> bool:

@@ -368,6 +368,7 @@ SETTINGS |= {
     "hardest",
     "targets",
     "labels",
+    "heads",
     "lengths",
     "sees",
     "positions",

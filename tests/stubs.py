@@ -4,11 +4,11 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
-from textwrap import indent
+from textwrap import fill, indent
 
 from tests.course import ROOT, Exercise, exercises
 
-HEADER = '''"""Yours to write: {names}.
+HEADER = '''"""{names}
 
 `pytest tests/test_{concept}.py` holds what you write here to the laws of minivlp/{concept}.py, which has the
 answers. The laws ask with good input only: leave out the refusals that the docstrings speak of. Everything
@@ -78,7 +78,8 @@ def stub_file(concept: str) -> str:
     blocks = [
         "\n".join(block) for block in (standard, third, [*sorted(home), "from tests import Todo"]) if block
     ]
-    header = HEADER.format(names=", ".join(one.name for one in ours), concept=concept)
+    names = fill(f"Yours to write: {', '.join(one.name for one in ours)}.", 107, break_long_words=False)
+    header = HEADER.format(names=names, concept=concept)
     return header + "\n\n".join([*blocks, *("\n" + text.rstrip() for text in stubs)]) + "\n"
 
 

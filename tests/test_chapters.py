@@ -12,10 +12,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from chapters import build, desk, train
+from chapters import build, desk, learner, train
 from chapters.__main__ import main
+from minivlp import build_vilt
 from minivlp.bench.measure import cores
 from minivlp.recipes.vilt import ViltRecipe
+from minivlp.training import loop
+from minivlp.training.run import ReadOnlyRun, Run
 from tests import tiny
 from tests.course import ROOT, exercises, find
 from tests.test_course import ONE_DIRECTION, RIGHT, write
@@ -43,7 +46,12 @@ def test_the_notebook_is_in_step_with_its_source(source):
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in codes] == list(range(1, len(codes) + 1)), told
     assert source.with_suffix(".ipynb").stat().st_size <= build.LARGEST
-    assert not any(output.output_type == "error" for cell in codes for output in cell.outputs)
+    outputs = [output for cell in codes for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    figures = [
+        output.metadata["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})
+    ]
+    assert all(len(alternative) > 30 for alternative in figures), "say what to see under each figure"
 
 
 @EACH
@@ -248,6 +256,34 @@ return -log_p[rows, labels].mean(), (dlogits / len(rows),)
 """
 
 
+FIRST_STATE = """
+bent = gelu(linear(cls, w["pooler.weight"], w["pooler.bias"]))
+return linear(bent, w["itm.weight"], w["itm.bias"])
+"""
+
+
+@pytest.mark.slow
+def test_the_learners_vilt_trains_as_the_librarys_does(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Its own file, a piece of an earlier chapter and the library for the rest; the curves are the same."""
+    tiny.shrink(monkeypatch.setattr)
+    monkeypatch.setattr(learner, "run_folder", lambda name: tmp_path / name)
+    write("itm_logits", find("itm_logits").hints[2])
+    write("mlm_loss", MLM_LOSS)
+    before = dict(vars(build_vilt))
+    assert main(["train", "--steps", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "yours: mlm_loss, itm_logits\n" in out and "the library's: patch_embed, attention" in out
+    assert dict(vars(build_vilt)) == before
+    made = tmp_path / "learner-1"
+    assert {p.name for p in made.iterdir()} >= {"named.png", "beside_the_library.png", "metrics.jsonl"}
+    theirs = list(loop.steps(learner.SingleObjects(learner.small_settings(20)), ReadOnlyRun("nowhere", {})))
+    for ours, one in zip(Run(made, {}).records(), theirs, strict=True):
+        assert abs(ours["mlm"] - one["mlm"]) < 0.1 and abs(ours["itm"] - one["itm"]) < 0.05
+    write("itm_logits", FIRST_STATE)
+    assert main(["train", "--steps", "20"]) == 2
+    assert "itm_logits does not obey its laws yet" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_real_model_trains_with_the_learners_functions(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     """One in PyTorch, one with its gradient by hand; afterwards the library is as it was."""
@@ -262,7 +298,7 @@ def test_the_real_model_trains_with_the_learners_functions(folder, tmp_path, mon
     assert re.search(r"calls: mlm_loss [1-9]\d*, itm_loss_np [1-9]", capsys.readouterr().out)
     assert dict(vars(sys.modules["minivlp.recipes.vilt"])) == before
     assert (tmp_path / "attempt-vilt-1" / "checkpoint.pt").exists()
-    # A function that the training does not call is noticed after the first step.
+    # A function that the training does not call is noticed after half of the steps.
     monkeypatch.setattr(train, "_named", lambda function: [])
     assert main(["train", "--use", "mlm_loss", "--steps", "3", "--threads", "1"]) == 2
     assert "never called mlm_loss" in capsys.readouterr().err

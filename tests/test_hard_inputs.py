@@ -21,6 +21,7 @@ from minivlp import (
     attention,
     bayes,
     boxes,
+    build_vilt,
     chamfer,
     decoder,
     diffusion,
@@ -45,8 +46,8 @@ from minivlp import (
 )
 
 IDEAS = [
-    attention, bayes, boxes, chamfer, decoder, diffusion, filip, hinge, infonce, information, ipot, itm,
-    lora, masks, mlm, nce, patch, pooling, regions, sigmoid, sinkhorn, transformer, vq,
+    attention, bayes, boxes, build_vilt, chamfer, decoder, diffusion, filip, hinge, infonce, information,
+    ipot, itm, lora, masks, mlm, nce, patch, pooling, regions, sigmoid, sinkhorn, transformer, vq,
 ]  # fmt: skip
 RUNGS = {family: ladder for idea in IDEAS for family, ladder in idea.RUNGS.items() if "torch" in ladder}
 del RUNGS["nearest"]  # it has no gradient, and vq calls it
@@ -125,6 +126,10 @@ def case_of(family: str, n: int = 5, D: int = 6) -> Case:
             settings={"lengths": (2, n - 2), "sees": masks.PREFIX, "causal": (1,)},
         ),
         "attention_pool": masked(Case((numbers(n, D), numbers(2, m, D))), mask=words),
+        "multi_head": Case(
+            (numbers(2, n, D), numbers(3 * D, D), numbers(3 * D), numbers(D, D), numbers(D)),
+            settings={"heads": 2},
+        ),
         "layer_norm": Case((numbers(n, D), numbers(D), numbers(D + 1)[:D])),
         "rms_norm": Case((numbers(n, D), numbers(D))),
         "rotary": Case((numbers(2, 1, n, D),), settings={"positions": labels * 7}),
@@ -232,6 +237,9 @@ def gives(got: list[np.ndarray], case: Case, family: str, dtype: torch.dtype) ->
             floor = np.abs(exact[0]).max(initial=0)
         if i and family.startswith("attention"):
             floor = np.prod([np.abs(x).max(initial=0) for j, x in enumerate(case.arrays) if j != i - 1])
+        if i and family == "multi_head":  # both factors of the scores are made of z and w_qkv
+            z, w_qkv, _, w_out, _ = (np.abs(x).max(initial=0) for x in case.arrays)
+            floor = z * w_qkv**2 * w_out * max(z, w_qkv) * max(z, w_qkv, 1) * max(z, 1)
         size = max(np.abs(wanted).max(initial=0, where=~too_large), floor)
         allowed = 2 * np.abs(wanted - unrounded).max(initial=0, where=~too_large)
         work = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -274,6 +282,10 @@ def large(family: str) -> Case:
         "attention_blocks": Case(
             (30 * numbers(1, 1, 60, 64), 30 * numbers(1, 1, 60, 65)[..., 1:], numbers(1, 1, 60, 64)),
             settings={"lengths": (20, 40), "sees": masks.PREFIX, "causal": (1,)},
+        ),
+        "multi_head": Case(
+            (30 * numbers(1, 20, 64), numbers(192, 64) / 8, numbers(192), numbers(64, 64) / 8, numbers(64)),
+            settings={"heads": 2},
         ),
         "attention_pool": Case((30 * numbers(7, 64), numbers(2, 60, 64))),
         "layer_norm": Case((200 * numbers(5, 2000), numbers(2000), numbers(2000))),

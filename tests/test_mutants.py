@@ -123,7 +123,7 @@ def input_mutating(one: Exercise) -> Callable:
 
 
 # Their inputs are numbers, and a generator, which must change.
-NOTHING_TO_CHANGE = {"derangement", "visible", "hide_patches", "infonce_bound"}
+NOTHING_TO_CHANGE = {"derangement", "rate", "visible", "hide_patches", "infonce_bound"}
 
 
 @ALL
@@ -236,6 +236,13 @@ PROMISES: dict[str, dict[str, str]] = {
     "kmeans": {"Each step moves every code to the mean": "jumps_over half_way_once dead_codes_kept"},
     "mlm_loss_fused": {"each with its gradients": "plain made_twice panels_kept"},
     "infonce_bound": {"At most log B": "the_loss"},
+    "block": {"each with `.weight` and `.bias`": "", "with the exact GELU": "tanh_form"},
+    "itm_logits": {"each with": ""},
+    "train": {
+        "one update of every weight": "all_by_adamw",
+        "common norm is at most 1": "no_clipping each_clipped",
+        "After every update": "looks_too_early",
+    },
     "chamfer_fused": {"all that is kept is each token's best partner": "plain partners_in_the_whole"},
 }
 WORDS = r"\b(each|every|independently|differentiable|at most|never|exact|uniform|stays)\b"

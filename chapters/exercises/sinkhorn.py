@@ -1,4 +1,5 @@
-"""Yours to write: logsumexp_np, unit_np, unit_grad_np, sinkhorn_np, sinkhorn, sinkhorn_cost_np, sinkhorn_cost, sinkhorn_cost_fused.
+"""Yours to write: logsumexp_np, unit_np, unit_grad_np, sinkhorn_np, sinkhorn, sinkhorn_cost_np,
+sinkhorn_cost, sinkhorn_cost_fused.
 
 `pytest tests/test_sinkhorn.py` holds what you write here to the laws of minivlp/sinkhorn.py, which has the
 answers. The laws ask with good input only: leave out the refusals that the docstrings speak of. Everything
