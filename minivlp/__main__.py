@@ -83,8 +83,14 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", "Train a model, evaluate it, draw pictures.", "train --captions my_pictures")
     train("--model", default="vilt", choices=MODELS)
     train("--language", choices=["en", "zh"], help="of the names, for dual encoders (default: en)")
-    parts = ("boxes", "regions", "contrast", "captions", "unpaired", "turns")
-    what = "vilt: contrast; xvlm: boxes, regions; coca: contrast, captions; flava: unpaired; maskvlm: turns"
+    connectors = ("pooled", "linear", "mlp", "merge", "resampler", "qformer")
+    train("--connector", choices=connectors, help="what tells a bridge's reader (default: resampler)")
+    train("--reader", choices=["frozen", "lora", "tuned"], help="of a bridge (default: frozen)")
+    parts = ("boxes", "regions", "contrast", "captions", "unpaired", "turns", "picture", "reading")
+    what = (
+        "vilt: contrast; xvlm: boxes, regions; coca: contrast, captions; flava: unpaired; maskvlm: turns; "
+        "bridge: picture, reading"
+    )
     train("--without", choices=parts, help=f"what a model is to do without ({what})")
     train("--preset", choices=PRESETS, help="default: cpu, or captions for own captions")
     train("--task", choices=TASKS, help="fine-tune a trained run on this task")
@@ -197,7 +203,7 @@ def _resumed(args: argparse.Namespace, settings: dict[str, Any]) -> None:
 
     from minivlp.core.require import fail
 
-    names = ("preset", "task", "on_error", "language", "without", *NUMBERS)
+    names = ("preset", "task", "on_error", "language", "connector", "reader", "without", *NUMBERS)
     asked = {key: getattr(args, key) for key in names if getattr(args, key) is not None} | _paths(args)
     if args.model != MODELS[0]:
         asked["model"] = args.model

@@ -15,10 +15,10 @@ LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
 LONGEST = 320  # lines of code of a module
 # A room that grows beyond its ceiling is a decision: raise the number in the commit that needs it.
 CEILINGS = {
-    "bench": 975, "claims": 1575, "commands": 225, "core": 300, "data": 1075, "evaluation": 1210,
-    "ideas": 3090, "kernels": 395, "models": 2320, "pictures": 465, "recipes": 2215, "training": 510,
+    "bench": 975, "claims": 1575, "commands": 230, "core": 310, "data": 1110, "evaluation": 1250,
+    "ideas": 3095, "kernels": 395, "models": 2465, "pictures": 465, "recipes": 2475, "training": 510,
 }  # fmt: skip
-PLUMBING = 6370
+PLUMBING = 6730
 
 
 def code_lines(source: str) -> int:

@@ -196,7 +196,11 @@ def test_other_queries_are_refused(command, tmp_path, capsys):
         capsys, command("demo", "a dog " * 9, "--run", run, *flags), "texts must fit the model's 16 tokens"
     )
     (tmp_path / "no.png").write_text("no picture")
-    refused(capsys, command("demo", tmp_path / "no.png", "--run", run, *flags), "sentence or a picture file")
+    refused(
+        capsys,
+        command("demo", tmp_path / "no.png", "--run", run, *flags),
+        "a sentence or a file with a picture",
+    )
     for flag, value in (("--without", "boxes"), ("--preset", "gpu"), ("--language", "zh")):
         code = command("train", "--model", "chameleon", "--name", tmp_path / "run", flag, value)
         refused(capsys, code, flag)

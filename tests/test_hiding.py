@@ -336,7 +336,7 @@ def test_the_demo_fills_in_pictures(name, command, tmp_path, capsys):
         (
             "clip",
             "turns",
-            "--without must come with --model vilt, xvlm, coca, flava or maskvlm, and no --task, got clip",
+            "maskvlm or bridge, and no --task, got clip",
         ),
     ],
 )

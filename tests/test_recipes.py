@@ -24,6 +24,7 @@ from minivlp.training.workers import ONE_PROCESS
 from tests.course import ROOT
 from tests.test_repo import code_lines
 from tests.tiny import (
+    BRIDGE_SIZES,
     CHAMELEON_SIZES,
     COCA_SIZES,
     DENOISER_SIZES,
@@ -296,6 +297,10 @@ OWN = {
         *("models.published.start", "pictures.filled", "targets", "infonce"),
     ),
 }
+OWN["bridge"] = (
+    *("models.bridge", "recipes.bridge", "recipes.listlm", "data.lists", "evaluation.prefix"),
+    *("models.qformer", "models.published.qformer", "pooling", "lora"),
+)
 HIDING = (
     *("infonce", "targets", "models.published.start"),
     *("recipes.hiding", "evaluation.hidden", "pictures.filled"),
@@ -306,6 +311,7 @@ SHARED = {
     "coca": ("infonce", "targets", "decoder"),
     "chameleon": ("targets", "decoder", "vq"), "flava": (*HIDING, "vq"), "maskvlm": HIDING,
     "denoiser": ("data.drawings",),
+    "bridge": (*OWN["vilt"], "evaluation.captions", "decoder", "targets", "infonce"),
 }  # fmt: skip
 NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks")
 
@@ -319,6 +325,7 @@ def test_a_training_imports_no_other_family(family, whole, tmp_path):
     sizes = {
         "vilt": SIZES, "clip": DUAL_SIZES, "xvlm": XVLM_SIZES, "flava": FLAVA_SIZES, "maskvlm": MASKVLM_SIZES,
         "coca": COCA_SIZES, "chameleon": CHAMELEON_SIZES, "denoiser": DENOISER_SIZES,
+        "bridge": BRIDGE_SIZES,
     }[family]  # fmt: skip
     flags = [family, json.dumps(sizes), str(tmp_path / "run"), str(whole)]
     done = subprocess.run([sys.executable, "-c", TRAIN, *flags], cwd=ROOT, capture_output=True, text=True)

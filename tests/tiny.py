@@ -24,12 +24,14 @@ from minivlp.evaluation import dual as dual_evaluation
 from minivlp.evaluation import vilt as vilt_evaluation
 from minivlp.recipes import DUAL, dual, flava, tasks, vilt, xvlm
 from minivlp.recipes.base import Recipe
+from minivlp.recipes.bridge import BridgeRecipe
 from minivlp.recipes.captions import CaptionsRecipe
 from minivlp.recipes.chameleon import ChameleonRecipe
 from minivlp.recipes.coca import CocaRecipe
 from minivlp.recipes.denoiser import DenoiserRecipe
 from minivlp.recipes.dual import DualRecipe, Filip
 from minivlp.recipes.flava import FlavaRecipe
+from minivlp.recipes.listlm import ListRecipe
 from minivlp.recipes.maskvlm import MaskVlmRecipe
 from minivlp.recipes.tasks import Nlvr2Recipe, VqaRecipe
 from minivlp.recipes.vilt import ViltRecipe
@@ -49,6 +51,9 @@ del COCA_SIZES["cross_layers"], COCA_SIZES["embed"]
 # These begin with the trained ViLT, whose width they have.
 MASKVLM_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "save_every", "report_every")}
 MASKVLM_SIZES |= dict(tower_layers=1)
+LIST_SIZES = SIZES
+# Its reader is the shipped one, as it is its ViLT.
+BRIDGE_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "save_every", "report_every")}
 FLAVA_SIZES = MASKVLM_SIZES | dict(codes=16, unpaired=4)
 DRAW = ViltRecipe.draw
 
@@ -66,7 +71,7 @@ def shrink(put=setattr) -> None:
     """Make every preset, the checks during training and the candidates of the evaluation small."""
     families = {ViltRecipe: SIZES, CaptionsRecipe: SIZES, DualRecipe: DUAL_SIZES, XvlmRecipe: XVLM_SIZES}
     families |= {ChameleonRecipe: CHAMELEON_SIZES, CocaRecipe: COCA_SIZES}
-    families |= {DenoiserRecipe: DENOISER_SIZES}
+    families |= {DenoiserRecipe: DENOISER_SIZES, ListRecipe: LIST_SIZES, BridgeRecipe: BRIDGE_SIZES}
     families |= {FlavaRecipe: FLAVA_SIZES, MaskVlmRecipe: MASKVLM_SIZES}
     for recipe, sizes in families.items():
         put(recipe, "presets", {name: replace(preset, **sizes) for name, preset in recipe.presets.items()})

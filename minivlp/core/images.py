@@ -5,8 +5,14 @@ and CMYK become RGB by Pillow's formulas, without colour profiles. Of an animati
 Metadata that cannot be read is passed over: the pixels may be good.
 """
 
+import os
+
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
+
+from minivlp.core.require import fail
 
 
 def upright_rgb(image: Image.Image) -> np.ndarray:
@@ -29,3 +35,17 @@ def upright_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def square_pixels(path: str | os.PathLike, side: int, rule: str = "must be a file with a picture") -> Tensor:
+    """A picture file, squeezed into a square: pixels (1, 3, side, side) in [−1, 1].
+
+    Raises ValueError, which says `rule`, for a file that is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            rgb = upright_rgb(image)
+    except (OSError, ValueError) as error:
+        fail("picture", rule, f"{path} ({error})")
+    small = np.array(Image.fromarray(rgb).resize((side, side), Image.Resampling.BOX))
+    return torch.from_numpy(small).permute(2, 0, 1)[None].float().div(127.5).sub(1)

@@ -31,7 +31,7 @@ from minivlp.core import require
 from minivlp.decoder import DecoderBlock, Kept, turns
 from minivlp.masks import Table, real_keys, visible
 from minivlp.mlm import IGNORE
-from minivlp.models.parts import alike, check_text, sine_cosine_positions
+from minivlp.models.parts import begin_alike, check_text, sine_cosine_positions
 from minivlp.models.published import chameleon as names
 from minivlp.models.published.safetensors import filled, load_state
 from minivlp.patch import check_pixels, from_patches, patches_a_side, to_patches
@@ -219,12 +219,7 @@ def small_init(model: Chameleon) -> Chameleon:
     if c.places:
         nn.init.normal_(model.place.weight, std=0.5)
         model.place.weight[c.max_text_len + 1 :] = sine_cosine_positions(c.grid, c.dim)
-    for block in model.blocks:
-        query, key, value = block.qkv.weight.chunk(3)
-        alike(query, key)
-        nn.init.orthogonal_(value)
-        nn.init.orthogonal_(block.mlp.gate.weight)
-        nn.init.orthogonal_(block.mlp.up.weight)
+    begin_alike(model.blocks)
     return model
 
 

@@ -4,7 +4,7 @@
     MlmHead, classifier       heads on the states; MaskedWords gives a model the methods that read its MlmHead
     MapPool                   attention pooling: p = proj(Attention(probe, tokens)), p + MLP(LN p)
     positions                 a stored grid resized to another picture; sines and cosines of row and column
-    alike, mean_of_seen       attention that begins as a meaningful map
+    alike, begin_alike, mean_of_seen    attention that begins as a meaningful map
 
 Sources: Devlin et al. 2019 (BERT) for the masked-word head; Zhai et al. 2022 (Scaling vision transformers),
 section 3.2, for attention pooling; Chen, Xie and He 2021 (MoCo v3) for sine-cosine positions on a grid;
@@ -12,7 +12,7 @@ Trockman and Kolter 2023 (mimetic initialization) for attention's first values.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,17 @@ def alike(query: Tensor, key: Tensor) -> None:
     """Let a token look first at tokens like itself: W_k = W_q, orthogonal; both (D, D), in place."""
     nn.init.orthogonal_(query)
     key.copy_(query)
+
+
+@torch.no_grad()
+def begin_alike(blocks: Iterable[nn.Module]) -> None:
+    """Let decoder blocks begin by looking at tokens like one's own, and with orthogonal maps, in place."""
+    for block in blocks:
+        query, key, value = block.qkv.weight.chunk(3)
+        alike(query, key)
+        nn.init.orthogonal_(value)
+        nn.init.orthogonal_(block.mlp.gate.weight)
+        nn.init.orthogonal_(block.mlp.up.weight)
 
 
 def mean_of_seen(value: Tensor, out: Tensor) -> None:

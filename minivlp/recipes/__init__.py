@@ -27,6 +27,8 @@ RECIPES = {
     "denoiser": ".denoiser:DenoiserRecipe",
     "flava": ".flava:FlavaRecipe",
     "maskvlm": ".maskvlm:MaskVlmRecipe",
+    "listlm": ".listlm:ListRecipe",
+    "bridge": ".bridge:BridgeRecipe",
 }
 TASKS = ("vqa", "nlvr2")  # begin from a trained ViLT
 MODELS = tuple(name for name in RECIPES if name not in (*TASKS, "captions"))
@@ -38,9 +40,11 @@ FLAGS = {
     "images": (("captions",), "--captions"),
     "on_error": (("captions",), "--captions"),
     "language": (DUAL, "a dual encoder, as in --model clip"),
+    "connector": (("bridge",), "--model bridge"),
+    "reader": (("bridge",), "--model bridge"),
     "without": (
-        ("vilt", "xvlm", "coca", "flava", "maskvlm"),
-        "--model vilt, xvlm, coca, flava or maskvlm, and no --task",
+        ("vilt", "xvlm", "coca", "flava", "maskvlm", "bridge"),
+        "--model vilt, xvlm, coca, flava, maskvlm or bridge, and no --task",
     ),
 }
 

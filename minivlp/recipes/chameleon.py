@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from minivlp.core.images import upright_rgb
+from minivlp.core.images import square_pixels
 from minivlp.data import CPU_NOUNS, Scenes, scene_pixels
 from minivlp.data.names import read_caption
 from minivlp.data.probes import swapped
@@ -158,7 +157,8 @@ class ChameleonRecipe(Recipe):
         """
         trained.model.to(device)
         if Path(query).is_file():
-            pixels = _read(Path(query), trained.canvas).to(device)
+            rule = "must be a sentence or a file with a picture"
+            pixels = square_pixels(query, trained.canvas, rule).to(device)
             screen.say(f"the likeliest: {write(trained.model, trained.tokenizer, pixels)[0]}")
             rng = np.random.default_rng(SEED)
             for text in write(trained.model, trained.tokenizer, pixels.expand(4, -1, -1, -1), rng):
@@ -182,14 +182,3 @@ def _drawn(trained: Trained, caption: str, n: int) -> tuple[Sheet, list[str]]:
     images = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     cells = [(image, text, text == caption) for image, text in zip(images, readings, strict=True)]
     return (caption, cells), readings
-
-
-def _read(path: Path, canvas: int) -> Tensor:
-    """A picture file as pixels (1, 3, canvas, canvas) in [−1, 1]."""
-    try:
-        with Image.open(path) as image:
-            rgb = upright_rgb(image)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"caption must be a sentence or a picture file, got {path} ({error})") from error
-    small = Image.fromarray(rgb).resize((canvas, canvas), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float().div(127.5).sub(1)

@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from minivlp.core.images import upright_rgb
-from minivlp.core.require import fail
+from minivlp.core.images import square_pixels
 from minivlp.data import CPU_NOUNS, Scene, Scenes, scene_pixels
 from minivlp.data.probes import first_of_each, meaning, swapped, true_captions
 from minivlp.decoder import decode
@@ -178,12 +176,7 @@ class CocaRecipe(Recipe):
 
         Raises ValueError for a file that is no picture.
         """
-        try:
-            with Image.open(query) as picture:
-                square = Image.fromarray(upright_rgb(picture)).resize((trained.canvas,) * 2, Image.BOX)
-        except (OSError, ValueError) as error:
-            fail("picture", "must be a file with a picture", f"{query} ({error})")
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+        pixels = square_pixels(query, trained.canvas)
         writer = CocaWriter(self, trained.model.to(device))
         with torch.inference_mode():
             _, tokens = trained.model.encode_image(pixels.to(device))
