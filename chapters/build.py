@@ -124,6 +124,7 @@ def run(notebook: NotebookNode) -> None:
     """Run the code cells in order in one namespace and give each its outputs."""
     import matplotlib.pyplot as plt
 
+    plt.close("all")  # figures that were left open before are not this chapter's
     names: dict[str, Any] = {"__name__": "__main__"}
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(codes, 1):

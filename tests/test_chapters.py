@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import chdir
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 
@@ -155,6 +156,7 @@ def test_a_notebook_has_the_outputs_of_its_cells(tmp_path):
         '# %% tags=["measured"]\nprint(id(object()))',
     ]
     source.write_text("\n\n".join(cells) + "\n")
+    plt.figure()  # left open by somebody else
     with chdir(ROOT):
         build.build_one(source)
         first = source.with_suffix(".ipynb").read_bytes()

@@ -42,7 +42,7 @@ def equals_the_dense_product(f, case):
     close(f(*case), x @ changed.T)
 
 
-@law("lora", hint="At up = 0 down has gradient 0, and up has the gradient s Gᵀ h, by which training begins.")
+@law("lora", hint="At up = 0 down has no gradient, and up has one, by which training begins.")
 @given(case=cases())
 def up_moves_first(f, case):
     x, weight, down, up, scale = case
@@ -51,7 +51,7 @@ def up_moves_first(f, case):
     close(dup, scale * np.ones((len(up), 1)) * (x @ down.T).sum(0))
 
 
-@law("lora", hint="dB = s Gᵀh, dh = s G B, dA = dhᵀx; x is felt through both ways, dx = G W + dh A.")
+@law("lora", hint="Two ways lead from x to y, and each factor is felt through the other. Which way is missing?")
 @given(case=cases(), seed=st.integers(0, 99))
 def gradients_are_the_slopes(f, case, seed):
     upstream = np.random.default_rng(seed).standard_normal((len(case[0]), len(case[1])))
