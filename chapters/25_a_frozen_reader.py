@@ -281,7 +281,7 @@ ax.bar(at - 0.2, [true[name] for name in shown], 0.4, color=BLUE, label="sentenc
 ax.bar(at + 0.2, [runs[name]["lists"] for name in shown], 0.4, color=GREY, label="sentences about lists")
 ax.set_xticks(at, shown, rotation=25, ha="right", fontsize=8)
 ax.set(ylabel="share that is true", ylim=(0, 1))
-ax.legend(fontsize=8)
+ax.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 plt.show()
 
 # %% [markdown]
@@ -396,13 +396,15 @@ check("lora_np", "lora")
 # * **Frozen, but in training mode**: dropout and running means go on. `freeze` keeps a module in evaluation
 #   mode, whatever its parent does.
 #
-# ## What was left out
+# ## What we left out
 #
 # * Stages. LLaVA trains the map first and then the reader; VILA mixes text into the pictures so that the
 #   reader forgets less. Our tuned reader forgets because nothing reminds it.
 # * Instructions, boxes as words (MiniGPT-v2), pictures out (MiniGPT-5), and several pictures in one prompt,
 #   by which Frozen binds a new word to a new thing.
 # * Size. A reader of half a million numbers and 32 nouns shows the mechanism, not the knowledge.
+#
+# ## Sources
 #
 # Frozen: Tsimpoukelli et al. 2021. LLaVA: Liu et al. 2023. MiniGPT-4: Zhu et al. 2023; MiniGPT-v2: Chen et
 # al. 2023. Qwen-VL: Bai et al. 2023. BLIP-2: Li et al. 2023. VILA: Lin et al. 2024. LoRA: Hu et al. 2021.
