@@ -51,7 +51,7 @@ def up_moves_first(f, case):
     close(dup, scale * np.ones((len(up), 1)) * (x @ down.T).sum(0))
 
 
-@law("lora", hint="Two ways lead from x to y, and each factor is felt through the other. Which way is missing?")
+@law("lora", hint="Two ways lead from x to y, and each factor is felt through the other. Which is missing?")
 @given(case=cases(), seed=st.integers(0, 99))
 def gradients_are_the_slopes(f, case, seed):
     upstream = np.random.default_rng(seed).standard_normal((len(case[0]), len(case[1])))
