@@ -31,6 +31,7 @@ from tests.tiny import (
     DUAL_SIZES,
     FLAVA_SIZES,
     MASKVLM_SIZES,
+    QFORMER_SIZES,
     SIZES,
     XVLM_SIZES,
 )
@@ -297,9 +298,10 @@ OWN = {
         *("models.published.start", "pictures.filled", "targets", "infonce"),
     ),
 }
+OWN["qformer"] = ("models.qformer", "models.published.qformer", "recipes.qformer")
 OWN["bridge"] = (
     *("models.bridge", "recipes.bridge", "recipes.listlm", "data.lists", "evaluation.prefix"),
-    *("models.qformer", "models.published.qformer", "pooling", "lora"),
+    *("pooling", "lora"),
 )
 HIDING = (
     *("infonce", "targets", "models.published.start"),
@@ -311,7 +313,11 @@ SHARED = {
     "coca": ("infonce", "targets", "decoder"),
     "chameleon": ("targets", "decoder", "vq"), "flava": (*HIDING, "vq"), "maskvlm": HIDING,
     "denoiser": ("data.drawings",),
-    "bridge": (*OWN["vilt"], "evaluation.captions", "decoder", "targets", "infonce"),
+    "qformer": (*OWN["vilt"], "evaluation.captions", "decoder", "targets", "infonce"),
+    "bridge": (
+        *(*OWN["vilt"], "evaluation.captions", "decoder", "targets", "infonce"),
+        *("models.qformer", "models.published.qformer"),
+    ),
 }  # fmt: skip
 NEVER = ("claims", "bench", "recipes.captions", "recipes.tasks")
 
@@ -325,7 +331,7 @@ def test_a_training_imports_no_other_family(family, whole, tmp_path):
     sizes = {
         "vilt": SIZES, "clip": DUAL_SIZES, "xvlm": XVLM_SIZES, "flava": FLAVA_SIZES, "maskvlm": MASKVLM_SIZES,
         "coca": COCA_SIZES, "chameleon": CHAMELEON_SIZES, "denoiser": DENOISER_SIZES,
-        "bridge": BRIDGE_SIZES,
+        "bridge": BRIDGE_SIZES, "qformer": QFORMER_SIZES,
     }[family]  # fmt: skip
     flags = [family, json.dumps(sizes), str(tmp_path / "run"), str(whole)]
     done = subprocess.run([sys.executable, "-c", TRAIN, *flags], cwd=ROOT, capture_output=True, text=True)

@@ -33,6 +33,7 @@ from minivlp.recipes.dual import DualRecipe, Filip
 from minivlp.recipes.flava import FlavaRecipe
 from minivlp.recipes.listlm import ListRecipe
 from minivlp.recipes.maskvlm import MaskVlmRecipe
+from minivlp.recipes.qformer import QformerRecipe
 from minivlp.recipes.tasks import Nlvr2Recipe, VqaRecipe
 from minivlp.recipes.vilt import ViltRecipe
 from minivlp.recipes.xvlm import XvlmRecipe
@@ -53,6 +54,7 @@ MASKVLM_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "sav
 MASKVLM_SIZES |= dict(tower_layers=1)
 LIST_SIZES = SIZES
 # Its reader is the shipped one, as it is its ViLT.
+QFORMER_SIZES = SIZES | dict(queries=3, embed=16)
 BRIDGE_SIZES = {name: SIZES[name] for name in ("steps", "batch", "warmup", "save_every", "report_every")}
 FLAVA_SIZES = MASKVLM_SIZES | dict(codes=16, unpaired=4)
 DRAW = ViltRecipe.draw
@@ -72,6 +74,7 @@ def shrink(put=setattr) -> None:
     families = {ViltRecipe: SIZES, CaptionsRecipe: SIZES, DualRecipe: DUAL_SIZES, XvlmRecipe: XVLM_SIZES}
     families |= {ChameleonRecipe: CHAMELEON_SIZES, CocaRecipe: COCA_SIZES}
     families |= {DenoiserRecipe: DENOISER_SIZES, ListRecipe: LIST_SIZES, BridgeRecipe: BRIDGE_SIZES}
+    families |= {QformerRecipe: QFORMER_SIZES}
     families |= {FlavaRecipe: FLAVA_SIZES, MaskVlmRecipe: MASKVLM_SIZES}
     for recipe, sizes in families.items():
         put(recipe, "presets", {name: replace(preset, **sizes) for name, preset in recipe.presets.items()})

@@ -9,6 +9,7 @@
     order             the caption is more probable than the same with its nouns exchanged
     axis              … than the same with another relation
     order_contrast    the vectors of picture and caption are more alike than with the nouns exchanged
+    order_match       the matching head prefers the caption to the same with its nouns exchanged
     first_of_64       the caption's picture among 64, by the vectors
 
 Sources: Lin et al. 2023 (VisualGPTScore) and Tschannen et al. 2023 for order by the probability of a caption.
@@ -43,6 +44,7 @@ NAMES = {
     "order": "nouns exchanged, by the caption's probability",
     "axis": "another relation, by the caption's probability",
     "order_contrast": "nouns exchanged, by the vectors",
+    "order_match": "nouns exchanged, by the matching head",
     "first_of_64": "caption → picture, R@1 of 64, by the vectors",
 }
 FLOOR = math.log(2)  # nats of a caption whose picture is known: which object is named first
@@ -79,8 +81,11 @@ def evaluate_captions(
     progress: Progress = silent,
     contrast: Scores | None = None,
     blind: Writer | None = None,
+    match: Callable[[Sequence[str], Sequence[Scene]], np.ndarray] | None = None,
 ) -> dict:
-    """All measures on held-out pairs; those of vectors where there is a `contrast`.
+    """All measures on held-out pairs; those of vectors where there is a `contrast`, of matching with `match`.
+
+    match(captions, scenes) → (n,), the more the likelier does caption i belong to scene i.
 
     Returns, ready for JSON, {"seen": {measure: float}, "unseen": {…}, "details": {"seen": {measure: {"value",
     "low", "high", "chance", "objects", "items", "clusters"}, …}, …, "nats": {"seen": {"own", "floor",
@@ -119,6 +124,9 @@ def evaluate_captions(
                 true_scores > false_scores, pairs, chance=1 / 2, objects=1 / 2
             )
             measures["first_of_64"] = _first_of_64(contrast, source, items, seed)
+        if match is not None:
+            order = match(captions, scenes) > match(exchanged, scenes)
+            measures["order_match"] = measured(order, pairs, chance=1 / 2, objects=1 / 2)
         tick(1)
         return measures
 

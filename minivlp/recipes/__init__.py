@@ -27,6 +27,7 @@ RECIPES = {
     "denoiser": ".denoiser:DenoiserRecipe",
     "flava": ".flava:FlavaRecipe",
     "maskvlm": ".maskvlm:MaskVlmRecipe",
+    "qformer": ".qformer:QformerRecipe",
     "listlm": ".listlm:ListRecipe",
     "bridge": ".bridge:BridgeRecipe",
 }

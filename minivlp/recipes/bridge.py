@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 from minivlp.core.images import square_pixels
 from minivlp.data import Scene, Scenes, scene_pixels
@@ -34,10 +33,10 @@ from minivlp.evaluation.reading import fitting_rows
 from minivlp.evaluation.splits import Progress
 from minivlp.mlm import IGNORE, mlm_loss
 from minivlp.models.bridge import Bridge, BridgeConfig, LanguageModel
-from minivlp.models.vilt import Vilt
 from minivlp.pictures.sheets import contact_sheet
-from minivlp.recipes.base import WEIGHTS, Batch, Recipe, Terms, load_trained
+from minivlp.recipes.base import WEIGHTS, Batch, Terms, load_trained
 from minivlp.recipes.listlm import ListRecipe, ListSettings
+from minivlp.recipes.looking import LookingRecipe
 from minivlp.targets import next_words
 from minivlp.text import WordPiece
 from minivlp.training.screen import Screen
@@ -74,7 +73,7 @@ class BridgeBatch(Batch):
     image: Tensor  # (B, N, I)
 
 
-class BridgeRecipe(Recipe):
+class BridgeRecipe(LookingRecipe):
     """A bridge on pairs of objects."""
 
     Settings, Config, Model = BridgeSettings, BridgeConfig, Bridge
@@ -90,11 +89,6 @@ class BridgeRecipe(Recipe):
     def taught(self) -> Trained:
         """The shipped reader of lists."""
         return load_trained(WEIGHTS / "listlm_tiny.safetensors")
-
-    @cached_property
-    def eye(self) -> Vilt:
-        """The shipped ViLT, frozen."""
-        return load_trained(WEIGHTS / "vilt_tiny.safetensors").model.requires_grad_(False)
 
     def vocabulary(self) -> WordPiece:
         return self.taught.tokenizer
@@ -120,14 +114,8 @@ class BridgeRecipe(Recipe):
     def _scenes(self) -> Scenes:
         return Scenes(self.emojivl, self.nouns, canvas=self.settings.canvas, seed=self.settings.seed)
 
-    @torch.no_grad()
     def look(self, pixels: Tensor) -> Tensor:
-        """The states of pictures (B, 3, H, W) in [−1, 1] → (B, N, I), each row of mean 0 and variance 1."""
-        eye = self.eye.to(pixels.device)
-        image = eye.embed_image(pixels)[0]
-        for block in eye.encoder.blocks[: self.settings.image_layers]:
-            image = block(image)
-        states = layer_norm(image[:, 1:], image.shape[-1:])  # without [CLS]
+        states = super().look(pixels)
         return torch.zeros_like(states) if self.settings.blind else states
 
     def batch(self, step: int) -> list[BridgeBatch]:
