@@ -39,7 +39,7 @@ from minivlp.core import require
 from minivlp.filip import late_interaction
 from minivlp.infonce import InfoNCE
 from minivlp.masks import FULL, PREFIX, TOWERS, real_keys, visible
-from minivlp.models.parts import MaskedWords, MlmHead, check_text
+from minivlp.models.parts import MaskedWords, MlmHead, alike, check_text
 from minivlp.models.published import qformer as weights
 from minivlp.models.published.safetensors import filled, load_state
 from minivlp.transformer import join_heads, normal_init, split_heads
@@ -263,6 +263,31 @@ class Captioner:
             cache = [[z.repeat_interleave(repeats, 0) for z in pair] for pair in self.kept]
         words, cache = self.model.write(ids, torch.ones_like(ids, dtype=torch.bool), cache)
         return self.model.mlm_logits(words[:, -1]), cache
+
+
+@torch.no_grad()
+def small_init(model: Qformer) -> Qformer:
+    """Values with which a small Q-Former learns from little data, in place; return it.
+
+    Rows have variance 1 and look first at rows like themselves; the other maps of attention begin orthogonal,
+    and both sides enter the space of comparison by one map. With deviations of 0.02 neither captions nor
+    matching had learned which noun stands where after 1,200 steps (tried). Numbers come from torch's default
+    generator.
+    """
+    nn.init.normal_(model.word.weight, std=1)
+    nn.init.normal_(model.position.weight, std=0.5)
+    nn.init.normal_(model.query, std=1)
+    for layer in model.layers:
+        query, key, value = layer.qkv.weight.chunk(3)
+        alike(query, key)
+        nn.init.orthogonal_(value)
+        nn.init.orthogonal_(layer.proj.weight, gain=0.5)
+        if layer.across:
+            for weight in (layer.q.weight, *layer.kv.weight.chunk(2), layer.proj_cross.weight):
+                nn.init.orthogonal_(weight)
+    nn.init.orthogonal_(model.image_project.weight)
+    model.text_project.load_state_dict(model.image_project.state_dict())
+    return model
 
 
 def load_qformer(

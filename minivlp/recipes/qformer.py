@@ -29,7 +29,7 @@ from minivlp.evaluation.reading import BATCH, fitting_rows
 from minivlp.evaluation.splits import Progress
 from minivlp.itm import hard_negatives, itm_loss
 from minivlp.mlm import IGNORE, mlm_loss
-from minivlp.models.qformer import Captioner, Qformer, QformerConfig
+from minivlp.models.qformer import Captioner, Qformer, QformerConfig, small_init
 from minivlp.recipes.base import WEIGHTS, Batch, Settings, Terms, load_trained
 from minivlp.recipes.looking import LookingRecipe
 from minivlp.targets import next_words
@@ -53,7 +53,8 @@ class QformerSettings(Settings):
     embed: int = 96
     eps: float = 1e-6
     image_layers: int = 2  # blocks of the ViLT that a picture passes
-    steps: int = 1200
+    steps: int = 900
+    lr: float = 4e-3
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class QformerRecipe(LookingRecipe):
     def new_model(self) -> Qformer:
         sizes = self.settings.shared_with(QformerConfig)
         sizes |= {"vocab_size": len(self.tokenizer), "image_dim": self.eye.config.dim}
-        return Qformer(QformerConfig(**sizes))
+        return small_init(Qformer(QformerConfig(**sizes)))
 
     def matrices(self, model: Qformer) -> list[nn.Parameter]:
         return [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
