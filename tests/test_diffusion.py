@@ -50,7 +50,7 @@ class Gaussian:
     def __init__(self, means, v):
         self.means, self.v = means, v
 
-    def __deepcopy__(self, memo):  # an attempt's arguments are compared with copies, and a call changes nothing
+    def __deepcopy__(self, memo):  # an attempt is given copies, and a call changes nothing here
         return self
 
     def __call__(self, x_t, level, c):
