@@ -50,6 +50,9 @@ class Gaussian:
     def __init__(self, means, v):
         self.means, self.v = means, v
 
+    def __deepcopy__(self, memo):  # an attempt is given copies, and a call changes nothing here
+        return self
+
     def __call__(self, x_t, level, c):
         a, s = (z.view(-1, *[1] * (x_t.ndim - 1)) for z in (signal(level), deviation(level)))
         return s * (x_t - a * self.means[c]) / (a**2 * self.v + s**2)
