@@ -15,10 +15,10 @@ LIBRARY = sorted((ROOT / "minivlp").rglob("*.py"))
 LONGEST = 320  # lines of code of a module
 # A room that grows beyond its ceiling is a decision: raise the number in the commit that needs it.
 CEILINGS = {
-    "bench": 975, "claims": 1575, "commands": 230, "core": 310, "data": 1110, "evaluation": 1250,
-    "ideas": 3095, "kernels": 395, "models": 2465, "pictures": 465, "recipes": 2475, "training": 510,
+    "bench": 975, "claims": 1575, "commands": 230, "core": 310, "data": 1110, "evaluation": 1260,
+    "ideas": 3095, "kernels": 395, "models": 2485, "pictures": 465, "recipes": 2655, "training": 510,
 }  # fmt: skip
-PLUMBING = 6730
+PLUMBING = 6915
 
 
 def code_lines(source: str) -> int:
