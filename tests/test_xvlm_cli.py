@@ -112,4 +112,4 @@ def test_a_run_without_boxes_or_regions_has_no_box_loss(what, field, command, tm
     code = command("train", "--resume", "--name", folder, "--without", other)
     refused(capsys, code, "--without must be left out")
     code = command("train", "--without", what, "--name", tmp_path / "vilt")
-    refused(capsys, code, "--without must come with --model xvlm")
+    refused(capsys, code, f"--without must be contrast for this model, got {what}")
