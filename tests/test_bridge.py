@@ -226,13 +226,18 @@ def test_the_shipped_bridge_is_small_and_stands_on_the_shipped_reader():
     assert all(torch.equal(tensor, reader[name]) for name, tensor in model.reader.state_dict().items())
 
 
-def test_a_tuned_reader_ships_with_its_bridge():
+@pytest.mark.parametrize("reader, sent_along", [("tuned", 1), ("lora", None), ("frozen", 0)])
+def test_what_learned_of_a_reader_ships_with_its_bridge(reader, sent_along):
+    """Of a tuned reader the tensor that moved; of one with LoRA also what lies under other names."""
     torch.manual_seed(0)
-    model = BridgeRecipe(replace(BridgeSettings(), reader="tuned")).model
-    with torch.no_grad():
-        model.reader.head.weight.add_(1)
+    model = BridgeRecipe(replace(BridgeSettings(), reader=reader)).model
+    if reader == "tuned":
+        with torch.no_grad():
+            model.reader.head.weight.add_(1)
     sent = BridgeRecipe.to_published(model)
-    assert {name for name in sent if name.startswith("reader.")} == {"reader.head.weight"}
+    readers = {name for name in sent if name.startswith("reader.")}
+    assert sent_along is None or len(readers) == sent_along
+    assert reader != "lora" or {name.rpartition(".")[2] for name in readers} >= {"up", "down"}
     back = BridgeRecipe.from_published(model, sent)
     assert set(back) == set(model.state_dict())
     assert all(torch.equal(back[name].half(), tensor.half()) for name, tensor in model.state_dict().items())

@@ -196,7 +196,8 @@ class BridgeRecipe(LookingRecipe):
 
     @staticmethod
     def from_published(model: Bridge, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {f"reader.{k}": v for k, v in shipped_reader().state_dict().items()} | tensors
+        known = {f"reader.{k}": v for k, v in shipped_reader().state_dict().items()}
+        return {k: known[k] for k in model.state_dict() if k in known} | tensors  # a LoRA has other names
 
 
 def shipped_reader() -> LanguageModel:
