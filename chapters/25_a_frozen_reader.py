@@ -97,12 +97,11 @@ assert share > 0.9 and len(set(told.values())) == 4
 # What to see: one number more or less, and the sentence turns round. A log probability near
 # $-\ln 2 = -0.69$ is the best there is, for either noun may come first.
 #
-# Why lists? A reader of captions alone was tried first. A caption never says a thing twice, so a model that
-# learns the next word of captions does not learn to look back at what it was told, and no bridge can tell it
-# anything. In these lists the sentence follows from what stands before. This is the skill that a bridge uses.
-# (Real language models have it from ordinary text.) It did not come by itself here either: of the seeds 0, 1
-# and 2, seed 1 alone learned which numbers belong to which noun in 700 steps, and it ships; the other two are
-# in `chapters/bridges.json`.
+# Why lists, and not captions? A caption never says a thing twice, so its next word can be learned without
+# ever looking back at what was told. In these lists the sentence follows from what stands before, and this
+# is the skill that a bridge uses. (Real language models have it from ordinary text.) It did not come by
+# itself here either: of the seeds 0, 1 and 2, seed 1 alone learned which numbers belong to which noun in 700
+# steps, and it ships. The other two are in `chapters/bridges.json`.
 #
 # **Exercise 1** · predict before you run · 10 minutes. What does the reader say to "2 1 dog 2 1 guitar"? To
 # "2 1 dog 3 6 dog"? And to a list that stands in the other order, "3 6 guitar 2 1 dog"? Write three answers

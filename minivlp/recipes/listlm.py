@@ -8,9 +8,9 @@ In the first part of a run a sentence says where one of two objects is ("a dog l
 said from that object's numbers alone, which a reader has to find by its noun. Which of two numbers is larger
 comes after.
 
-A model that had read captions alone could be told hardly anything. A caption never says a thing twice, so
-nobody learns from captions to look back at what was said. Here the sentence says again what the list says,
-and pairs of nouns that training never shows are said by the same reading.
+A caption never says a thing twice, so the next word of captions can be learned without a look back at what
+was said. Here the sentence says again what the list says, and pairs of nouns that training never shows are
+said by the same reading.
 
 Sources: Tsimpoukelli et al. 2021 (Frozen), for a language model that is trained before it meets a picture.
 Left out: a loss on the facts, which come in any order and at any place.
