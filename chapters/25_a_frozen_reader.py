@@ -265,6 +265,7 @@ for name, run in runs.items():
         print(f"{name:<22}{run['true']:>8.3f} ({run['low']:.3f} to {run['high']:.3f}){run['unseen']:>11.3f}"
               f"{run['objects']:>9.3f}{run['lists']:>7.3f}{run['seconds']:>9.0f}")  # fmt: skip
 true = {name: run["true"] for name, run in runs.items()}
+assert max(true["reader, seed 0"], true["reader, seed 2"]) < 0.5 and true["reader, seed 1"] > 0.95
 assert true["resampler"] > 0.5 and true["qformer"] > 0.5 and true["pooled"] < true["resampler"] / 2
 assert true["without reading"] < 0.02 and true["without picture"] < 0.02
 assert max(runs[f"resampler, {how}"]["lists"] for how in ("tuned", "lora")) < runs["resampler"]["lists"] - 0.1
@@ -337,6 +338,12 @@ assert own > 5 * other and cosines.amax(-1).mean() < 0.6
 # **Exercise 5** · predict before you run · 15 minutes. Take the shipped bridge and leave out one of its nine
 # rows, each in turn (nine runs of `sentences` on `rows[:, others]`). Does the share of true sentences fall to
 # zero, by a ninth, or not at all?
+#
+# <details><summary>Answer</summary>
+#
+# It stays between 0.53 and 0.65, with all nine rows it is 0.63. No row is the only one to say a thing:
+# patches of an object are seen by several queries.
+# </details>
 #
 # ## A change of low rank
 #

@@ -166,11 +166,23 @@ print("a query asked twice changes nothing:", torch.allclose(S, again))
 assert torch.allclose(S, again)
 winner = each.diagonal().T.argmax(-1)  # (pictures,): the query that speaks for the true pair
 print("how often each query speaks:", torch.bincount(winner, minlength=Q).tolist())
+between = torch.einsum("bqd,bpd->bqp", x, x)[:, ~torch.eye(Q, dtype=torch.bool)]
+print(f"mean cosine of two queries' vectors of one picture: {between.mean():.3f}")
+assert between.mean() > 0.9
 
 # %% [markdown]
-# **Exercise 2** · ablate · 15 minutes. Replace the maximum by a mean over queries, without training anew.
-# What becomes of the share of captions that find their picture first of 64? And with the one query that
-# speaks most often?
+# What to see: all eight speak, and they say nearly the same. Nothing in this loss asks for different
+# vectors: a maximum is as large when all eight are right. What the queries hold apart they hold for the
+# words.
+#
+# **Exercise 2** · predict before you run · 15 minutes. Replace the maximum by a mean over queries, without
+# training anew, and then by one query alone. What becomes of the share of captions that find their picture
+# first of 64?
+#
+# <details><summary>Answer</summary>
+#
+# Nothing: with the maximum, with the mean and with each single query it is 0.72 for the first 64 scenes here.
+# </details>
 #
 # ## To tell: keys that can be kept
 #
@@ -187,6 +199,13 @@ two_passes = model.write(ids, mask, kept)[0]
 print("one pass equals kept keys:", torch.allclose(one_pass[mask], two_passes[mask], atol=1e-4))
 assert torch.allclose(one_pass[mask], two_passes[mask], atol=1e-4)
 
+alike = []
+for _, values in kept:  # of each layer, (B, heads, Q, d)
+    z = normalize(values.transpose(1, 2).flatten(2), dim=-1)
+    alike.append(torch.einsum("bqd,bpd->bqp", z, z)[:, ~torch.eye(Q, dtype=torch.bool)].mean().item())
+print("mean cosine of two queries' values, layer by layer:", np.array(alike))
+assert alike[1] < 0.7 and alike == sorted(alike)
+
 # A published implementation has another table in its one pass: one triangle over queries and words.
 n = Q + ids.shape[1]
 triangle = real_keys(torch.ones(n, n, dtype=torch.bool).tril(), torch.cat([mask.new_ones(8, Q), mask], 1))
@@ -197,6 +216,10 @@ print(f"with one triangle over both, logits are off by up to {off:.2f}")
 assert off > 0.05
 
 # %% [markdown]
+# What to see: what words read of the queries in the second layer differs from query to query, though at the
+# end of the stack all queries agree. The first layer's values are the same for all pictures, for the queries
+# have not looked yet.
+#
 # **Exercise 3** · explain · 10 minutes. What does the triangle forbid that the table allows, and why did no
 # shape and no error tell?
 #
